@@ -1,0 +1,120 @@
+"""What the benchmarks share: the machine's description, interleaved timing, peak memory, and the JSON they write."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment(packages: list[str]) -> dict[str, Any]:
+    """Where numbers come from: machine, versions of Python, torch and `packages` (None if absent), git commit."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "packages": {name: _version(name) for name in packages},
+        "commit": _commit(),
+        "threads": torch.get_num_threads(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def interleaved_cpu_times(
+    functions: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Times functions in turn, `rounds` times each, by the CPU time of this process.
+
+    With one thread this is the time the work took whatever else ran on the machine. Taking turns gives every function
+    the same mixture of quiet and busy moments.
+
+    Returns:
+        For every name the best and the median in milliseconds, and all times in the order they were taken.
+    """
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            times[name].append((time.process_time() - start) * 1e3)
+    return {
+        name: {"best_ms": min(all_ms), "median_ms": statistics.median(all_ms), "all_ms": all_ms}
+        for name, all_ms in times.items()
+    }
+
+
+def peak_memory_mb(prepare: Callable[..., Callable[[], object]], *args: Any) -> float:
+    """How far a call raises the peak of a fresh process's resident memory, in MB (10^6 bytes).
+
+    `prepare(*args)` returns the function that is measured; inputs which it holds are not counted. It must be picklable,
+    that is, a function of a module, and must not need more memory for a moment than it holds in the end.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_raise_of_peak, prepare, args).result()
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _raise_of_peak(prepare: Callable[..., Callable[[], object]], args: tuple[Any, ...]) -> float:
+    torch.set_num_threads(1)
+    function = prepare(*args)
+    before = _peak_mb()
+    # The result is kept until the peak is read: returned tensors count.
+    result = function()
+    after = _peak_mb()
+    del result
+    return after - before
+
+
+def _peak_mb() -> float:
+    # Linux reports KiB, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this tree, with `-dirty` after it where files differ from it; None outside a repository."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return described.stdout.strip() or None

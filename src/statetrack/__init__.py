@@ -1,0 +1,31 @@
+"""Linear RNNs that track state: eigenvalue ranges from [0, 1] to [-1, 1] for every model, on CPU and GPU."""
+
+from statetrack.mixers import Mixer, MixerConfig, mixer_config, mixer_configs
+from statetrack.mixers.deltanet import DeltaNet, DeltaNetConfig, DeltaProductConfig, GatedDeltaNetConfig
+from statetrack.mixers.mamba import Mamba, MambaConfig
+from statetrack.model import LanguageModel, ModelConfig
+from statetrack.ops import available_backends, linear_recurrence
+from statetrack.transition import Discretized, EigenvalueRange, Householder, Transition
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DeltaNet",
+    "DeltaNetConfig",
+    "DeltaProductConfig",
+    "Discretized",
+    "EigenvalueRange",
+    "GatedDeltaNetConfig",
+    "Householder",
+    "LanguageModel",
+    "Mamba",
+    "MambaConfig",
+    "Mixer",
+    "MixerConfig",
+    "ModelConfig",
+    "Transition",
+    "available_backends",
+    "linear_recurrence",
+    "mixer_config",
+    "mixer_configs",
+]

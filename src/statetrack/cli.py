@@ -1,0 +1,358 @@
+"""The commands: `statetrack demo | train | evaluate | report | tasks | mixers`. No defaults of its own beyond paths.
+
+Bad input ends with one sentence on standard error and exit status 2, an interruption with 130.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, get_type_hints
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import statetrack
+from statetrack.config import RunConfig, TrainingConfig, run_config
+from statetrack.mixers import mixer_config, mixer_configs
+from statetrack.mixers.deltanet import DeltaNetConfig
+from statetrack.model import ModelConfig
+from statetrack.runs import RunDirectory
+from statetrack.tasks import get_task, list_tasks
+from statetrack.training import TrainingError, train
+from statetrack.transition import EigenvalueRange
+
+INTERRUPTED = 130
+
+
+@dataclass
+class Demo:
+    """Train linear RNNs that can and can't track a state, on the CPU, and show why: a table and an HTML page.
+
+    Attributes:
+        out: directory of the results; an interrupted demo goes on from there, a finished one is replaced.
+        workers: runs at the same time; one for each core if left out.
+        seeds: seeds of every model, such as 0,1,2; those of the demo if left out.
+    """
+
+    out: Path = Path("runs/demo")
+    workers: int | None = None
+    seeds: str | None = None
+
+    def __call__(self) -> int:
+        from statetrack.demo import run_demo
+
+        seeds = None if self.seeds is None else list(_integers(self.seeds, "seeds", minimum=0))
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        with _stop_on_signal() as stopping:
+            finished = run_demo(self.out, workers=self.workers, seeds=seeds, should_stop=stopping)
+        if finished:
+            return 0
+        print(f"interrupted; every run has a checkpoint. To go on: statetrack demo --out {self.out}", file=sys.stderr)
+        return INTERRUPTED
+
+
+@dataclass
+class Evaluate:
+    """Judge a trained model on fresh sequences, at any length, in constant memory.
+
+    Attributes:
+        run: a run directory.
+        lengths: positions of the labels that are judged, such as 256,10000.
+        sequences: how many sequences; if left out 512, and 32 at lengths from 10,000 on.
+        seed: seed of the sequences.
+        task: judge on another task with the same vocabulary and labels than the one it was trained on.
+        json: also write the result to this file.
+        device: cpu or cuda; if left out, cuda where there is one.
+    """
+
+    run: tyro.conf.Positional[Path]
+    lengths: str = "40,256,1000,10000"
+    sequences: int | None = None
+    seed: int = 0
+    task: str | None = None
+    json: Path | None = None
+    device: str | None = None
+
+    def __call__(self) -> int:
+        from statetrack.evaluation import evaluate, evaluation_data
+        from statetrack.files import atomic_write
+        from statetrack.progress import evaluation_progress
+
+        lengths = _integers(self.lengths, "lengths", minimum=1)
+        directory, device = RunDirectory(self.run), _device(self.device)
+        config = directory.read_config()
+        model = directory.load_model(device)
+        task = get_task(self.task or config.task)
+        if (task.vocab_size, task.num_labels) != (config.model.vocab_size, config.model.output_size):
+            raise ValueError(
+                f"{self.run} was trained with {config.model.vocab_size} tokens and {config.model.output_size} labels; "
+                f"the task {task.name} has {task.vocab_size} and {task.num_labels}"
+            )
+        with evaluation_progress() as show:
+            results = evaluate(
+                model,
+                task,
+                lengths,
+                seed=self.seed,
+                sequences=self.sequences,
+                device=device,
+                on_progress=show,
+            )
+        table = Table("length", "accuracy", "sequences", title=f"{task.name}: {self.run}", title_justify="left")
+        for result in results:
+            table.add_row(f"{result.length:,}", f"{result.accuracy:.4f}", f"{result.sequences:,}")
+        Console().print(table)
+        data = evaluation_data(results, task, self.seed)
+        if self.task is None:
+            directory.write_evaluation(data)
+        if self.json is not None:
+            atomic_write(self.json, json.dumps(data | {"run": str(self.run)}, indent=2) + "\n")
+        return 0
+
+
+@dataclass
+class Report:
+    """Compare trained models in a table and on one HTML page: accuracy by length, learning curves, eigenvalues.
+
+    Attributes:
+        runs: run directories.
+        out: the page.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path = Path("report.html")
+
+    def __call__(self) -> int:
+        from statetrack.records import record_of_run
+        from statetrack.report import provenance, table, write_report
+
+        if not self.runs:
+            raise ValueError("report needs at least one run directory, for example: statetrack report runs/parity")
+        records = [record_of_run(RunDirectory(path)) for path in self.runs]
+        Console().print(table(records))
+        names = ", ".join(dict.fromkeys(record.task for record in records))
+        write_report(
+            records, self.out, title=f"{names}: {len(records)} run{'s' * (len(records) > 1)}", provenance=provenance()
+        )
+        print(f"wrote {self.out}")
+        return 0
+
+
+@dataclass
+class Tasks:
+    """List the tasks."""
+
+    def __call__(self) -> int:
+        table = Table("task", "example", "what it asks")
+        for info in list_tasks():
+            table.add_row(info.syntax, info.example, info.description)
+        Console().print(table)
+        return 0
+
+
+@dataclass
+class Mixers:
+    """List the token mixers, with their options and defaults."""
+
+    def __call__(self) -> int:
+        table = Table("mixer", "what it is", "options and defaults", show_lines=True)
+        for name, config in mixer_configs().items():
+            options = [f"--{f.name.replace('_', '-')} {getattr(config(), f.name)}" for f in fields(config)]
+            table.add_row(name, config.summary, "\n".join(options))
+        Console().print(table)
+        return 0
+
+
+@dataclass
+class Resume:
+    """Go on with a run that was interrupted.
+
+    Attributes:
+        resume: the run directory.
+        device: cpu or cuda; if left out, cuda where there is one.
+    """
+
+    resume: Path
+    device: str | None = None
+
+    def __call__(self) -> int:
+        return _train(RunDirectory(self.resume).read_config(), self.resume, self.device)
+
+
+def _train(config: RunConfig, out: Path, device: str | None) -> int:
+    from statetrack.progress import training_progress
+
+    with _stop_on_signal() as stopping, training_progress(config) as show:
+        result = train(config, RunDirectory(out), device=_device(device), on_progress=show, should_stop=stopping)
+    if result.step < config.training.steps:
+        print(
+            f"interrupted at step {result.step} of {config.training.steps}, saved in {out}. "
+            f"To go on: statetrack train --resume {out}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    print(f"trained {result.step} steps in {result.seconds:.1f} s, saved in {out}\nnext: statetrack evaluate {out}")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        commands = {
+            "demo": Demo,
+            "train": _train_command(words),
+            "evaluate": Evaluate,
+            "report": Report,
+            "tasks": Tasks,
+            "mixers": Mixers,
+        }
+        description = (statetrack.__doc__ or "") + "\n\nStart with: statetrack demo"
+        command: Callable[[], int] = tyro.extras.subcommand_cli_from_dict(
+            commands, prog="statetrack", description=description, args=words, registry=_registry()
+        )
+        return command()
+    except (ValueError, TrainingError, OSError) as error:
+        print(f"statetrack: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("statetrack: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _train_command(words: Sequence[str]) -> type:
+    """The arguments of `train`, which depend on the mixer that the command line names; with --resume, `Resume`."""
+    if any(word == "--resume" or word.startswith("--resume=") for word in words):
+        return Resume
+    mixer = DeltaNetConfig.name
+    for index, word in enumerate(words):
+        if word.startswith("--mixer="):
+            mixer = word.removeprefix("--mixer=")
+        elif word == "--mixer" and words[index + 1 :]:  # without a value, the parser itself will complain
+            mixer = words[index + 1]
+    options = _options(mixer_config(mixer))
+    model = _options(ModelConfig, without=("vocab_size", "output_size", "mixer"))
+    flat = tyro.conf.arg(name="")
+
+    def run(self: Any) -> int:
+        chosen = mixer_config(mixer)(**vars(self.mixer_options))
+        return _train(run_config(self.task, chosen, vars(self.model), self.training), self.out, self.device)
+
+    command = make_dataclass(
+        "Train",
+        [
+            ("task", tyro.conf.Positional[str]),
+            ("out", Path),
+            ("mixer", str, mixer),
+            ("device", str | None, None),
+            ("mixer_options", Annotated[options, flat], field(default_factory=options)),
+            ("model", Annotated[model, flat], field(default_factory=model)),
+            ("training", Annotated[TrainingConfig, flat], field(default_factory=TrainingConfig)),
+        ],
+        namespace={"__call__": run},
+    )
+    command.__doc__ = f"""Train a model on a task.
+
+    The same command again goes on from the last checkpoint, and so does `statetrack train --resume DIR`. The options
+    shown are those of --mixer {mixer}; other mixers have others.
+
+    Attributes:
+        task: the task, as `statetrack tasks` lists them.
+        out: the run directory to make, or to go on with.
+        mixer: the token mixer, one of {", ".join(mixer_configs())}.
+        device: cpu or cuda; if left out, cuda where there is one.
+    """
+    return command
+
+
+def _options(config: type, without: Sequence[str] = ()) -> type:
+    """A dataclass with the fields of a config, less some, and its documentation, inherited fields included."""
+    hints = get_type_hints(config)
+    made = make_dataclass(
+        config.__name__, [(f.name, hints[f.name], f) for f in fields(config) if f.name not in without], kw_only=True
+    )
+    sections = [(c.__doc__ or "").partition("Attributes:")[2].rstrip() for c in reversed(config.__mro__)]
+    made.__doc__ = (config.__doc__ or "").partition("Attributes:")[0] + "Attributes:" + "".join(sections)
+    return made
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def eigenvalue_range(info: Any) -> tyro.constructors.PrimitiveConstructorSpec[EigenvalueRange] | None:
+        if info.type is not EigenvalueRange:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="LO,HI",
+            instance_from_str=lambda words: EigenvalueRange.of(words[0]),
+            is_instance=lambda value: isinstance(value, EigenvalueRange),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """A function that says whether ctrl-C or SIGTERM came; a second ctrl-C interrupts at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _integers(text: str, name: str, *, minimum: int) -> list[int]:
+    try:
+        values = [int(part.replace("_", "")) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"{name} must be whole numbers with commas between them, such as 256,10000; got {text!r}"
+        ) from None
+    if min(values) < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {min(values)}")
+    return values
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; the devices are cpu and cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; the devices are cpu and cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device here; leave out --device or say --device cpu")
+    return device
+
+
+def _sentence(error: BaseException) -> str:
+    """The message of an error on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror.lower()}: {error.filename}" if error.filename else error.strerror.lower()
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

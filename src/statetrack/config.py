@@ -1,0 +1,164 @@
+"""Configs as plain data: the JSON of a run directory and the TOML of an experiment, read strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal, TypeVar
+
+import dacite
+
+from statetrack.mixers import MixerConfig, mixer_config
+from statetrack.model import ModelConfig
+from statetrack.tasks import Task, get_task
+from statetrack.transition import EigenvalueRange
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a model is trained on a task: AdamW on the cross-entropy of the labels, on data that is never repeated.
+
+    Attributes:
+        steps: optimizer steps.
+        batch_size: sequences for each step.
+        min_length: shortest training sequence, in tokens; every batch draws one length, uniformly.
+        max_length: longest training sequence, in tokens.
+        learning_rate: peak learning rate.
+        warmup: share of the steps, at the start, in which the learning rate rises linearly from 0.
+        decay: share of the steps, at the end, in which it falls to 0; it is constant in between.
+        decay_shape: how it falls: along half a cosine or a straight line.
+        z_loss: coefficient of the z-loss (arXiv 2204.02311), the mean square of the logarithm of the softmax's
+            denominator. Cross-entropy stops caring once a model is confident; this term goes on to penalize any drift
+            of the state that changes the logits, and so makes eigenvalues exact enough for sequences far longer than
+            those of training.
+        weight_decay: AdamW's, on matrices; vectors (norms, biases, decays) are not decayed.
+        beta1: AdamW's decay of the mean of the gradients.
+        beta2: AdamW's decay of the mean of their squares.
+        gradient_clip: largest norm of the gradient; 0 for no limit.
+        seed: seed of the initial weights and of the data.
+        checkpoint_every: steps from one checkpoint to the next; one is written at the end in any case.
+        log_every: steps from one line of metrics to the next.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    min_length: int = 3
+    max_length: int = 40
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    decay: float = 0.9
+    decay_shape: Literal["cosine", "linear"] = "cosine"
+    z_loss: float = 0.0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    gradient_clip: float = 1.0
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "min_length", "max_length", "checkpoint_every", "log_every"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length = {self.min_length} must not exceed max_length = {self.max_length}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate}")
+        for name in ("warmup", "beta1", "beta2"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {value}")
+        for name in ("z_loss", "weight_decay", "gradient_clip"):
+            if not 0 <= (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} must be 0 or positive, got {value}")
+        if not 0 <= self.decay <= 1 - self.warmup:
+            raise ValueError(f"decay must lie in [0, 1 - warmup] = [0, {1 - self.warmup:g}], got {self.decay}")
+        if self.decay_shape not in ("cosine", "linear"):
+            raise ValueError(f"decay_shape must be cosine or linear, got {self.decay_shape!r}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2^63 - 1, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All that determines a run: the task, the model and its training.
+
+    Attributes:
+        task: the task's name, as `statetrack tasks` lists them.
+        model: the model; its vocabulary and outputs must be the task's.
+        training: the training.
+    """
+
+    task: str
+    model: ModelConfig
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        task = get_task(self.task)
+        sizes = (self.model.vocab_size, self.model.output_size)
+        if sizes != (task.vocab_size, task.num_labels):
+            raise ValueError(
+                f"the task {self.task} has {task.vocab_size} tokens and {task.num_labels} labels, "
+                f"but the model was given {sizes[0]} and {sizes[1]}"
+            )
+
+
+Config = TypeVar("Config")
+
+
+def to_data(config: Any) -> Any:
+    """A config as dicts, lists, strings and numbers; `from_data` reads it back."""
+    if isinstance(config, EigenvalueRange):
+        return [config.lo, config.hi]
+    if is_dataclass(config):
+        name = {"name": config.name} if isinstance(config, MixerConfig) else {}
+        return name | {f.name: to_data(getattr(config, f.name)) for f in fields(config)}
+    return config
+
+
+def from_data(kind: type[Config], data: Mapping[str, Any]) -> Config:
+    """Reads a config.
+
+    Raises:
+        ValueError: for unknown, missing or ill-typed keys and for values that a config refuses, in one sentence.
+    """
+    hooks = {EigenvalueRange: EigenvalueRange.of, MixerConfig: read_mixer, float: _read_float, int: _read_int}
+    try:
+        return dacite.from_dict(kind, data, dacite.Config(strict=True, type_hooks=hooks))  # type: ignore[type-var]
+    except dacite.UnexpectedDataError as error:
+        known = ", ".join(f.name for f in fields(kind))  # type: ignore[arg-type]
+        raise ValueError(f"unknown key {', '.join(sorted(error.keys))}; the keys here are {known}") from None
+    except dacite.DaciteError as error:
+        raise ValueError(str(error)) from None
+
+
+def read_mixer(data: Any) -> MixerConfig:
+    """A mixer's config from plain data, `{"name": ..., option: value, ...}`; a config is passed on as it is."""
+    if isinstance(data, MixerConfig):
+        return data
+    if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
+        raise ValueError(f"a mixer is a table with a name, for example {{name = 'deltanet'}}; got {data!r}")
+    return from_data(mixer_config(data["name"]), {key: value for key, value in data.items() if key != "name"})
+
+
+def run_config(task: str, mixer: MixerConfig, model: Mapping[str, Any], training: TrainingConfig) -> RunConfig:
+    """A `RunConfig` whose model has the vocabulary and the outputs of its task.
+
+    Args:
+        task: the task's name.
+        mixer: the token mixer.
+        model: other fields of `ModelConfig`.
+        training: the training.
+    """
+    found: Task = get_task(task)
+    sizes = {"vocab_size": found.vocab_size, "output_size": found.num_labels}
+    return RunConfig(task=task, model=from_data(ModelConfig, {**model, **sizes, "mixer": mixer}), training=training)
+
+
+def _read_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _read_int(value: Any) -> Any:
+    # A bool is an int to Python, so `steps: true` would pass for 1.
+    return repr(value) if isinstance(value, bool) else value

@@ -1,0 +1,151 @@
+"""Accuracy by length, at any length, in constant memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from statetrack import seeds
+from statetrack.model import LanguageModel, ModelState
+from statetrack.tasks import IGNORE, Task
+
+LONG = 10_000
+"""Lengths from here on are judged on fewer sequences."""
+
+SOLVED_LENGTH, SOLVED_ACCURACY = 256, 0.999
+"""A model has solved its task if it is right this often at this length, several times its longest training sequence."""
+
+SEGMENT_TOKENS = 65_536
+"""Tokens of all sequences of a batch that are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The accuracy at one length.
+
+    Attributes:
+        length: position of the label that was judged, counted from 1.
+        accuracy: share of fresh sequences whose label at this position the model got right.
+        sequences: how many sequences were judged.
+    """
+
+    length: int
+    accuracy: float
+    sequences: int
+
+
+@torch.inference_mode()
+def evaluate(
+    model: LanguageModel,
+    task: Task,
+    lengths: Iterable[int],
+    *,
+    seed: int = 0,
+    sequences: int | None = None,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Accuracy]:
+    """Judges the label at each of the lengths on sequences that training has not seen.
+
+    A sequence is read in segments, with the state carried from one to the next, so that memory does not grow with
+    length.
+
+    Args:
+        model: the model, in evaluation mode.
+        task: the task; it must have a label at the lengths asked for.
+        lengths: positions counted from 1.
+        seed: seed of the sequences; their stream is another than that of the training data.
+        sequences: how many; None for 512, and 32 at lengths from 10,000 on.
+        device: where to evaluate.
+        on_progress: called with the tokens done and the tokens in all after each segment.
+
+    Raises:
+        ValueError: for no lengths, a length below 1, fewer than one sequence, or a length at which the task asks
+            nothing.
+    """
+    wanted = sorted(set(lengths))
+    if not wanted or wanted[0] < 1:
+        raise ValueError(f"lengths must be positive integers, at least one of them, got {wanted}")
+    if sequences is not None and sequences < 1:
+        raise ValueError(f"sequences must be at least 1, got {sequences}")
+    groups: dict[int, list[int]] = {}
+    for length in wanted:
+        groups.setdefault(sequences or (32 if length >= LONG else 512), []).append(length)
+    total = sum(count * group[-1] for count, group in groups.items())
+    done = 0
+    results = []
+    for count, group in groups.items():
+        stream = task.stream(count, seeds.generator("evaluation data", seed, count, device=device))
+        state: ModelState | None = None
+        position = 0
+        while position < group[-1]:
+            size = min(max(1, SEGMENT_TOKENS // count), group[-1] - position)
+            batch = stream.next(size)
+            here = [length for length in group if position < length <= position + size]
+            at = torch.tensor([length - position - 1 for length in here], dtype=torch.long, device=device)
+            logits, state = model.scan(batch.ids, state, positions=at)
+            answers = batch.labels[:, at]
+            if (answers == IGNORE).any():
+                raise ValueError(f"the task {task.name} has no label at every one of the lengths {here}")
+            right = (logits.argmax(-1) == answers).double().mean(0)
+            results += [Accuracy(n, float(share), count) for n, share in zip(here, right, strict=True)]
+            position += size
+            done += size * count
+            on_progress(done, total)
+    return sorted(results, key=lambda result: result.length)
+
+
+def solved(accuracy: Mapping[int, float]) -> bool:
+    """Whether accuracies by length are those of a model that has solved its task; False if it was not judged there."""
+    return accuracy.get(SOLVED_LENGTH, 0.0) >= SOLVED_ACCURACY
+
+
+def evaluation_data(results: Iterable[Accuracy], task: Task, seed: int) -> dict[str, Any]:
+    """The results as JSON has them: what evaluation.json holds."""
+    results = list(results)
+    return {
+        "task": task.name,
+        "seed": seed,
+        "chance": task.chance,
+        "accuracy": {str(result.length): result.accuracy for result in results},
+        "sequences": {str(result.length): result.sequences for result in results},
+    }
+
+
+@torch.inference_mode()
+def measure_eigenvalues(
+    model: LanguageModel, task: Task, *, seed: int = 0, sequences: int = 8, length: int = 32, most: int = 2000
+) -> dict[int, list[tuple[float, float]]]:
+    """The eigenvalues of the model's transition matrices on fresh data, all layers together, by input token.
+
+    Args:
+        model: the model, on the CPU.
+        task: where the data comes from.
+        seed: seed of the sequences.
+        sequences: B, how many.
+        length: T, their length.
+        most: eigenvalues kept in all, drawn at random where there are more.
+
+    Returns:
+        For each token that occurred, pairs (real part, imaginary part), rounded to four decimals, without duplicates.
+    """
+    random = seeds.generator("eigenvalues", seed)
+    ids = task.sample(sequences, length, random).ids
+    by_token: dict[int, set[tuple[float, float]]] = {}
+    for transition in model.transitions(ids):
+        if transition is None:
+            continue
+        values = transition.eigenvalues().flatten(2)
+        for token in ids.unique().tolist():
+            pairs = torch.view_as_real(values[ids == token].flatten()).mul(1e4).round().div(1e4).unique(dim=0)
+            by_token.setdefault(token, set()).update((x, y) for x, y in pairs.tolist())
+    share = min(1.0, most / max(1, sum(len(pairs) for pairs in by_token.values())))
+    kept = {}
+    for token, pairs in by_token.items():
+        ordered = sorted(pairs)
+        chosen = torch.randperm(len(ordered), generator=random)[: max(1, round(share * len(ordered)))]
+        kept[token] = [ordered[i] for i in sorted(chosen.tolist())]
+    return kept

@@ -1,0 +1,116 @@
+"""An experiment file: a title, seeds, and runs that share options.
+
+    title = "..."
+    seeds = [0, 1, 2]
+
+    [[run]]
+    task = "parity"
+    lengths = [40, 256]              # where the trained model is judged
+    winner_lengths = [1000000]       # where it is judged as well if it solved the task
+    explanation = "..."              # for each model that a sweep makes: why it can or can't do the task
+    model = { d_model = 32 }
+    mixer = { name = "deltanet" }
+    training = { steps = 300 }
+    sweep = [ { eigenvalue_range = [0, 1], explanation = "..." }, { eigenvalue_range = [-1, 1], explanation = "..." } ]
+
+Every entry of a sweep is the run with those options of its mixer replaced; every seed is a run of its own.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from typing import Any
+
+from statetrack.config import RunConfig, TrainingConfig, from_data, read_mixer, run_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentRun:
+    """One training run of an experiment and where it is judged.
+
+    Attributes:
+        config: the run.
+        lengths: positions of the labels that are judged.
+        winner_lengths: further positions, judged only if the run solved its task.
+        explanation: why such a model can or can't do the task, in a few words.
+    """
+
+    config: RunConfig
+    lengths: tuple[int, ...]
+    winner_lengths: tuple[int, ...] = ()
+    explanation: str = ""
+
+    @property
+    def name(self) -> str:
+        """A name for directories and progress lines: `parity-deltanet[-1,1]-seed0`."""
+        mixer, training = self.config.model.mixer, self.config.training
+        factors = getattr(mixer, "num_householder", 1)
+        range_ = getattr(mixer, "eigenvalue_range", None)
+        parts = [
+            self.config.task.replace(":", "_"),
+            mixer.name + (f"[{range_}]" if range_ else "") + (f"n{factors}" if mixer.name == "deltaproduct" else ""),
+            f"seed{training.seed}",
+        ]
+        return "-".join(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A titled list of runs."""
+
+    title: str
+    runs: tuple[ExperimentRun, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RunTable:
+    """A `[[run]]` of an experiment file."""
+
+    task: str
+    mixer: dict[str, Any]
+    lengths: list[int]
+    winner_lengths: list[int] = field(default_factory=list)
+    explanation: str = ""
+    model: dict[str, Any] = field(default_factory=dict)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sweep: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    title: str
+    run: list[_RunTable]
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+
+def load_experiment(name: str, seeds: list[int] | None = None) -> Experiment:
+    """The experiment in the file `<name>.toml` of this folder, with its own seeds or with others."""
+    text = resources.files("statetrack.experiments").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return read_experiment(tomllib.loads(text), seeds)
+
+
+def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None) -> Experiment:
+    """An experiment from the contents of its file.
+
+    Raises:
+        ValueError: for unknown or missing keys and for options that a config refuses.
+    """
+    file = from_data(_File, data)
+    runs = [run for table in file.run for run in _expand(table, seeds or file.seeds)]
+    return Experiment(title=file.title, runs=tuple(runs))
+
+
+def _expand(table: _RunTable, seeds: list[int]) -> Iterator[ExperimentRun]:
+    for changes in table.sweep:
+        options = {key: value for key, value in changes.items() if key != "explanation"}
+        mixer = read_mixer(table.mixer | options)
+        for seed in seeds:
+            yield ExperimentRun(
+                config=run_config(table.task, mixer, table.model, replace(table.training, seed=seed)),
+                lengths=tuple(table.lengths),
+                winner_lengths=tuple(table.winner_lengths),
+                explanation=changes.get("explanation", table.explanation),
+            )

@@ -1,0 +1,54 @@
+"""Files that are replaced whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from pathlib import Path
+
+
+def atomic_write(path: Path | str, content: str | bytes) -> None:
+    """Writes a file so that, whatever happens, readers find the old content or the new one, whole.
+
+    The content goes to a temporary file in the same directory, which then takes the path's place. When this returns,
+    the file survives a power cut. A failure or an interrupt removes the temporary file; only a process killed on the
+    spot leaves it behind, as `.<name>.<random>.tmp`.
+
+    Args:
+        path: the file; its directory must exist. A symbolic link is followed. An existing file keeps its permissions.
+        content: bytes, or text that is written as UTF-8.
+
+    Raises:
+        OSError: if it can't be written (disk full, no permission, no such directory); the message names `path`.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            with temporary.open("xb") as file:
+                if target.exists():
+                    temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_directory(target.parent)
+    except OSError as error:
+        # The error itself names the temporary file or no file at all; whoever reads it knows only the path.
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes the renaming of a file last: the entry of a file lives in its directory, which is synced on its own."""
+    if os.name == "nt":  # Windows has no handles of directories to sync
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

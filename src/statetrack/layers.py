@@ -1,0 +1,95 @@
+"""The layers around a recurrence: normalization, short convolution, gated MLP. No recurrence here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` with its weight in the dtype of the input, so that autocast leaves no mixture of dtypes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+
+
+class ShortConvolution(nn.Module):
+    """A causal depthwise convolution over time, [B, T, C] -> [B, T, C], with the last inputs as its state.
+
+    `y_t = sum_i weight[:, i] x_{t - size + 1 + i} + bias`. The state is the last `size - 1` inputs, [B, size - 1, C].
+
+    Args:
+        channels: C.
+        size: how many tokens an output sees, the current one included; at least 2.
+        bias: add a bias for each channel.
+    """
+
+    def __init__(self, channels: int, size: int, *, bias: bool = False) -> None:
+        super().__init__()
+        if size < 2:
+            raise ValueError(f"a short convolution sees at least 2 tokens, got {size}; leave it out with a size of 0")
+        self.size = size
+        bound = size**-0.5
+        self.weight = nn.Parameter(torch.empty(channels, 1, size).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound)) if bias else None
+
+    def init_state(self, batch_size: int) -> Tensor:
+        return self.weight.new_zeros(batch_size, self.size - 1, self.weight.shape[0])
+
+    def forward(self, x: Tensor, state: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the outputs [B, T, C] and the state after the last token.
+
+        Args:
+            x: [B, T, C].
+            state: [B, size - 1, C], or [S, size - 1, C] for S packed sequences.
+            cu_seqlens: boundaries [S + 1] of sequences packed along T (then B = 1); none sees the inputs of another.
+        """
+        length = x.shape[1]
+        state = state.to(x.dtype)
+        if cu_seqlens is None:
+            extended = torch.cat([state, x], 1)
+            return self._taps(extended, length), extended[:, length:]
+        # Every packed sequence gets its own state in front of it, in one longer row; then nothing is special any more.
+        past = self.size - 1
+        starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
+        sequence = torch.repeat_interleave(torch.arange(len(starts), device=x.device), lengths)
+        tokens = torch.arange(length, device=x.device) + past * (sequence + 1)
+        offsets = past * torch.arange(len(starts), device=x.device)[:, None] + torch.arange(past, device=x.device)
+        before, after = starts[:, None] + offsets, cu_seqlens[1:, None] + offsets
+        extended = x.new_zeros(length + past * len(starts), x.shape[2])
+        extended = extended.index_copy(0, before.flatten(), state.flatten(0, 1)).index_copy(0, tokens, x[0])
+        outputs = self._taps(extended[None], len(extended) - past)
+        return outputs[:, tokens - past], extended[after]
+
+    def _taps(self, extended: Tensor, length: int) -> Tensor:
+        weight = self.weight.to(extended.dtype)
+        y = extended[:, :length] * weight[:, 0, 0]
+        for i in range(1, self.size):
+            y = y.addcmul(extended[:, i : i + length], weight[:, 0, i])
+        return y if self.bias is None else y + self.bias.to(extended.dtype)
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))` (SwiGLU, arXiv 2002.05202), [..., D] -> [..., D].
+
+    Args:
+        d_model: D.
+        hidden_size: the width in between.
+    """
+
+    def __init__(self, d_model: int, hidden_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, hidden_size, bias=False)
+        self.up_proj = nn.Linear(d_model, hidden_size, bias=False)
+        self.down_proj = nn.Linear(hidden_size, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """`x / sqrt(|x|^2 + eps)` along the last axis, computed in float32 or better, in the dtype of `x`."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

@@ -1,0 +1,130 @@
+"""Mamba (arXiv 2312.00752): a diagonal system in each channel, discretized with a step size that depends on the token.
+
+    H_t = diag(a_t) H_{t-1} + B_t (dt_t x_t)^T,     y_t = H_t^T C_t + D x_t
+
+| mixer | native a_t | native eigenvalues | widened by `eigenvalue_range=(-1, 1)` |
+|---|---|---|---|
+| mamba | exp(dt_t A), A < 0 | [0, 1] | 2 exp(dt_t A) - 1, in [-1, 1] (arXiv 2411.12537) |
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from statetrack.layers import ShortConvolution
+from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
+from statetrack.ops import linear_recurrence
+from statetrack.transition import Discretized, EigenvalueRange
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig(MixerConfig):
+    """Options of Mamba.
+
+    Attributes:
+        state_size: K, the size of the state of each channel.
+        expand: channels for each model dimension, V = expand * d_model.
+        dt_rank: rank of the projection to the step sizes; ceil(d_model / 16) if None.
+        eigenvalue_range: range of the eigenvalues a_t.
+        conv_size: width of the short convolution; 0 leaves it out.
+        backend: how the recurrence is computed, "auto" or a name from `statetrack.ops.available_backends()`.
+    """
+
+    name: ClassVar[str] = "mamba"
+    summary: ClassVar[str] = "a diagonal system in each channel, discretized with a step size that depends on the token"
+
+    state_size: int = 16
+    expand: int = 2
+    dt_rank: int | None = None
+    eigenvalue_range: EigenvalueRange = field(default=EigenvalueRange(-1, 1))
+    conv_size: int = 4
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "state_size", "expand", "dt_rank")
+        if self.conv_size != 0 and self.conv_size < 2:
+            raise ValueError(f"conv_size must be 0 (no convolution) or at least 2, got {self.conv_size}")
+
+    def build(self, d_model: int) -> Mamba:
+        return Mamba(d_model, self)
+
+
+class Mamba(Mixer):
+    """Mamba's mixer, [B, T, D] -> [B, T, D], with the eigenvalue range as an option.
+
+    Parameters are named as in the original.
+
+    Step sizes, eigenvalues and the state are float32 or better whatever the dtype of the activations.
+
+    Args:
+        d_model: D.
+        config: a `MambaConfig`; or leave it out and give its fields as keyword options.
+    """
+
+    def __init__(self, d_model: int, config: MambaConfig | None = None, **options: Any) -> None:
+        super().__init__()
+        self.config = config = with_options(MambaConfig, config, options)
+        self.channels = config.expand * d_model
+        self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * self.channels, bias=False)
+        self.conv1d = ShortConvolution(self.channels, config.conv_size, bias=True) if config.conv_size else None
+        self.x_proj = nn.Linear(self.channels, self.dt_rank + 2 * config.state_size, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.channels)
+        self.A_log = nn.Parameter(torch.arange(1.0, config.state_size + 1).log().repeat(self.channels, 1))
+        self.D = nn.Parameter(torch.ones(self.channels))
+        self.out_proj = nn.Linear(self.channels, d_model, bias=False)
+        # As in the original: step sizes start log-uniform in 0.001..0.1, and the low-rank part keeps their variance.
+        step = torch.empty(self.channels).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+            self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
+
+    def init_state(self, batch_size: int) -> State:
+        weight = self.A_log
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        shape = (batch_size, 1, self.config.state_size, self.channels)
+        state = {"recurrence": torch.zeros(shape, dtype=dtype, device=weight.device)}
+        return state if self.conv1d is None else state | {"conv": self.conv1d.init_state(batch_size)}
+
+    def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+        u, z, after = self._convolve(x, state, cu_seqlens)
+        transition, write, q = self._select(u)
+        v = (transition.dt * u.unsqueeze(2)).to(u.dtype)
+        initial = None if state is None else state["recurrence"]
+        o, after["recurrence"] = linear_recurrence(
+            transition, q, v, write=write, initial_state=initial, cu_seqlens=cu_seqlens, backend=self.config.backend
+        )
+        y = torch.addcmul(o.squeeze(2), u, self.D.to(u.dtype)) * F.silu(z)
+        return self.out_proj(y), after
+
+    def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Discretized:
+        return self._select(self._convolve(x, state, cu_seqlens)[0])[0]
+
+    def _convolve(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, State]:
+        """The activated channels [B, T, V], the output gate [B, T, V], and the state of the convolution."""
+        u, z = self.in_proj(x).chunk(2, -1)
+        after: State = {}
+        if self.conv1d is not None:
+            if state is None:
+                state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+            u, after["conv"] = self.conv1d(u, state["conv"], cu_seqlens)
+        return F.silu(u), z, after
+
+    def _select(self, u: Tensor) -> tuple[Discretized, Tensor, Tensor]:
+        """The transition, the write keys B_t and the queries C_t, each [B, T, 1, K], from the channels."""
+        size = self.config.state_size
+        low_rank, write, q = self.x_proj(u).split([self.dt_rank, size, size], -1)
+        wide = u.dtype if u.dtype == torch.float64 else torch.float32
+        dt = F.softplus(F.linear(low_rank, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
+        a = -torch.exp(self.A_log.to(wide)).mT.unsqueeze(0)
+        return Discretized(dt.unsqueeze(2), a, self.config.eigenvalue_range), write.unsqueeze(2), q.unsqueeze(2)
+
+
+MIXERS = (MambaConfig,)

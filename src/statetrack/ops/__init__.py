@@ -1,0 +1,150 @@
+"""The linear recurrence itself, by several backends; nothing here knows a model.
+
+A backend is a file in this folder with a `BACKEND`; `linear_recurrence` finds it by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import logging
+import pkgutil
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from statetrack.ops.backend import Backend
+from statetrack.transition import Discretized, Householder, Transition
+
+__all__ = ["Backend", "available_backends", "linear_recurrence"]
+
+_log = logging.getLogger("statetrack.ops")
+
+
+def linear_recurrence(
+    transition: Transition,
+    q: Tensor,
+    v: Tensor,
+    *,
+    write: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Computes `H_t = A_t H_{t-1} + B_t`, `o_t = H_t^T q_t` (equation 1 of arXiv 2411.12537).
+
+    `A_t` is the transition. What is written, `B_t`, depends on its kind:
+        Householder: every factor j writes its own value along its own key,
+            `H <- H - beta_j k_j (k_j^T H - v_j^T)`, so `v` is [B, T, N, H, V] and `write` must be None;
+        Discretized: `B_t = write_t v_t^T`, so `write` is [B, T, H, K] and `v` is [B, T, H, V].
+
+    Args:
+        transition: the state-transition matrices.
+        q: queries [B, T, H, K], any floating dtype.
+        v: values, see above, any floating dtype.
+        write: keys [B, T, H, K] along which the values are written, see above.
+        initial_state: [B, H, K, V], or [S, H, K, V] with `cu_seqlens`; None is zero.
+        cu_seqlens: the boundaries [S + 1] (integer, from 0 to T, not decreasing) of S sequences packed along T; then B
+            is 1.
+        backend: a name from `available_backends()`, or "auto" for the fastest that supports the transition.
+
+    Returns:
+        o: [B, T, H, V] in the dtype of `v`.
+        final_state: [B, H, K, V], or [S, H, K, V] with `cu_seqlens`; float64 if any input is float64, else float32.
+
+    Raises:
+        ValueError: for shapes that don't go together, a length of 0, an unknown backend or one that does not support
+            the transition.
+    """
+    _check(transition, q, v, write, initial_state, cu_seqlens)
+    chosen = _choose(transition, q.shape[1], backend)
+    return chosen.run(transition, q, v, write, initial_state, cu_seqlens)
+
+
+@cache
+def _backends() -> tuple[Backend, ...]:
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    found = [module.BACKEND for module in modules if hasattr(module, "BACKEND")]
+    return tuple(sorted(found, key=lambda backend: -backend.priority))
+
+
+def available_backends(transition: Transition | None = None) -> list[str]:
+    """The names of all backends, or of those that support `transition`; the one that "auto" prefers comes first."""
+    names = [b.name for b in _backends() if transition is None or b.supports(transition) is None]
+    return list(dict.fromkeys(names))
+
+
+def _choose(transition: Transition, length: int, name: str) -> Backend:
+    reasons = []
+    for candidate in _backends():
+        if name not in ("auto", candidate.name):
+            continue
+        reason = candidate.supports(transition)
+        if name == "auto" and reason is None and length < candidate.min_length:
+            reason = f"{candidate.name} serves lengths from {candidate.min_length}"
+        if reason is None:
+            if name == "auto":
+                _log_choice(type(transition).__name__, candidate.name)
+            return candidate
+        reasons.append(reason)
+    if not reasons:
+        raise ValueError(f"unknown backend {name!r}; available: auto, {', '.join(available_backends())}")
+    raise ValueError(f"backend {name!r} can't serve {type(transition).__name__}: {'; '.join(reasons)}")
+
+
+@cache
+def _log_choice(kind: str, name: str) -> None:
+    _log.info("backend 'auto' uses %r for %s", name, kind)
+
+
+def _check(
+    transition: Transition,
+    q: Tensor,
+    v: Tensor,
+    write: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    b, t, h = transition.batch_shape
+    if b == 0 or t == 0 or h == 0:
+        raise ValueError(
+            f"a recurrence needs at least one sequence, one token and one head, got B = {b}, T = {t}, H = {h}"
+        )
+    if isinstance(transition, Householder):
+        n, key_dim = transition.k.shape[2], transition.k.shape[4]
+        if v.shape[:-1] != (b, t, n, h) or v.ndim != 5:
+            raise ValueError(f"v must be [B, T, N, H, V] = {(b, t, n, h, 'V')} to go with k, got {tuple(v.shape)}")
+        if write is not None:
+            raise ValueError("a Householder transition writes along its own keys: leave out `write`")
+    elif isinstance(transition, Discretized):
+        key_dim, value_dim = transition.A.shape[1:]
+        if v.shape != (b, t, h, value_dim):
+            raise ValueError(f"v must be [B, T, H, V] = {(b, t, h, value_dim)} to go with dt, got {tuple(v.shape)}")
+        if write is None or write.shape != (b, t, h, key_dim):
+            got = "None" if write is None else tuple(write.shape)
+            raise ValueError(f"write must be [B, T, H, K] = {(b, t, h, key_dim)} to go with A, got {got}")
+    else:
+        raise ValueError(f"no operation is known for the transition {type(transition).__name__}")
+    if q.shape != (b, t, h, key_dim):
+        raise ValueError(
+            f"q must be [B, T, H, K] = {(b, t, h, key_dim)} to go with the transition, got {tuple(q.shape)}"
+        )
+    states = b
+    if cu_seqlens is not None:
+        if b != 1:
+            raise ValueError(f"packed sequences lie in one row: B must be 1 with cu_seqlens, got {b}")
+        _check_cu_seqlens(cu_seqlens, t)
+        states = len(cu_seqlens) - 1
+    if initial_state is not None and initial_state.shape != (states, h, key_dim, v.shape[-1]):
+        raise ValueError(f"initial_state must be {(states, h, key_dim, v.shape[-1])}, got {tuple(initial_state.shape)}")
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, t: int) -> None:
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+        raise ValueError(
+            f"cu_seqlens must be a vector of at least two integers, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
+        )
+    boundaries = cu_seqlens.tolist()
+    if boundaries[0] != 0 or boundaries[-1] != t or any(a > b for a, b in itertools.pairwise(boundaries)):
+        raise ValueError(f"cu_seqlens must run from 0 to T = {t} without decreasing, got {boundaries[:8]}")

@@ -1,0 +1,55 @@
+"""What a person sees while something long is going on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from statetrack.config import RunConfig
+from statetrack.training import Progress as TrainingProgress
+
+
+def describe(progress: TrainingProgress) -> str:
+    """Step, loss, accuracy and speed of a training run, in a line."""
+    return (
+        f"step {progress.step:>{len(str(progress.steps))}}/{progress.steps}  loss {progress.loss:.4f}  "
+        f"accuracy {progress.accuracy:.3f}  {progress.tokens_per_second / 1000:,.0f}k tokens/s"
+    )
+
+
+@contextmanager
+def training_progress(config: RunConfig) -> Iterator[Callable[[TrainingProgress], None]]:
+    """Shows one run on standard error: a bar with loss, accuracy, speed, time left; without a terminal, ten lines."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        bar = bars.add_task(config.task, total=config.training.steps)
+        shown = 0
+
+        def show(progress: TrainingProgress) -> None:
+            nonlocal shown
+            bars.update(bar, completed=progress.step, description=f"{config.task}  {describe(progress)}")
+            if not console.is_terminal and (tenth := 10 * progress.step // progress.steps) > shown:
+                shown = tenth
+                console.print(f"{describe(progress)}  {progress.seconds_left:.0f} s left", highlight=False)
+
+        yield show
+
+
+@contextmanager
+def evaluation_progress() -> Iterator[Callable[[int, int], None]]:
+    """Shows the share of tokens read, on standard error."""
+    console = Console(stderr=True)
+    columns = (TextColumn("evaluating"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("left"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        bar = bars.add_task("evaluating", total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)

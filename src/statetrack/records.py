@@ -1,0 +1,58 @@
+"""Run directories -> records: what the tables and pages of `statetrack.report` are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from statetrack.config import RunConfig
+from statetrack.evaluation import measure_eigenvalues, solved
+from statetrack.model import LanguageModel
+from statetrack.report import Record
+from statetrack.report.record import HistoryPoint
+from statetrack.runs import RunDirectory
+from statetrack.tasks import get_task
+
+
+def record_of_run(directory: RunDirectory, *, explanation: str = "") -> Record:
+    """What a trained run amounted to: its learning curve, its last evaluation if it had one, its measured eigenvalues.
+
+    Raises:
+        RunError: if the directory can't be used.
+    """
+    config, model = directory.read_config(), directory.load_model()
+    evaluation = directory.read_evaluation()
+    accuracy = {int(length): share for length, share in evaluation.get("accuracy", {}).items()}
+    eigenvalues = measure_eigenvalues(model, get_task(config.task))
+    return Record(
+        **_facts(config),
+        num_parameters=model.num_parameters(),
+        train_seconds=directory.train_seconds(),
+        solved=solved(accuracy),
+        accuracy=accuracy,
+        accuracy_sequences={int(length): count for length, count in evaluation.get("sequences", {}).items()},
+        explanation=explanation,
+        history=tuple(HistoryPoint(m["step"], m["loss"], m["accuracy"]) for m in directory.read_metrics()),
+        token_eigenvalues={str(token): tuple(values) for token, values in eigenvalues.items()},
+    )
+
+
+def record_of_failure(config: RunConfig, reason: str, *, explanation: str = "") -> Record:
+    """A run that broke down, and why."""
+    model = LanguageModel(config.model)
+    return Record(**_facts(config), num_parameters=model.num_parameters(), failed=reason, explanation=explanation)
+
+
+def _facts(config: RunConfig) -> dict[str, Any]:
+    mixer, training = config.model.mixer, config.training
+    layers = config.model.num_layers
+    return {
+        "task": config.task,
+        "mixer": mixer.name,
+        "eigenvalue_range": getattr(mixer, "eigenvalue_range", None),
+        "num_householder": getattr(mixer, "num_householder", None),
+        "seed": training.seed,
+        "steps": training.steps,
+        "chance": get_task(config.task).chance,
+        "train_lengths": (training.min_length, training.max_length),
+        "variant": "" if layers == 1 else f"{layers} layers",
+    }

@@ -1,0 +1,11 @@
+"""What runs amounted to: a table for the terminal, `summary.json`, and one HTML page that needs nothing but itself.
+
+The input is data, a list of `Record`s; no model is loaded and nothing is computed again.
+"""
+
+from statetrack.report.origin import provenance
+from statetrack.report.page import write_figure, write_report
+from statetrack.report.record import Record, read_summary, write_summary
+from statetrack.report.tables import table
+
+__all__ = ["Record", "provenance", "read_summary", "table", "write_figure", "write_report", "write_summary"]

@@ -1,0 +1,203 @@
+"""Run directories: everything about one trained model, in files that are replaced whole or not at all.
+
+config.json                  the task, the model, the training; the format's number and the version that wrote it
+model.safetensors            the weights of the last checkpoint
+metrics.jsonl                a line every few steps
+training_state.safetensors   weights, optimizer and step of the last checkpoint, from which training goes on
+evaluation.json              what the last `statetrack evaluate` found
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from statetrack.config import RunConfig, from_data, to_data
+from statetrack.files import atomic_write
+from statetrack.model import LanguageModel
+
+FORMAT = 1
+"""Number of the layout of a run directory; it changes when older readers could not make sense of one."""
+
+
+class RunError(ValueError):
+    """A run directory that can't be used, and why."""
+
+
+class RunDirectory:
+    """A directory of one run.
+
+    Args:
+        path: the directory; it need not exist yet.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "config.json"
+        self.model_file = self.path / "model.safetensors"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.evaluation_file = self.path / "evaluation.json"
+        self.state_file = self.path / "training_state.safetensors"
+
+    def exists(self) -> bool:
+        return self.config_file.exists()
+
+    def create(self, config: RunConfig) -> None:
+        """Makes the directory and writes the config.
+
+        Raises:
+            RunError: if the path is a file, or a directory with something else in it.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; a run needs a directory of its own")
+        if self.path.exists() and any(self.path.iterdir()) and not self.exists():
+            raise RunError(f"{self.path} has files in it but no config.json; a run needs a new or empty directory")
+        self.path.mkdir(parents=True, exist_ok=True)
+        from statetrack import __version__
+
+        data = {"format": FORMAT, "statetrack": __version__, **to_data(config)}
+        atomic_write(self.config_file, json.dumps(data, indent=2) + "\n")
+
+    def read_config(self) -> RunConfig:
+        if not self.path.is_dir():
+            raise RunError(f"there is no run directory {self.path}")
+        if not self.exists():
+            raise RunError(f"{self.path} is not a run directory: it has no config.json")
+        try:
+            data = json.loads(self.config_file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RunError(f"{self.config_file} is not valid JSON ({error}); restore it or train again") from None
+        if not isinstance(data, dict) or "format" not in data:
+            raise RunError(f"{self.config_file} is not the config of a run: it has no format number")
+        written, version = data.pop("format"), data.pop("statetrack", "unknown")
+        if written != FORMAT:
+            raise RunError(
+                f"{self.path} has the run format {written!r}, written by statetrack {version}, and this version reads "
+                f"format {FORMAT}: use the version that wrote it"
+            )
+        try:
+            return from_data(RunConfig, data)
+        except ValueError as error:
+            raise RunError(f"{self.config_file}: {error}") from None
+
+    def load_model(self, device: torch.device | str = "cpu") -> LanguageModel:
+        """The model with the weights of the last checkpoint, in evaluation mode.
+
+        Raises:
+            RunError: if the directory is missing, half-written, of another format, or its weights don't fit its config.
+        """
+        config = self.read_config()
+        if not self.model_file.exists():
+            raise RunError(f"{self.path} has no model.safetensors yet: its training did not reach a checkpoint")
+        model = LanguageModel(config.model)
+        load_weights(model, read_tensors(self.model_file)[0], self.model_file)
+        return model.to(device).eval()
+
+    def save_checkpoint(self, model: nn.Module, optimizer: Mapping[str, Tensor], progress: Mapping[str, str]) -> None:
+        """Replaces the training state, then the weights, each atomically."""
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        state = {f"model.{name}": tensor for name, tensor in weights.items()}
+        state |= {f"optimizer.{name}": tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}
+        atomic_write(self.state_file, save(state, dict(progress)))
+        atomic_write(self.model_file, save(weights, dict(progress)))
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]] | None:
+        """The weights, the optimizer's tensors and the progress of the last checkpoint; None if there is none."""
+        if not self.state_file.exists():
+            return None
+        state, progress = read_tensors(self.state_file)
+        parts = {
+            part: {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
+            for part in ("model.", "optimizer.")
+        }
+        return parts["model."], parts["optimizer."], progress
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(record)) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The metrics that were written; a last line cut short by a crash is left out."""
+        if not self.metrics_file.exists():
+            return []
+        return list(_complete_records(self.metrics_file.read_text(encoding="utf-8")))
+
+    def train_seconds(self) -> float:
+        """How long the training of the weights in model.safetensors took."""
+        return float(read_tensors(self.model_file)[1].get("seconds", "nan"))
+
+    def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
+        atomic_write(self.evaluation_file, json.dumps(dict(evaluation), indent=2) + "\n")
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """What `write_evaluation` wrote; empty if nothing was.
+
+        Raises:
+            RunError: if the file is not valid JSON.
+        """
+        if not self.evaluation_file.exists():
+            return {}
+        try:
+            return dict(json.loads(self.evaluation_file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise RunError(f"{self.evaluation_file} is not valid JSON ({error}); evaluate the run again") from None
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the metrics of steps after `step`: training goes on from there and will write them again."""
+        kept = [record for record in self.read_metrics() if record["step"] <= step]
+        if self.metrics_file.exists():
+            atomic_write(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        RunError: if the file is cut short or is not one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file}, file.metadata() or {}
+    except SafetensorError as error:
+        raise RunError(f"{path} is damaged or cut short ({error}); restore it or train again") from None
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Loads weights that must fit exactly.
+
+    Raises:
+        RunError: naming every missing, extra or misshapen tensor.
+    """
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - weights.keys())
+    extra = sorted(weights.keys() - expected.keys())
+    misshapen = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    problems = [
+        f"{kind} {', '.join(names)}"
+        for kind, names in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
+        if names
+    ]
+    if problems:
+        raise RunError(f"{source} does not fit the model of its config: {'; '.join(problems)}")
+    model.load_state_dict(dict(weights))
+
+
+def _complete_records(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield record

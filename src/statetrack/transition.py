@@ -1,0 +1,246 @@
+"""State-transition matrices: what distinguishes one linear RNN from another.
+
+Every linear RNN is the recurrence (equation 1 of Grazzi et al., arXiv 2411.12537)
+
+    H_t = A_t H_{t-1} + B_t,        o_t = H_t^T q_t,
+
+with a state `H` of shape [K, V] for each head. The models differ in `A_t`; a `Transition` is the value of `A_t` for
+every token of a batch. Operations consume it, the analysis tools read its eigenvalues.
+
+Letters used for shapes in the whole package:
+    B batch, T time, H heads, N Householder factors for each token, K key dimension, V value dimension, D model
+    dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EigenvalueRange:
+    """The interval [lo, hi] that the eigenvalues of a transition may take; -1 <= lo < hi <= 1.
+
+    This class is the only place that knows how a gate with values in [0, 1] is widened to another range. Wherever a
+    range is expected, a pair such as `(-1, 1)` or a string such as `"-1,1"` will do.
+    """
+
+    lo: float = 0.0
+    hi: float = 1.0
+
+    def __post_init__(self) -> None:
+        lo, hi = float(self.lo), float(self.hi)
+        if not (math.isfinite(lo) and math.isfinite(hi) and -1 <= lo < hi <= 1):
+            raise ValueError(f"an eigenvalue range needs -1 <= lo < hi <= 1, for example (-1, 1); got ({lo:g}, {hi:g})")
+        object.__setattr__(self, "lo", lo)
+        object.__setattr__(self, "hi", hi)
+
+    @classmethod
+    def of(cls, value: EigenvalueRangeLike) -> EigenvalueRange:
+        """Reads a range from an `EigenvalueRange`, a pair of numbers, or a string `"lo,hi"`."""
+        if isinstance(value, EigenvalueRange):
+            return value
+        parts = value.split(",") if isinstance(value, str) else value
+        try:
+            lo, hi = (float(part) for part in parts)
+        except (TypeError, ValueError):
+            raise ValueError(f"an eigenvalue range is two numbers lo,hi, for example -1,1; got {value!r}") from None
+        return cls(lo, hi)
+
+    def widen(self, gate: Tensor) -> Tensor:
+        """Maps a gate in [0, 1] onto [lo, hi]: `lo + (hi - lo) gate`; for (-1, 1) the paper's `2 gate - 1`."""
+        if self.lo == 0 and self.hi == 1:
+            return gate
+        return self.lo + (self.hi - self.lo) * gate
+
+    def householder_beta(self, gate: Tensor) -> Tensor:
+        """Maps a gate in [0, 1] onto the `beta` for which the eigenvalue `1 - beta` runs from 1 at gate 0 to lo at gate 1.
+
+        For (0, 1) this is the gate itself (DeltaNet), for (-1, 1) it is `2 gate`.
+
+        Raises:
+            ValueError: if hi is not 1. A generalized Householder matrix is the identity outside its key, so 1 is always
+                among its eigenvalues.
+        """
+        if self.hi != 1:
+            raise ValueError(
+                f"the eigenvalue range of a generalized Householder matrix ends at 1; got ({self.lo:g}, {self.hi:g})"
+            )
+        return gate if self.lo == 0 else (1 - self.lo) * gate
+
+    def __str__(self) -> str:
+        return f"{self.lo:g},{self.hi:g}"
+
+
+EigenvalueRangeLike = EigenvalueRange | tuple[float, float] | list[float] | str
+
+
+class Transition(ABC):
+    """The state-transition matrices `A_t` of a batch of token sequences."""
+
+    @property
+    @abstractmethod
+    def batch_shape(self) -> tuple[int, int, int]:
+        """(B, T, H)."""
+
+    @abstractmethod
+    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same kind of transition with `function` applied to every tensor whose first two axes are B and T."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """`A_t` written out: [B, T, H, K, K], or [B, T, H, V, K, K] where value channels have matrices of their own."""
+
+    @abstractmethod
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues of every `A_t`: complex128, the shape of `dense()` without its last axis."""
+
+
+@dataclass(frozen=True)
+class Householder(Transition):
+    """Products of N generalized Householder matrices, after an optional decay (DeltaNet, Gated DeltaNet, DeltaProduct).
+
+        A_t = (I - beta_N k_N k_N^T) ... (I - beta_1 k_1 k_1^T) diag(decay)
+
+    The factor j = 1 is applied first, the decay before it. Along k_j a factor has the eigenvalue `1 - beta_j |k_j|^2`.
+
+    Attributes:
+        k: keys [B, T, N, H, K].
+        beta: [B, T, N, H].
+        decay: None, [B, T, H] (one signed number for each head) or [B, T, H, K] (one for each key channel). It is
+            linear, not a logarithm, so that 0 and negative numbers can be said.
+        normalize: divide beta by |k|^2 of the key as rounded to its dtype (0 where k = 0), so that beta = 2 is an
+            exact reflection, with the eigenvalue -1, whatever the dtype of k. Another function than `normalize=False`.
+    """
+
+    k: Tensor
+    beta: Tensor
+    decay: Tensor | None = None
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k.ndim != 5:
+            raise ValueError(
+                f"k must be [B, T, N, H, K], got {_shape(self.k)}; "
+                "for one factor a token use k.unsqueeze(2) and beta.unsqueeze(2)"
+            )
+        if self.beta.shape != self.k.shape[:-1]:
+            raise ValueError(f"beta must be [B, T, N, H] = {_shape(self.k)[:-1]} to go with k, got {_shape(self.beta)}")
+        b, t, n, h, k = self.k.shape
+        if n == 0 or k == 0:
+            raise ValueError(f"k must have at least one factor and one channel, got N = {n}, K = {k}")
+        if self.decay is not None and self.decay.shape not in ((b, t, h), (b, t, h, k)):
+            raise ValueError(f"decay must be {(b, t, h)} or {(b, t, h, k)} to go with k, got {_shape(self.decay)}")
+
+    @property
+    def batch_shape(self) -> tuple[int, int, int]:
+        b, t, _, h, _ = self.k.shape
+        return b, t, h
+
+    @property
+    def effective_beta(self) -> Tensor:
+        """The factor of k k^T: beta, or beta / |k|^2 with `normalize`; float32 or float64, [B, T, N, H]."""
+        dtype = accumulation_dtype(self.k, self.beta)
+        beta = self.beta.to(dtype)
+        if not self.normalize:
+            return beta
+        squared_norm = self.k.to(dtype).square().sum(-1)
+        nonzero = squared_norm > 0
+        # The inner `where` keeps 0/0 out of the backward as well: torch.where passes 0 * inf = NaN on otherwise.
+        return torch.where(nonzero, beta / torch.where(nonzero, squared_norm, 1), 0)
+
+    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Self:
+        decay = None if self.decay is None else function(self.decay)
+        return replace(self, k=function(self.k), beta=function(self.beta), decay=decay)
+
+    def dense(self) -> Tensor:
+        beta = self.effective_beta
+        k = self.k.to(beta.dtype)
+        b, t, n, h, dim = k.shape
+        product = torch.eye(dim, dtype=k.dtype, device=k.device).expand(b, t, h, dim, dim)
+        if self.decay is not None:
+            decay = self.decay.to(beta.dtype)
+            product = product * (decay[..., None, None] if decay.ndim == 3 else decay[..., None, :])
+        for j in range(n):
+            k_j = k[:, :, j, :, :, None]
+            product = product - beta[:, :, j, :, None, None] * k_j @ (k_j.mT @ product)
+        return product
+
+    def eigenvalues(self) -> Tensor:
+        return _eigvals(self.dense())
+
+
+@dataclass(frozen=True)
+class Discretized(Transition):
+    """A continuous-time diagonal system, discretized with a step size that depends on the token (Mamba).
+
+        A_t = diag(lo + (hi - lo) exp(dt_t A)),     elementwise on the state [K, V]
+
+    with A < 0 and dt >= 0. The range (0, 1) is Mamba's own `exp(dt A)`; (-1, 1) is the paper's `2 exp(dt A) - 1`. The
+    product dt A is as large as all states together, B T H K V numbers, and is never kept in memory by an operation.
+
+    Attributes:
+        dt: step sizes [B, T, H, V].
+        A: [H, K, V].
+        eigenvalue_range: the range (lo, hi).
+    """
+
+    dt: Tensor
+    A: Tensor
+    eigenvalue_range: EigenvalueRange = EigenvalueRange()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eigenvalue_range", EigenvalueRange.of(self.eigenvalue_range))
+        if self.dt.ndim != 4 or self.A.ndim != 3:
+            raise ValueError(f"dt must be [B, T, H, V] and A [H, K, V], got {_shape(self.dt)} and {_shape(self.A)}")
+        if self.A.shape[0] != self.dt.shape[2] or self.A.shape[2] != self.dt.shape[3]:
+            raise ValueError(
+                f"dt [B, T, H, V] and A [H, K, V] must share H and V, got {_shape(self.dt)} and {_shape(self.A)}"
+            )
+
+    @property
+    def batch_shape(self) -> tuple[int, int, int]:
+        b, t, h, _ = self.dt.shape
+        return b, t, h
+
+    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, dt=function(self.dt))
+
+    def diagonal(self) -> Tensor:
+        """The entries of A_t: [B, T, H, K, V], float32 or float64."""
+        dtype = accumulation_dtype(self.dt, self.A)
+        return self.eigenvalue_range.widen(torch.exp(self.dt.to(dtype).unsqueeze(3) * self.A.to(dtype)))
+
+    def dense(self) -> Tensor:
+        return torch.diag_embed(self.diagonal().mT)
+
+    def eigenvalues(self) -> Tensor:
+        return _finite(self.diagonal().mT).to(torch.complex128)
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of states and transition parameters: float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _eigvals(matrices: Tensor) -> Tensor:
+    return torch.linalg.eigvals(_finite(matrices).to(torch.float64))
+
+
+def _finite(matrices: Tensor) -> Tensor:
+    if not torch.isfinite(matrices).all():
+        raise ValueError(
+            "a transition with NaN or infinite entries has no eigenvalues; check the inputs that it was made of"
+        )
+    return matrices
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

@@ -1,0 +1,102 @@
+"""Experiments: how their files are read, and that a grid runs on worker processes, stops and goes on."""
+
+import pytest
+
+from statetrack import EigenvalueRange
+from statetrack.experiments import load_experiment, run_experiment
+from statetrack.experiments.experiment import read_experiment
+
+SMALL = {
+    "title": "small",
+    "seeds": [3, 4],
+    "run": [
+        {
+            "task": "parity",
+            "lengths": [5, 256],
+            "winner_lengths": [300],
+            "explanation": "because",
+            "model": {"d_model": 8, "num_layers": 1},
+            "mixer": {"name": "deltanet", "num_heads": 2},
+            "training": {"steps": 4, "batch_size": 2, "max_length": 6, "log_every": 1},
+            "sweep": [
+                {"eigenvalue_range": [0, 1], "explanation": "another reason"},
+                {"eigenvalue_range": [-1, 1]},
+            ],
+        }
+    ],
+}
+
+
+def test_a_sweep_makes_a_run_for_every_entry_and_seed():
+    experiment = read_experiment(SMALL)
+    mixers = [run.config.model.mixer for run in experiment.runs]
+    assert [mixer.eigenvalue_range for mixer in mixers] == [EigenvalueRange(0, 1)] * 2 + [EigenvalueRange(-1, 1)] * 2
+    assert [run.config.training.seed for run in experiment.runs] == [3, 4, 3, 4]
+    assert [run.explanation for run in experiment.runs] == ["another reason"] * 2 + ["because"] * 2
+    assert len({run.name for run in experiment.runs}) == 4
+    assert len(read_experiment(SMALL, [9]).runs) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"titel": "x"}, "unknown key titel"),
+        ({"run": [{"task": "parity", "mixer": {"name": "deltanet"}}]}, "lengths"),
+        ({"run": [{"task": "parity", "lengths": [4], "mixer": {"name": "nothing"}}]}, "unknown mixer 'nothing'"),
+        ({"run": [{"task": "parity", "lengths": [4], "mixer": {"name": "mamba", "heads": 1}}]}, "unknown key heads"),
+    ],
+)
+def test_a_wrong_file_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        read_experiment({**SMALL, **change})
+
+
+def test_a_grid_runs_stops_and_goes_on(tmp_path):
+    experiment, events = read_experiment(SMALL, [3]), []
+    assert run_experiment(experiment, tmp_path, workers=2, should_stop=lambda: True) is None
+    records = run_experiment(experiment, tmp_path, workers=2, on_event=events.append)
+    assert records is not None
+    assert [record.seed for record in records] == [3, 3]
+    assert [set(record.accuracy) - {300} for record in records] == [{5, 256}] * 2
+    assert all(record.train_seconds is not None and record.token_eigenvalues for record in records)
+    assert [len(record.history) for record in records] == [4, 4]
+    assert {event.run for event in events if event.progress} == {0, 1}
+    written = {run.name: (tmp_path / run.name / "model.safetensors").stat().st_mtime_ns for run in experiment.runs}
+    again = run_experiment(experiment, tmp_path, workers=1)
+    assert again == records
+    assert written == {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in written}
+
+
+def test_a_run_that_breaks_down_is_reported_not_dropped(tmp_path):
+    broken = {
+        **SMALL["run"][0],
+        "training": {**SMALL["run"][0]["training"], "learning_rate": 1e38, "gradient_clip": 0, "warmup": 0},
+    }
+    records = run_experiment(read_experiment({**SMALL, "run": [broken]}, [0]), tmp_path, workers=1)
+    assert records is not None
+    assert all(record.failed is not None and "the loss became" in record.failed for record in records)
+    assert not any(record.solved for record in records)
+
+
+def test_the_demo_is_the_experiment_that_it_says_it_is():
+    experiment = load_experiment("demo")
+    models = {
+        (
+            r.config.task,
+            r.config.model.mixer.name,
+            str(r.config.model.mixer.eigenvalue_range),
+            getattr(r.config.model.mixer, "num_householder", None),
+        )
+        for r in experiment.runs
+    }
+    assert models == {
+        ("parity", "deltanet", "0,1", 1),
+        ("parity", "deltanet", "-1,1", 1),
+        ("parity", "mamba", "0,1", None),
+        ("parity", "mamba", "-1,1", None),
+        ("group:S3", "deltaproduct", "-1,1", 1),
+        ("group:S3", "deltaproduct", "-1,1", 2),
+    }
+    assert len(experiment.runs) == 18
+    assert all(run.explanation for run in experiment.runs)
+    assert all((run.config.training.min_length, run.config.training.max_length) == (3, 40) for run in experiment.runs)

@@ -1,0 +1,63 @@
+"""The layers against PyTorch's own convolution and formulas."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from statetrack.layers import GatedMLP, ShortConvolution, l2_normalize
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_short_convolution_equals_a_padded_grouped_convolution(size, bias):
+    torch.manual_seed(0)
+    layer, x = ShortConvolution(6, size, bias=bias), torch.randn(2, 9, 6)
+    expected = F.conv1d(F.pad(x.mT, (size - 1, 0)), layer.weight, layer.bias, groups=6).mT
+    y, state = layer(x, layer.init_state(2))
+    assert torch.allclose(y, expected, atol=1e-6)
+    assert torch.equal(state, x[:, 9 - size + 1 :])
+
+
+@pytest.mark.parametrize("split", [1, 2, 5])
+def test_short_convolution_carries_its_state(split):
+    torch.manual_seed(0)
+    layer, x = ShortConvolution(3, 4).double(), torch.randn(2, 7, 3, dtype=torch.float64)
+    whole, end = layer(x, layer.init_state(2))
+    first, state = layer(x[:, :split], layer.init_state(2))
+    second, state = layer(x[:, split:], state)
+    assert torch.allclose(torch.cat([first, second], 1), whole)
+    assert torch.equal(state, end)
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 1, 2, 4], [12], [1] * 12, [0, 12, 0]])
+def test_packed_sequences_do_not_see_each_other(lengths):
+    torch.manual_seed(0)
+    layer, x = ShortConvolution(3, 4, bias=True).double(), torch.randn(1, 12, 3, dtype=torch.float64)
+    states = torch.randn(len(lengths), 3, 3, dtype=torch.float64)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    y, after = layer(x, states, cu_seqlens)
+    for index, (start, stop) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens[1:].tolist(), strict=False)):
+        alone, state = layer(x[:, start:stop], states[index : index + 1])
+        assert torch.allclose(y[:, start:stop], alone)
+        assert torch.equal(after[index : index + 1], state)
+
+
+def test_a_convolution_over_one_token_is_refused():
+    with pytest.raises(ValueError, match="at least 2 tokens"):
+        ShortConvolution(3, 1)
+
+
+def test_gated_mlp_is_swiglu():
+    torch.manual_seed(0)
+    mlp, x = GatedMLP(4, 6), torch.randn(2, 3, 4)
+    gate, up = x @ mlp.gate_proj.weight.mT, x @ mlp.up_proj.weight.mT
+    assert torch.allclose(mlp(x), (gate * torch.sigmoid(gate) * up) @ mlp.down_proj.weight.mT, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_l2_normalize_keeps_the_dtype_and_survives_zero(dtype):
+    x = torch.randn(5, 8).to(dtype)
+    y = l2_normalize(x)
+    assert y.dtype == dtype
+    assert torch.allclose(y.double().norm(dim=-1), torch.ones(5, dtype=torch.float64), atol=1e-2)
+    assert torch.equal(l2_normalize(torch.zeros(2, dtype=dtype)), torch.zeros(2, dtype=dtype))

@@ -1,0 +1,102 @@
+"""Run directories that are missing, broken, or somebody else's: one sentence each."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from statetrack import mixer_config
+from statetrack.config import TrainingConfig, run_config
+from statetrack.runs import RunDirectory, RunError
+from statetrack.training import train
+
+
+@pytest.fixture
+def directory(tmp_path):
+    training = TrainingConfig(steps=2, batch_size=2, max_length=4, log_every=1)
+    config = run_config("parity", mixer_config("deltanet")(), {"d_model": 8, "num_layers": 1}, training)
+    directory = RunDirectory(tmp_path / "run")
+    train(config, directory)
+    return directory
+
+
+def edit_config(directory, **changes):
+    data = json.loads(directory.config_file.read_text()) | changes
+    directory.config_file.write_text(json.dumps(data))
+
+
+def edit_weights(directory, edit):
+    weights = load_file(directory.model_file)
+    edit(weights)
+    save_file(weights, directory.model_file)
+
+
+def cut_short(directory):
+    content = directory.model_file.read_bytes()
+    directory.model_file.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: d.config_file.unlink(), "is not a run directory: it has no config.json"),
+        (lambda d: d.config_file.write_text("{"), "is not valid JSON"),
+        (lambda d: d.config_file.write_bytes(b"\xff\xfe"), "is not valid JSON"),
+        (lambda d: d.config_file.write_text("[]"), "is not the config of a run"),
+        (lambda d: edit_config(d, format=99), "has the run format 99"),
+        (lambda d: edit_config(d, task="nothing"), "nothing"),
+        (lambda d: edit_config(d, extra=1), "unknown key extra"),
+        (lambda d: d.model_file.unlink(), "has no model"),
+        (cut_short, "is damaged or cut short"),
+        (lambda d: d.model_file.write_bytes(b""), "is damaged or cut short"),
+        (lambda d: d.model_file.write_bytes(b"not tensors at all"), "is damaged or cut short"),
+        (lambda d: edit_weights(d, lambda w: w.pop("norm.weight")), r"missing norm\.weight"),
+        (lambda d: edit_weights(d, lambda w: w.update(more=torch.ones(1))), "extra more"),
+        (
+            lambda d: edit_weights(d, lambda w: w.update({"norm.weight": torch.ones(3)})),
+            r"misshapen norm.weight \(3,\) instead of \(8,\)",
+        ),
+    ],
+)
+def test_a_broken_run_is_refused_in_one_sentence(directory, damage, message):
+    damage(directory)
+    with pytest.raises(RunError, match=message) as caught:
+        directory.load_model()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_directory_is_said_to_be_missing(tmp_path):
+    with pytest.raises(RunError, match="there is no run directory"):
+        RunDirectory(tmp_path / "nowhere").read_config()
+
+
+def test_a_directory_with_other_things_in_it_is_left_alone(tmp_path, directory):
+    config = directory.read_config()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(RunError, match=r"has files in it but no config\.json"):
+        RunDirectory(tmp_path / "other").create(config)
+    with pytest.raises(RunError, match="is a file"):
+        RunDirectory(tmp_path / "other" / "thesis.tex").create(config)
+
+
+def test_the_directory_is_all_that_is_needed(directory):
+    model = directory.load_model()
+    assert not model.training
+    assert model.config == directory.read_config().model
+    assert {f.name for f in directory.path.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "metrics.jsonl",
+        "training_state.safetensors",
+    }
+
+
+def test_metrics_cut_short_lose_their_last_line_only(directory):
+    whole = directory.read_metrics()
+    with directory.metrics_file.open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert directory.read_metrics() == whole
+    directory.truncate_metrics(1)
+    assert directory.read_metrics() == whole[:1]

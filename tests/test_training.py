@@ -1,0 +1,176 @@
+"""Training: it learns, it resumes bit for bit, and it survives being killed."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from statetrack import mixer_config
+from statetrack.config import TrainingConfig, run_config
+from statetrack.runs import RunDirectory, RunError
+from statetrack.training import TrainingError, learning_rate_at, train
+
+
+def make(mixer="deltanet", **training):
+    options = {
+        "steps": 12,
+        "batch_size": 8,
+        "max_length": 12,
+        "log_every": 2,
+        "checkpoint_every": 5,
+        "learning_rate": 1e-2,
+    }
+    config = mixer_config(mixer)(conv_size=2)
+    return run_config("parity", config, {"d_model": 8, "num_layers": 1}, TrainingConfig(**{**options, **training}))
+
+
+def weights_equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def without_time(metrics):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")} for line in metrics]
+
+
+def test_training_learns_and_is_reproducible():
+    config = make(steps=60)
+    losses = []
+    first = train(config, on_progress=lambda progress: losses.append(progress.loss))
+    assert losses[-1] < losses[0]
+    assert weights_equal(first.model, train(config).model)
+    assert not weights_equal(first.model, train(replace(config, training=replace(config.training, seed=1))).model)
+
+
+@pytest.mark.parametrize("mixer", ["deltanet", "mamba"])
+@pytest.mark.parametrize("stop", [1, 5, 7, 11])
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path, mixer, stop):
+    config = make(mixer)
+    whole = train(config, RunDirectory(tmp_path / "whole"))
+    directory, seen = RunDirectory(tmp_path / "stopped"), []
+
+    def should_stop():
+        seen.append(None)
+        return len(seen) == stop
+
+    assert train(config, directory, should_stop=should_stop).step == stop
+    resumed = train(config, directory)
+    assert resumed.step == config.training.steps
+    assert weights_equal(whole.model, resumed.model)
+    assert without_time(directory.read_metrics()) == without_time(RunDirectory(tmp_path / "whole").read_metrics())
+    for file in ("model.safetensors", "config.json"):
+        a, b = ((tmp_path / run / file).read_bytes() for run in ("whole", "stopped"))
+        assert a == b or file == "model.safetensors"
+    assert weights_equal(directory.load_model(), whole.model)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    config, directory = make(), RunDirectory(tmp_path / "run")
+    train(config, directory)
+    before = directory.state_file.read_bytes()
+    steps = []
+    result = train(config, directory, on_progress=lambda progress: steps.append(progress.step))
+    assert (result.step, steps) == (12, [])
+    assert directory.state_file.read_bytes() == before
+
+
+def test_a_run_killed_at_any_moment_goes_on(tmp_path):
+    """kill -9 at random moments until the run is through; the end is that of a run that nobody disturbed."""
+    config = make(steps=300, checkpoint_every=3)
+    script = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from test_training import make\n"
+        "from statetrack.runs import RunDirectory\n"
+        "from statetrack.training import train\n"
+        "print('ready', flush=True)\n"
+        "train(make(steps=300, checkpoint_every=3), RunDirectory(sys.argv[1]))\n"
+    )
+    directory, kills = RunDirectory(tmp_path / "killed"), 0
+    command = [sys.executable, "-c", script, str(directory.path), str(Path(__file__).parent)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for delay in (0.05, 0.2, 0.35, None):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        if delay is None:
+            assert process.wait(timeout=120) == 0
+        else:
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        if directory.model_file.exists():
+            directory.load_model()  # whatever happened, what is there can be used
+    assert kills >= 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = train(config, RunDirectory(tmp_path / "whole"))
+    finally:
+        torch.set_num_threads(threads)
+    assert weights_equal(directory.load_model(), whole.model)
+    steps = [line["step"] for line in directory.read_metrics()]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 300
+
+
+def test_another_run_is_not_overwritten(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    train(make(), directory)
+    with pytest.raises(RunError, match=r"holds another run \(training.steps is 12 there, not 13\)"):
+        train(make(steps=13), directory)
+    with pytest.raises(RunError, match=r"model.mixer is deltanet there, not mamba"):
+        train(make("mamba"), directory)
+
+
+def test_a_loss_that_is_not_finite_ends_training_with_advice():
+    with pytest.raises(TrainingError, match=r"the loss became (nan|inf) at step .* learning rate below 1e\+30"):
+        train(make(learning_rate=1e30, gradient_clip=0.0, warmup=0.0, steps=50))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_intact(tmp_path, monkeypatch):
+    config, directory = make(), RunDirectory(tmp_path / "run")
+    seen = []
+    train(config, directory, should_stop=lambda: len(seen) == 5 or seen.append(None) is not None)
+    before = directory.state_file.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            train(config, directory)
+    assert directory.state_file.read_bytes() == before
+    assert not list(directory.path.glob("*.tmp"))
+    assert train(config, directory).step == 12
+
+
+def test_metrics_have_what_a_plot_needs(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    train(make(), directory)
+    lines = [json.loads(line) for line in directory.metrics_file.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 12]
+    assert all(line.keys() >= {"loss", "accuracy", "learning_rate", "tokens_per_second", "seconds"} for line in lines)
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear"])
+def test_the_learning_rate_rises_stays_and_falls(shape):
+    options = TrainingConfig(steps=100, warmup=0.1, decay=0.5, decay_shape=shape, learning_rate=2.0)
+    rates = [learning_rate_at(step, options) for step in range(100)]
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[10:50] == [2.0] * 40
+    assert rates[75] == pytest.approx(1.0)
+    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert 0 < rates[-1] < 0.05
+    constant = TrainingConfig(steps=10, warmup=0, decay=0, learning_rate=3.0)
+    assert {learning_rate_at(step, constant) for step in range(10)} == {3.0}
