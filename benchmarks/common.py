@@ -90,7 +90,12 @@ def _raise_of_peak(prepare: Callable[..., Callable[[], object]], args: tuple[Any
 
 
 def _peak_mb() -> float:
-    # Linux reports KiB, macOS bytes.
+    # On Linux `getrusage` also counts the process that this one was started from.
+    status = Path("/proc/self/status")
+    if status.exists():
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024 / 1e6
+    # macOS reports bytes, others KiB.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 

@@ -168,6 +168,10 @@ def test_the_headline_is_counted(page: Page, tmp_path: Path) -> None:
     assert "DeltaNet [−1, 1] solved parity." in render(tmp_path, [record()]).text
     assert "DeltaNet [−1, 1] did not solve parity." in render(tmp_path, [record(solved=False)]).text
     assert "1 of 2 runs solved parity." in render(tmp_path, [record(), record(seed=1, solved=False)]).text
+    unjudged = record(seed=2, solved=False, accuracy={}, accuracy_sequences={})
+    assert "1 of 1 runs" not in render(tmp_path, [record(), unjudged]).text
+    assert "DeltaNet [−1, 1] solved parity." in render(tmp_path, [record(), unjudged]).text
+    assert "No run was judged yet." in render(tmp_path, [unjudged]).text
     assert "Our own words." in render(tmp_path, [record()], headline="Our own words.").text
 
 
@@ -224,6 +228,15 @@ def test_a_page_of_large_spectra_and_long_histories_stays_small(tmp_path: Path) 
         record(variant=f"{i} layers", seed=s, eigenvalues=pairs, history=curve) for i in range(12) for s in range(3)
     ]
     assert len(render(tmp_path, models).source.encode()) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"), [((3, 40), "3–40"), ((40, 40), "40"), ((30, 40), "30–40"), ((64, 1_024), "64–1,024")]
+)
+def test_the_training_lengths_are_marked(tmp_path: Path, lengths: tuple[int, int], words: str) -> None:
+    source = render(tmp_path, [record(train_lengths=lengths)]).source
+    assert source.count(f">{words}</text>") >= 2  # in the wide and in the narrow figure
+    assert "chance 50%" in source
 
 
 def test_a_failed_write_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,6 +352,14 @@ def test_the_table_says_how_many_seeds_a_median_is_over() -> None:
     assert columns["40"][-1] == "100%"
     assert columns["256"][-1] == "100% (1)"
     assert columns["solved"][-1] == "2/3"
+
+
+def test_a_run_that_was_not_evaluated_is_neither_solved_nor_missed(tmp_path: Path) -> None:
+    unjudged = record(seed=1, solved=False, accuracy={256: math.nan})
+    assert [str(cell) for cell in table([unjudged]).columns[-2].cells][-1] == "–"
+    runs = [record(), unjudged, record(seed=2, failed="boom", solved=False, accuracy={})]
+    assert group(runs)[0].solved_text == "1/2"
+    assert [row[-4] for row in render(tmp_path, runs).cells("run")] == ["solved", "not judged", "failed: boom"]
 
 
 def test_medians_leave_out_nan_and_failed_seeds() -> None:

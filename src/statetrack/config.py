@@ -31,7 +31,9 @@ class TrainingConfig:
             denominator. Cross-entropy stops caring once a model is confident; this term goes on to penalize any drift
             of the state that changes the logits, and so makes eigenvalues exact enough for sequences far longer than
             those of training.
-        weight_decay: AdamW's, on matrices; vectors (norms, biases, decays) are not decayed.
+        weight_decay: AdamW's, on the matrices of the mixers, the MLPs and the output layer; not on embeddings, vectors
+            (norms, biases) and what decides on eigenvalues (`Mixer.eigenvalue_parameters`), which it would pull away
+            from 1 and -1.
         beta1: AdamW's decay of the mean of the gradients.
         beta2: AdamW's decay of the mean of their squares.
         gradient_clip: largest norm of the gradient; 0 for no limit.

@@ -11,9 +11,12 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from statetrack.evaluation import SOLVED_ACCURACY, SOLVED_LENGTH
 from statetrack.experiments import Experiment, RunEvent, load_experiment, run_experiment
 from statetrack.progress import describe
-from statetrack.report import provenance, table, write_report, write_summary
+from statetrack.report import Record, provenance, table, write_report, write_summary
+from statetrack.tasks import get_task
+from statetrack.transition import EigenvalueRange
 
 
 def run_demo(
@@ -42,10 +45,36 @@ def run_demo(
     if records is None:
         return False
     console.print(table(records))
-    write_report(records, page, title=experiment.title, provenance=provenance())
+    write_report(
+        records,
+        page,
+        title=experiment.title,
+        headline=_headline(records),
+        criterion=f"{SOLVED_ACCURACY:.1%} right at length {SOLVED_LENGTH}",
+        descriptions={record.task: get_task(record.task).description for record in records},
+        provenance=provenance(),
+    )
     write_summary(records, summary)
     console.print(f"\nThe page to look at: {page}    The numbers: {summary}")
     return True
+
+
+def _headline(records: list[Record]) -> str:
+    """What came out, counted from the records."""
+
+    def count(task: str, **facts: object) -> str:
+        chosen = [
+            r for r in records if r.task == task and all(getattr(r, key) == value for key, value in facts.items())
+        ]
+        return f"{sum(record.solved for record in chosen)} of {len(chosen)}"
+
+    wide, narrow = EigenvalueRange(-1, 1), EigenvalueRange(0, 1)
+    return (
+        f"Trained on at most 40 tokens and judged on {SOLVED_LENGTH} and more: of the models with eigenvalues in [0, 1], "
+        f"{count('parity', eigenvalue_range=narrow)} learned parity, and of those with [−1, 1], "
+        f"{count('parity', eigenvalue_range=wide)}. The group S3 was learned by {count('group:S3', num_householder=1)} "
+        f"models with one reflection a token, and by {count('group:S3', num_householder=2)} with two."
+    )
 
 
 class _Board:

@@ -18,7 +18,7 @@ LONG = 10_000
 SOLVED_LENGTH, SOLVED_ACCURACY = 256, 0.999
 """A model has solved its task if it is right this often at this length, several times its longest training sequence."""
 
-SEGMENT_TOKENS = 65_536
+SEGMENT_TOKENS = 16_384
 """Tokens of all sequences of a batch that are in memory at once."""
 
 

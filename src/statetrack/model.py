@@ -26,6 +26,7 @@ class ModelConfig:
         d_model: D, the model dimension.
         num_layers: blocks.
         mlp_ratio: hidden width of each block's gated MLP over d_model; 0 leaves the MLPs out.
+        final_norm: RMS-normalize what the output layer reads.
         norm_eps: epsilon of the RMS norms.
         mixer: the token mixer of every block.
     """
@@ -35,6 +36,7 @@ class ModelConfig:
     d_model: int = 128
     num_layers: int = 2
     mlp_ratio: float = 0.0
+    final_norm: bool = True
     norm_eps: float = 1e-5
     mixer: MixerConfig = field(default_factory=DeltaNetConfig)
 
@@ -81,7 +83,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps) if config.final_norm else nn.Identity()
         self.head = nn.Linear(config.d_model, config.output_size or config.vocab_size, bias=False)
 
     def init_state(self, batch_size: int) -> ModelState:

@@ -22,7 +22,8 @@ def record_of_run(directory: RunDirectory, *, explanation: str = "") -> Record:
     config, model = directory.read_config(), directory.load_model()
     evaluation = directory.read_evaluation()
     accuracy = {int(length): share for length, share in evaluation.get("accuracy", {}).items()}
-    eigenvalues = measure_eigenvalues(model, get_task(config.task))
+    task = get_task(config.task)
+    eigenvalues = measure_eigenvalues(model, task)
     return Record(
         **_facts(config),
         num_parameters=model.num_parameters(),
@@ -31,15 +32,25 @@ def record_of_run(directory: RunDirectory, *, explanation: str = "") -> Record:
         accuracy=accuracy,
         accuracy_sequences={int(length): count for length, count in evaluation.get("sequences", {}).items()},
         explanation=explanation,
-        history=tuple(HistoryPoint(m["step"], m["loss"], m["accuracy"]) for m in directory.read_metrics()),
-        token_eigenvalues={str(token): tuple(values) for token, values in eigenvalues.items()},
+        history=_history(directory),
+        token_eigenvalues={task.token_names[token]: tuple(values) for token, values in eigenvalues.items()},
     )
 
 
-def record_of_failure(config: RunConfig, reason: str, *, explanation: str = "") -> Record:
-    """A run that broke down, and why."""
-    model = LanguageModel(config.model)
-    return Record(**_facts(config), num_parameters=model.num_parameters(), failed=reason, explanation=explanation)
+def record_of_failure(directory: RunDirectory, reason: str, *, explanation: str = "") -> Record:
+    """A run that broke down, why, and its learning curve until then."""
+    config = directory.read_config()
+    return Record(
+        **_facts(config),
+        num_parameters=LanguageModel(config.model).num_parameters(),
+        failed=reason,
+        explanation=explanation,
+        history=_history(directory),
+    )
+
+
+def _history(directory: RunDirectory) -> tuple[HistoryPoint, ...]:
+    return tuple(HistoryPoint(m["step"], m["loss"], m["accuracy"]) for m in directory.read_metrics())
 
 
 def _facts(config: RunConfig) -> dict[str, Any]:

@@ -164,7 +164,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file}, file.metadata() or {}
+            names = file.keys()  # the handle itself can't be iterated over
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise RunError(f"{path} is damaged or cut short ({error}); restore it or train again") from None
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from statetrack import seeds
 from statetrack.config import RunConfig, TrainingConfig
-from statetrack.mixers import MixerConfig
+from statetrack.mixers import Mixer, MixerConfig
 from statetrack.model import LanguageModel
 from statetrack.runs import RunDirectory, RunError, load_weights
 from statetrack.tasks import IGNORE, Task, get_task
@@ -185,12 +185,12 @@ def _loss(model: LanguageModel, ids: Tensor, labels: Tensor, z_loss: float) -> t
     return loss, correct
 
 
-def _optimizer(model: nn.Module, options: TrainingConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+def _optimizer(model: LanguageModel, options: TrainingConfig) -> torch.optim.AdamW:
+    kept = {id(p) for module in model.modules() if isinstance(module, Mixer) for p in module.eigenvalue_parameters()}
+    kept |= {id(p) for p in model.parameters() if p.ndim < 2} | {id(model.embedding.weight)}
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if id(p) not in kept], "weight_decay": options.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) in kept], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
 

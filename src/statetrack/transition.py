@@ -61,7 +61,7 @@ class EigenvalueRange:
         return self.lo + (self.hi - self.lo) * gate
 
     def householder_beta(self, gate: Tensor) -> Tensor:
-        """Maps a gate in [0, 1] onto the `beta` for which the eigenvalue `1 - beta` runs from 1 at gate 0 to lo at gate 1.
+        """Maps a gate in [0, 1] onto the `beta` for which `1 - beta` runs from 1 at gate 0 to lo at gate 1.
 
         For (0, 1) this is the gate itself (DeltaNet), for (-1, 1) it is `2 gate`.
 

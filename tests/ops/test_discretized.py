@@ -120,7 +120,7 @@ def test_a_decay_of_zero_forgets():
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("range_", RANGES, ids=str)
-@pytest.mark.parametrize("cu_seqlens", [[0, 60], [0, 20, 40, 60], [0, 0, 7, 7, 40, 41, 58, 60, 60]], ids=str)
+@pytest.mark.parametrize("cu_seqlens", [[0, 60], [0, 20, 40, 60], [0, 0, 7, 16, 24, 24, 40, 41, 60, 60]], ids=str)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens, range_):
     check_against_reference(make_case(1, 60, 3, range_=range_, cu_seqlens=cu_seqlens), "chunked")
 
@@ -212,6 +212,20 @@ def test_threads_do_not_share_memory():
         for _ in range(5):
             for (o, _), exact in zip(pool.map(lambda case: case.run("chunked"), cases), expected, strict=True):
                 assert torch.equal(o, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_agrees_with_cpu():
+    case = make_case(5, 200, 2, 16, 33, dtype=torch.float32)
+    computed = []
+    for device in ("cpu", "cuda"):
+        inputs = {name: x.to(device).requires_grad_() for name, x in case.tensors().items()}
+        o, state = case.with_tensors(inputs).run("chunked")
+        loss = o.square().sum() + state.square().sum()
+        computed.append([o, state, *torch.autograd.grad(loss, list(inputs.values()))])
+    for cpu, gpu in zip(*computed, strict=True):
+        assert relative_error(gpu.cpu(), cpu) < TOLERANCE[torch.float32]
 
 
 # torch's own tracing of autograd functions warns.

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -86,18 +86,20 @@ def run_experiment(
         pending: dict[Future[Record | None], int] = {}
         for index, run in enumerate(experiment.runs):
             pending[pool.submit(_run, index, run, out / run.name, evaluation_seed)] = index
-        while pending:
-            drain(timeout=0.1)
-            if should_stop():
+        try:
+            while pending and not should_stop():
+                drain(timeout=0.1)
+                for future in [future for future in pending if future.done()]:
+                    index = pending.pop(future)
+                    if (record := future.result()) is not None:
+                        records[index] = record
+                        on_event(RunEvent(index, record=record))
+        finally:  # also when a run ended in an error: the others save what they have
+            if pending:
                 stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-                return None
-            for future in wait(pending, timeout=0, return_when=FIRST_COMPLETED).done:
-                index = pending.pop(future)
-                if (record := future.result()) is not None:
-                    records[index] = record
-                    on_event(RunEvent(index, record=record))
-        drain(timeout=0.01)
+    if pending:
+        return None
     return [records[index] for index in sorted(records)]
 
 
@@ -138,7 +140,7 @@ def _run(index: int, run: ExperimentRun, path: Path, evaluation_seed: int) -> Re
             should_stop=_stop.is_set,
         )
     except TrainingError as error:
-        return record_of_failure(config, str(error), explanation=run.explanation)
+        return record_of_failure(directory, str(error), explanation=run.explanation)
     if result.step < config.training.steps:
         return None
     if not directory.evaluation_file.exists():

@@ -177,6 +177,10 @@ class DeltaNet(Mixer):
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Householder:
         return self._transition(x, self._project(x, state, cu_seqlens)[0]["k"])
 
+    def eigenvalue_parameters(self) -> list[Tensor]:
+        gates: list[Tensor] = [self.b_proj.weight]
+        return gates if self.decay_range is None else [*gates, self.a_proj.weight, self.A_log, self.dt_bias]
+
     def _convolutions(self) -> list[tuple[str, ShortConvolution]]:
         return [(name, conv) for name, conv in self.convolutions.items() if isinstance(conv, ShortConvolution)]
 

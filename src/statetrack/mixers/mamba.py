@@ -107,6 +107,9 @@ class Mamba(Mixer):
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Discretized:
         return self._select(self._convolve(x, state, cu_seqlens)[0])[0]
 
+    def eigenvalue_parameters(self) -> list[Tensor]:
+        return [self.dt_proj.weight, self.dt_proj.bias, self.A_log]
+
     def _convolve(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, State]:
         """The activated channels [B, T, V], the output gate [B, T, V], and the state of the convolution."""
         u, z = self.in_proj(x).chunk(2, -1)

@@ -64,6 +64,10 @@ class Mixer(nn.Module, ABC):
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Transition | None:
         """The state-transition matrices for the inputs `x` [B, T, D]; None for a mixer without any, such as an LSTM."""
 
+    def eigenvalue_parameters(self) -> list[Tensor]:
+        """The parameters that decide on the eigenvalues alone; weight decay leaves them out."""
+        return []
+
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         return self.scan(x, None, cu_seqlens)[0]
 

@@ -418,18 +418,20 @@ class _Chunk:
         beta_i D_ij (k_i . k_j), and its transpose has the forward's system below its diagonal, the backward's above.
         """
         self.weights = gram if self.decays is None else gram * self.decays.pairs
-        between_keys = self.weights[:, : self.steps]
-        if not normalize:
-            self.beta_scaled = self.beta
-            torch.mul(between_keys, self.beta, out=self.system)
-            return
         squared_norm = gram[:, : self.steps].diagonal(dim1=1, dim2=2).unsqueeze(2)
         nonzero = squared_norm > 0
         squared_norm = torch.where(nonzero, squared_norm, 1)
-        self.inverse_norm = torch.where(nonzero, squared_norm.reciprocal(), 0)
-        self.beta_scaled = self.beta * self.inverse_norm
-        # Divided first: where a key repeats the quotient is exactly 1, and 2,048 reflections are as exact as one.
-        torch.div(between_keys, squared_norm, out=self.system).mul_(torch.where(nonzero, self.beta, 0))
+        if normalize:
+            self.inverse_norm = torch.where(nonzero, squared_norm.reciprocal(), 0)
+            self.beta_scaled = self.beta * self.inverse_norm
+            strength = torch.where(nonzero, self.beta, 0)
+        else:
+            self.beta_scaled = self.beta
+            exact = torch.linalg.vector_norm(self.k, dim=-1, keepdim=True, dtype=torch.float64).square_()
+            strength = exact.mul_(self.beta).to(self.beta.dtype)
+        # Where a key repeats the quotient is exactly 1, so that the eigenvalue is 1 - strength in every step; the rounding
+        # of the products would be the same error every time, and 2,048 reflections would add it up.
+        torch.div(self.weights[:, : self.steps], squared_norm, out=self.system).mul_(strength)
 
 
 class _Decays:

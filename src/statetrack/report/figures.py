@@ -65,23 +65,17 @@ def draw_accuracy(ax: Axes, groups: Sequence[Group], styles: Mapping[str, Style]
     """
     records = [record for g in groups for record in g.records]
     chance = records[0].chance
-    shortest, longest = min(r.train_lengths[0] for r in records), max(r.train_lengths[1] for r in records)
     lengths = sorted({length for g in groups for length in g.lengths})
     ax.set_xscale("log")
-    left, right = min([shortest, *lengths]) / 1.12, max([longest * 1.5, *(length * 1.15 for length in lengths)])
-    ax.set_xlim(left, right)
-    bottom = max(0.0, chance - 0.12)
-    ax.set_ylim(bottom, 1.035)
-    ax.axvspan(shortest, longest, color=WASH, linewidth=0, zorder=0)
-    # Two texts rather than two lines: on the page, only single lines stay centred in whatever font the reader has.
-    for offset, text in ((8, "trained on"), (-8, f"{shortest}–{longest}")):
-        ax.annotate(
-            text, ((shortest * longest) ** 0.5, (1 + chance) / 2), (0, offset), textcoords="offset points",
-            ha="center", va="center", color=MUTED,
-        )  # fmt: skip
+    ax.set_ylim(_lowest_shown(chance, (value for record in records for value in record.accuracy.values())), 1.035)
+    right = _training_lengths(ax, records, lengths)
     ax.axhline(chance, color=MUTED, linewidth=1, dashes=(4, 3), zorder=1)
-    ax.text(shortest * 1.03, chance - 0.012, f"chance {100 * chance:.3g}%", va="top", color=MUTED, fontsize=10.5)
-    ends: list[tuple[float, float, Group]] = []
+    ends = [(right, chance, f"chance {100 * chance:.3g}%", MUTED)]
+    if not labels:
+        ax.annotate(
+            ends[0][2], (0, chance), (4, -4), ("axes fraction", "data"), "offset points",
+            va="top", color=MUTED, fontsize=10.5,
+        )  # fmt: skip
     for rank, g in enumerate(groups):
         style = styles[g.model]
         for record in g.records:
@@ -98,15 +92,43 @@ def draw_accuracy(ax: Axes, groups: Sequence[Group], styles: Mapping[str, Style]
             linewidth=2 + 0.7 * below, markersize=MARKERS[style.marker] + 1.2 * below,
             markeredgecolor=PAPER, markeredgewidth=0.8, zorder=3 + 0.1 * rank, clip_on=False,
         )  # fmt: skip
-        ends.append((*medians[-1], g))
-    _length_axis(ax, lengths or [shortest, longest])
+        ends.append((*medians[-1], true_minus(g.model), style.color))
+    _length_axis(ax, lengths)
     ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.grid(axis="y", color=RULE, linewidth=0.6)
     ax.spines["left"].set_visible(False)
     ax.set_xlabel("sequence length (log scale)")
     if labels:
-        _label_ends(ax, ends, styles)
+        _label_ends(ax, ends)
+
+
+def _training_lengths(ax: Axes, records: Sequence[Record], lengths: Sequence[int]) -> float:
+    """Sets the range of lengths that the axis shows and shades those of training; returns the right end."""
+    shortest, longest = min(r.train_lengths[0] for r in records), max(r.train_lengths[1] for r in records)
+    left, right = min([shortest, *lengths]) / 1.12, max([longest * 1.5, *(length * 1.15 for length in lengths)])
+    room = 76 / ax.bbox.width  # that the words take, as a share of the axis
+    inside = np.log(longest / shortest) > room * np.log(right / left)
+    if inside:
+        at, align = (shortest * longest) ** 0.5, "center"
+    else:
+        left = min(left, shortest / (right / shortest) ** (room / (1 - room)))
+        at, align = shortest / (right / left) ** 0.015, "right"
+    ax.set_xlim(left, right)
+    least = (right / left) ** 0.004  # half the width of the band if one length is all there is
+    ax.axvspan(shortest / least, longest * least, color=WASH, linewidth=0, zorder=0)
+    # Two texts rather than two lines: on the page, only single lines stay aligned in whatever font the reader has.
+    words = f"{shortest:,}–{longest:,}" if shortest < longest else f"{longest:,}"
+    middle = (1 + records[0].chance) / 2
+    for offset, text in ((8, "trained on"), (-8, words)):
+        ax.annotate(text, (at, middle), (0, offset), textcoords="offset points", ha=align, va="center", color=MUTED)
+    return right
+
+
+def _lowest_shown(chance: float, accuracies: Iterable[float]) -> float:
+    """The lower end of an axis of accuracies: a little below chance, or below the worst where that is lower."""
+    worst = min((value for value in accuracies if np.isfinite(value)), default=chance)
+    return max(0.0, min(chance - 0.12, worst - 0.03))
 
 
 def _length_axis(ax: Axes, lengths: Sequence[int]) -> None:
@@ -121,17 +143,21 @@ def _length_axis(ax: Axes, lengths: Sequence[int]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, Group]], styles: Mapping[str, Style]) -> None:
-    """Names at the right edge, moved apart where they would overlap, each with dots to where its line ends."""
+def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Puts names at the right edge, moved apart where they would overlap, each with dots to where its line ends.
+
+    Args:
+        ax: where to draw, with its final limits.
+        ends: where the lines end (x, y), their names and their colours.
+    """
     bottom, top = ax.get_ylim()
     height = 17 / ax.bbox.height * (top - bottom)
     ordered = sorted(ends, key=lambda end: -end[1])
-    positions = spread([y for _, y, _ in ordered], height, bottom, top)
-    for (x, y, g), position in zip(ordered, positions, strict=True):
-        color = styles[g.model].color
+    positions = spread([y for _, y, _, _ in ordered], height, bottom, top)
+    for (x, y, name, color), position in zip(ordered, positions, strict=True):
         dots = {"arrowstyle": "-", "color": color, "linewidth": 0.9, "linestyle": (0, (0.8, 2.2))}
         ax.annotate(
-            true_minus(g.model), xy=(x, y), xycoords="data", xytext=(1.035, (position - bottom) / (top - bottom)),
+            name, xy=(x, y), xycoords="data", xytext=(1.035, (position - bottom) / (top - bottom)),
             textcoords="axes fraction", va="center", color=color, fontsize=11.5, annotation_clip=False,
             arrowprops={**dots, "relpos": (0, 0.5), "shrinkA": 3, "shrinkB": 6},
         )  # fmt: skip
@@ -172,7 +198,8 @@ def draw_history(ax: Axes, groups: Sequence[Group], styles: Mapping[str, Style],
     if quantity == "accuracy":
         chance = groups[0].records[0].chance
         ax.axhline(chance, color=MUTED, linewidth=1, dashes=(4, 3), zorder=1)
-        ax.set_ylim(max(0.0, chance - 0.12), 1.035)
+        seen = (point.accuracy for g in groups for record in g.records for point in record.history)
+        ax.set_ylim(_lowest_shown(chance, seen), 1.035)
         ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     elif positive[1] > 30 * positive[0]:
         ax.set_yscale("log")

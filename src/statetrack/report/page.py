@@ -109,20 +109,23 @@ def write_figure(records: Iterable[Record], path: Path | str, *, task: str | Non
 
 def count_headline(groups: Sequence[Group]) -> str:
     """The outcome in one sentence, counted from the records."""
-    one_task = len({g.task for g in groups}) == 1
-    task = groups[0].task if one_task else "their task"
+    groups = [g for g in groups if g.judged]
+    if not groups:
+        return "No run was judged yet."
+    task = groups[0].task if len({g.task for g in groups}) == 1 else "their task"
 
     def runs(members: Sequence[Group]) -> str:
-        return f"{sum(g.solved for g in members)} of {sum(len(g.records) for g in members)}"
+        return f"{sum(g.solved for g in members)} of {sum(g.judged for g in members)}"
 
     signed = [g for g in groups if g.eigenvalue_range is not None and g.eigenvalue_range.lo < 0]
     others = [g for g in groups if g.eigenvalue_range is not None and g.eigenvalue_range.lo >= 0]
     if signed and others:
+        kept = " or ".join(dict.fromkeys(g.range_text for g in others))
         return (
             f"With eigenvalues allowed below zero, {runs(signed)} runs solved {task}; "
-            f"with eigenvalues kept to {others[0].range_text}, {runs(others)} did."
+            f"with eigenvalues kept to {kept}, {runs(others)} did."
         )
-    if len(groups) == len(groups[0].records) == 1:
+    if len(groups) == groups[0].judged == 1:
         return f"{true_minus(groups[0].model)} {'solved' if groups[0].solved else 'did not solve'} {task}."
     return f"{runs(groups)} runs solved {task}."
 

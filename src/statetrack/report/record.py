@@ -91,6 +91,11 @@ class Record:
         if self.failed is not None and self.solved:
             raise ValueError(f"a run that failed ({self.failed}) can't have solved its task")
 
+    @property
+    def judged(self) -> bool:
+        """Whether there is anything to say about success: it was evaluated, or it failed."""
+        return self.failed is not None or not all(math.isnan(value) for value in self.accuracy.values())
+
     def to_data(self) -> dict[str, Any]:
         """The record as JSON has it: lists, string keys, null for NaN."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -212,6 +217,16 @@ class Group:
     def solved(self) -> int:
         """How many seeds solved the task; those that failed did not."""
         return sum(record.solved for record in self.records)
+
+    @property
+    def judged(self) -> int:
+        """How many seeds were evaluated or failed; the others have neither solved the task nor missed it."""
+        return sum(record.judged for record in self.records)
+
+    @property
+    def solved_text(self) -> str:
+        """`2/3`; a dash if no seed was judged."""
+        return f"{self.solved}/{self.judged}" if self.judged else "–"
 
     @property
     def train_seconds(self) -> float | None:

@@ -63,5 +63,5 @@ def _accuracy(g: Group, length: int) -> Text:
 
 def _solved(g: Group) -> Text:
     # Green and red of the terminal's own palette are legible on dark and on light; yellow and grey often are not.
-    style = "green" if g.solved == len(g.records) else "red" if g.solved == 0 else ""
-    return Text(f"{g.solved}/{len(g.records)}", style=style)
+    style = "" if not g.judged else "green" if g.solved == g.judged else "red" if g.solved == 0 else ""
+    return Text(g.solved_text, style=style)

@@ -29,6 +29,10 @@ class AutomatonTask(Task):
         object.__setattr__(self, "num_labels", self.automaton.num_outputs)
         object.__setattr__(self, "chance", float(_long_run_outputs(self.automaton).max()))
 
+    @property
+    def token_names(self) -> tuple[str, ...]:
+        return self.automaton.letter_names or super().token_names
+
     def stream(
         self, batch_size: int, generator: torch.Generator, device: torch.device | str | None = None
     ) -> AutomatonStream:

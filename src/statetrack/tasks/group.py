@@ -15,7 +15,8 @@ DESCRIPTION = (
 def _make(argument: str) -> AutomatonTask:
     name, colon, letters = argument.partition(":")
     automaton = group_automaton(name, letters) if colon else group_automaton(name)
-    return AutomatonTask(name=f"group:{argument}", description=DESCRIPTION, automaton=automaton)
+    description = f"elements of {name}{f' ({letters})' if colon else ''}; the label is their running product"
+    return AutomatonTask(name=f"group:{argument}", description=description, automaton=automaton)
 
 
 TASK = TaskFamily(name="group", argument="NAME[:LETTERS]", description=DESCRIPTION, example="group:S3", make=_make)

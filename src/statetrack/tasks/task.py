@@ -56,6 +56,11 @@ class Task(ABC):
     num_labels: int
     chance: float
 
+    @property
+    def token_names(self) -> tuple[str, ...]:
+        """A name for each token, for people."""
+        return tuple(str(token) for token in range(self.vocab_size))
+
     @abstractmethod
     def stream(self, batch_size: int, generator: torch.Generator, device: torch.device | str | None = None) -> Stream:
         """Endless sequences that continue from segment to segment; segments have the distribution of one long sample.
