@@ -50,6 +50,13 @@ def test_outputs_need_not_be_the_vocabulary():
     assert make(output_size=3)(torch.zeros(1, 2, dtype=torch.long)).shape == (1, 2, 3)
 
 
+def test_the_final_norm_can_be_left_out():
+    model, ids = make(final_norm=False, mlp_ratio=0.0), torch.zeros(1, 3, dtype=torch.long)
+    assert "norm.weight" not in model.state_dict()
+    assert "norm.weight" in make().state_dict()
+    assert model(ids).isfinite().all()
+
+
 def test_num_parameters_counts_all():
     model = LanguageModel(
         ModelConfig(vocab_size=5, d_model=8, num_layers=1, mixer=mixer_config("deltanet")(conv_size=0))

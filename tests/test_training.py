@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from statetrack import mixer_config
+from statetrack import LanguageModel, mixer_config
 from statetrack.config import TrainingConfig, run_config
 from statetrack.runs import RunDirectory, RunError
+from statetrack.tasks import IGNORE
 from statetrack.training import TrainingError, learning_rate_at, train
+from statetrack.training import _loss as loss_of
+from statetrack.training import _optimizer as optimizer_of
 
 
 def make(mixer="deltanet", **training):
@@ -170,7 +173,33 @@ def test_the_learning_rate_rises_stays_and_falls(shape):
     assert rates[0] == pytest.approx(0.2)
     assert rates[10:50] == [2.0] * 40
     assert rates[75] == pytest.approx(1.0)
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[51:]))
     assert 0 < rates[-1] < 0.05
     constant = TrainingConfig(steps=10, warmup=0, decay=0, learning_rate=3.0)
     assert {learning_rate_at(step, constant) for step in range(10)} == {3.0}
+
+
+def test_weight_decay_leaves_out_vectors_embeddings_and_what_decides_on_eigenvalues():
+    model = LanguageModel(replace(make().model, mixer=mixer_config("gated_deltanet")(num_heads=2)))
+    decayed, kept = (
+        {name for name, p in model.named_parameters() if any(p is q for q in group["params"])}
+        for group in optimizer_of(model, TrainingConfig(weight_decay=0.5)).param_groups
+    )
+    assert decayed | kept == {name for name, _ in model.named_parameters()}
+    assert not decayed & kept
+    assert {"embedding.weight", "norm.weight", "blocks.0.mixer.b_proj.weight", "blocks.0.mixer.A_log"} <= kept
+    assert {"head.weight", "blocks.0.mixer.k_proj.weight", "blocks.0.mixer.o_proj.weight"} <= decayed
+
+
+def test_the_z_loss_adds_the_mean_square_of_the_log_partition_function():
+    model = LanguageModel(make().model)
+    ids = torch.randint(2, (3, 5))
+    labels = torch.randint(2, (3, 5))
+    labels[:, 0] = IGNORE
+    plain, accuracy = loss_of(model, ids, labels, 0.0)
+    penalized, _ = loss_of(model, ids, labels, 0.5)
+    logits, asked = model(ids)[:, 1:], labels[:, 1:]
+    cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), asked.flatten())
+    assert plain.item() == pytest.approx(cross_entropy.item())
+    assert (penalized - plain).item() == pytest.approx(0.5 * logits.logsumexp(-1).square().mean().item(), rel=1e-4)
+    assert accuracy.item() == pytest.approx((logits.argmax(-1) == asked).double().mean().item())

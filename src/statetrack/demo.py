@@ -70,7 +70,7 @@ def _headline(records: list[Record]) -> str:
 
     wide, narrow = EigenvalueRange(-1, 1), EigenvalueRange(0, 1)
     return (
-        f"Trained on at most 40 tokens and judged on {SOLVED_LENGTH} and more: of the models with eigenvalues in [0, 1], "
+        f"Trained on at most 40 tokens and judged on {SOLVED_LENGTH}: of the models with eigenvalues in [0, 1], "
         f"{count('parity', eigenvalue_range=narrow)} learned parity, and of those with [−1, 1], "
         f"{count('parity', eigenvalue_range=wide)}. The group S3 was learned by {count('group:S3', num_householder=1)} "
         f"models with one reflection a token, and by {count('group:S3', num_householder=2)} with two."
