@@ -62,29 +62,22 @@ def linear_recurrence(
     return chosen.run(transition, q, v, write, initial_state, cu_seqlens)
 
 
-@cache
-def _backends() -> tuple[Backend, ...]:
-    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
-    found = [module.BACKEND for module in modules if hasattr(module, "BACKEND")]
-    return tuple(sorted(found, key=lambda backend: -backend.priority))
-
-
 def available_backends(transition: Transition | None = None) -> list[str]:
     """The names of all backends, or of those that support `transition`; the one that "auto" prefers comes first."""
-    names = [b.name for b in _backends() if transition is None or b.supports(transition) is None]
+    names = [b.name for b in _BACKENDS if transition is None or b.supports(transition) is None]
     return list(dict.fromkeys(names))
 
 
 def _choose(transition: Transition, length: int, name: str) -> Backend:
     reasons = []
-    for candidate in _backends():
+    for candidate in _BACKENDS:
         if name not in ("auto", candidate.name):
             continue
         reason = candidate.supports(transition)
         if name == "auto" and reason is None and length < candidate.min_length:
             reason = f"{candidate.name} serves lengths from {candidate.min_length}"
         if reason is None:
-            if name == "auto":
+            if name == "auto" and not torch.compiler.is_compiling():
                 _log_choice(type(transition).__name__, candidate.name)
             return candidate
         reasons.append(reason)
@@ -148,3 +141,12 @@ def _check_cu_seqlens(cu_seqlens: Tensor, t: int) -> None:
     boundaries = cu_seqlens.tolist()
     if boundaries[0] != 0 or boundaries[-1] != t or any(a > b for a, b in itertools.pairwise(boundaries)):
         raise ValueError(f"cu_seqlens must run from 0 to T = {t} without decreasing, got {boundaries[:8]}")
+
+
+def _find_backends() -> tuple[Backend, ...]:
+    modules = (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    found = [module.BACKEND for module in modules if hasattr(module, "BACKEND")]
+    return tuple(sorted(found, key=lambda backend: -backend.priority))
+
+
+_BACKENDS = _find_backends()
