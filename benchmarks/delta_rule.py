@@ -1,4 +1,4 @@
-"""The delta rule on one CPU thread: ours against a step loop and flash-linear-attention; to results/cpu_delta_rule.json.
+"""The delta rule on one CPU thread: ours, a step loop, flash-linear-attention; to results/cpu_delta_rule.json.
 
 All take q, k [B, T, H, K], v [B, T, H, K] and beta [B, T, H] in float32, with keys of length 1 and beta in [0, 2], and
 return o. The peer is flash-linear-attention's pure-torch `delta_rule_chunkwise`, loaded from its file alone, as the
@@ -153,7 +153,9 @@ def main() -> None:
     for shape in SHAPES:
         check(shape)
         for what, backward in {"forward": False, "forward + backward": True}.items():
-            calls = {name: make_call(name, shape, backward=backward) for name in rules(shape)}
+            calls: dict[str, Callable[[], object]] = {
+                name: make_call(name, shape, backward=backward) for name in rules(shape)
+            }
             times = interleaved_cpu_times(calls, rounds=shape.rounds)
             floor_ms = floor_flops(shape, backward=backward) / rate * 1e3
             for name, measured in times.items():

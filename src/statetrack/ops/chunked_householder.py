@@ -1,13 +1,13 @@
 """Products of generalized Householder matrices, chunk by chunk: matrix products in place of a loop over tokens.
 
-Every factor of every token is a micro-step `H <- H + k u^T` with `u = beta (v - H^T k)`, and a token's decay acts before
-the first of its N micro-steps. For a chunk of m micro-steps that starts from the state `H_0`, and with `D_ij` the product
-of the decays after micro-step j up to micro-step i, the rows r_i of
+Every factor of every token is a micro-step `H <- H + k u^T` with `u = beta (v - H^T k)`, and a token's decay acts
+before the first of its N micro-steps. For a chunk of m micro-steps that starts from the state `H_0`, and with `D_ij`
+the product of the decays after micro-step j up to micro-step i, the rows r_i of
 
     r_i = v_i - D_i0 H_0^T k_i - sum_{j < i} D_ij (k_i . k_j) u_j,        u_j = beta_j r_j
 
-solve a unit triangular system; outputs and the next state follow by matrix products (section 3 of arXiv 2406.06484, there
-without decay and with N = 1):
+solve a unit triangular system; outputs and the next state follow by matrix products (section 3 of arXiv 2406.06484,
+there without decay and with N = 1):
 
     o_t = D_t0 H_0^T q_t + sum_{j up to token t} D_tj (q_t . k_j) u_j,        H_m = D_m0 H_0 + sum_j D_mj k_j u_j^T.
 
@@ -89,7 +89,8 @@ class _ChunkedHouseholder(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
-    def backward(ctx: Any, d_o: Tensor, d_state: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        d_o, d_state = grad_outputs
         q, k, beta, decay, *tape = ctx.saved_tensors
         dq, dk, dv, d_beta, d_decay, d_initial = _backward_op(q, k, beta, decay, ctx.normalize, tape, d_o, d_state)
         return (
@@ -267,12 +268,14 @@ def _backward_chunk(
     d_v.copy_(chunk.by_step(d_error))
     torch.neg(d_error, out=d_read[:, :m])
 
-    # What the state gave to the chunk, and the chunk to the state.
+    # What the state gave to the chunk, the chunk to the state, and keys and queries to keys.
     d_keys = torch.bmm(u, d_state.mT, out=chunk.d_keys)
+    d_gram = torch.bmm(d_read, u.mT, out=chunk.gram).mul_(chunk.mask)
     if decays is None:
         d_keys.baddbmm_(d_read[:, :m], start.mT)
         d_queries = torch.bmm(d_out, start.mT, out=chunk.d_queries)
     else:
+        assert d_decay is not None
         d_out_of = (d_keys * chunk.k).sum(-1)
         d_keys.mul_(decays.out_of)
         d_kq_in = d_read @ start.mT
@@ -280,11 +283,6 @@ def _backward_chunk(
         d_kq_in.mul_(decays.into)
         d_keys.add_(d_kq_in[:, :m])
         d_queries = chunk.d_queries.copy_(d_kq_in[:, m:])
-
-    # The products of keys and queries with keys.
-    d_gram = torch.bmm(d_read, u.mT, out=chunk.gram).mul_(chunk.mask)
-    if decays is not None:
-        assert d_decay is not None
         d_across = (d_state * start).sum((1, 2))
         d_decay.copy_(decays.gradient(d_gram * gram, d_into, d_out_of, d_across).view(d_decay.shape))
         d_gram.mul_(decays.pairs)
@@ -429,8 +427,8 @@ class _Chunk:
             self.beta_scaled = self.beta
             exact = torch.linalg.vector_norm(self.k, dim=-1, keepdim=True, dtype=torch.float64).square_()
             strength = exact.mul_(self.beta).to(self.beta.dtype)
-        # Where a key repeats the quotient is exactly 1, so that the eigenvalue is 1 - strength in every step; the rounding
-        # of the products would be the same error every time, and 2,048 reflections would add it up.
+        # Where a key repeats the quotient is exactly 1, so that the eigenvalue is 1 - strength in every step; the
+        # rounding of the products would be the same error every time, and 2,048 reflections would add it up.
         torch.div(self.weights[:, : self.steps], squared_norm, out=self.system).mul_(strength)
 
 

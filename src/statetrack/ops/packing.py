@@ -1,7 +1,7 @@
 """Packed sequences as dense batches, for backends that compute [B, T, ...] only.
 
-Sequences of similar length share a batch. The shorter ones are padded at their end with steps that leave the state alone,
-so a batch's final states are those of its sequences.
+Sequences of similar length share a batch. The shorter ones are padded at their end with steps that leave the state
+alone, so a batch's final states are those of its sequences.
 """
 
 from __future__ import annotations
