@@ -15,8 +15,9 @@ import torch
 
 from statetrack import LanguageModel, mixer_config
 from statetrack.config import TrainingConfig, run_config
+from statetrack.evaluation import evaluate
 from statetrack.runs import RunDirectory, RunError
-from statetrack.tasks import IGNORE
+from statetrack.tasks import IGNORE, get_task
 from statetrack.training import TrainingError, learning_rate_at, train
 from statetrack.training import _loss as loss_of
 from statetrack.training import _optimizer as optimizer_of
@@ -203,3 +204,19 @@ def test_the_z_loss_adds_the_mean_square_of_the_log_partition_function():
     assert plain.item() == pytest.approx(cross_entropy.item())
     assert (penalized - plain).item() == pytest.approx(0.5 * logits.logsumexp(-1).square().mean().item(), rel=1e-4)
     assert accuracy.item() == pytest.approx((logits.argmax(-1) == asked).double().mean().item())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mixer", ["deltanet", "mamba"])
+def test_training_and_evaluation_on_a_gpu(tmp_path, mixer):
+    directory = RunDirectory(tmp_path / "run")
+    train(make(mixer), directory, device="cuda", should_stop=lambda: True)
+    result = train(make(mixer), directory, device="cuda")
+    assert result.step == 12
+    task = get_task("parity")
+    on_gpu = evaluate(result.model, task, [20], sequences=64, device="cuda")
+    on_cpu = evaluate(directory.load_model(), task, [20], sequences=64)
+    assert 0 <= on_gpu[0].accuracy <= 1
+    assert 0 <= on_cpu[0].accuracy <= 1
+    assert weights_equal(result.model.cpu(), directory.load_model())

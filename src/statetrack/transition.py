@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -194,7 +194,7 @@ class Discretized(Transition):
 
     dt: Tensor
     A: Tensor
-    eigenvalue_range: EigenvalueRange = EigenvalueRange()
+    eigenvalue_range: EigenvalueRange = field(default_factory=EigenvalueRange)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eigenvalue_range", EigenvalueRange.of(self.eigenvalue_range))

@@ -313,3 +313,18 @@ def test_results_helper_sees_a_wrong_gradient():
         relative_error(results(case, "chunked")["gradient of k"] * 1.001, results(case, "reference")["gradient of k"])
         > 1e-4
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_on_a_gpu_as_on_a_cpu(n, decay):
+    case = make_case(t=150, n=n, decay=decay, k=16, v=16, dtype=torch.float32)
+    expected = results(case, "chunked")
+    inputs = {name: x.cuda().requires_grad_() for name, x in case.tensors().items()}
+    o, state = case.with_tensors(inputs).run("chunked")
+    assert relative_error(o.detach().cpu(), expected["o"]) < 1e-4
+    assert relative_error(state.detach().cpu(), expected["final state"]) < 1e-4
+    (o.sum() + state.sum()).backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in inputs.values())

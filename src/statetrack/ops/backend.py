@@ -1,11 +1,12 @@
-"""What a backend is, and what backends that compute padded rows share."""
+"""What a backend is, and how its functions become operators that torch.compile leaves alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from statetrack.transition import Transition
@@ -43,3 +44,20 @@ class Backend:
     run: Run
     priority: int = 0
     min_length: int = 1
+
+
+def register_operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes an operator of a function, which torch.compile then takes for one opaque call that it traces around.
+
+    `torch.library.custom_op` would do the same, but its first call imports torch's compiler: a second, and 70 MB.
+
+    Args:
+        name: of the operator, below `torch.ops.statetrack`.
+        function: computes; its annotations become the operator's schema.
+        fake: returns empty tensors with the shapes and dtypes of the results, for the same arguments.
+    """
+    qualified = f"statetrack::{name}"
+    torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", function)
+    torch.library.register_fake(qualified, fake)
+    return getattr(torch.ops.statetrack, name).default

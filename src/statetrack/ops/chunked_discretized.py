@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend
+from statetrack.ops.backend import Backend, register_operator
 from statetrack.ops.packing import run_packed
 from statetrack.transition import Discretized, Transition, accumulation_dtype
 
@@ -67,7 +67,7 @@ def _run_dense(
     lo, hi = transition.eigenvalue_range.lo, transition.eigenvalue_range.hi
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return _ChunkedDiscretized.apply(*inputs, lo, hi)
-    o, final_state, _ = _forward(*inputs, lo, hi, False)
+    o, final_state, _ = _forward_op(*inputs, lo, hi, False)
     return o, final_state
 
 
@@ -86,7 +86,7 @@ class _ChunkedDiscretized(torch.autograd.Function):
         lo: float,
         hi: float,
     ) -> tuple[Tensor, Tensor]:
-        o, final_state, entry_states = _forward(dt, A, q, write, v, initial_state, lo, hi, True)
+        o, final_state, entry_states = _forward_op(dt, A, q, write, v, initial_state, lo, hi, True)
         ctx.save_for_backward(dt, A, q, write, v, entry_states)
         ctx.range = lo, hi
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
@@ -96,12 +96,10 @@ class _ChunkedDiscretized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         dt, A, q, write, v, entry_states = ctx.saved_tensors
-        *gradients, dinitial = _backward(dt, A, q, write, v, entry_states, *ctx.range, *grad_outputs)
+        *gradients, dinitial = _backward_op(dt, A, q, write, v, entry_states, *ctx.range, *grad_outputs)
         return *gradients, None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype), None, None
 
 
-# Operators, so that torch.compile takes each for one opaque call and traces around it.
-@torch.library.custom_op("statetrack::chunked_discretized", mutates_args=())
 def _forward(
     dt: Tensor,
     A: Tensor,
@@ -138,7 +136,6 @@ def _forward(
     return o, final_state, entry_states
 
 
-@_forward.register_fake
 def _empty_results(
     dt: Tensor,
     A: Tensor,
@@ -157,7 +154,6 @@ def _empty_results(
     return v.new_empty(v.shape), v.new_empty(state_shape, dtype=dtype), v.new_empty((tiles, *state_shape), dtype=dtype)
 
 
-@torch.library.custom_op("statetrack::chunked_discretized_backward", mutates_args=())
 def _backward(
     dt: Tensor,
     A: Tensor,
@@ -208,7 +204,6 @@ def _backward(
     return ddt, dA, dq, dwrite, dv, dinitial
 
 
-@_backward.register_fake
 def _empty_gradients(
     dt: Tensor,
     A: Tensor,
@@ -372,3 +367,7 @@ def _sum_over_values(weights: Tensor, states: Tensor, *, out: Tensor) -> Tensor:
     # A row times the transposed matrix takes a tenth of the time of the matrix times a column.
     torch.bmm(weights.view(-1, 1, value_dim), states.view(-1, key_dim, value_dim).mT, out=out.view(-1, 1, key_dim))
     return out
+
+
+_forward_op = register_operator("chunked_discretized", _forward, _empty_results)
+_backward_op = register_operator("chunked_discretized_backward", _backward, _empty_gradients)

@@ -19,7 +19,6 @@ chunks from the last to the first, with what the forward has put on its tape.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from math import ceil
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend
+from statetrack.ops.backend import Backend, register_operator
 from statetrack.ops.packing import run_packed
 from statetrack.transition import Householder, Transition, accumulation_dtype
 
@@ -471,17 +470,5 @@ class _Decays:
         return (products[:, :, 1:] * left[:, :, :-1]).sum(1)
 
 
-def _register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes an operator of a function, which torch.compile then takes for one opaque call that it traces around.
-
-    `torch.library.custom_op` would do the same, but its first call imports torch's compiler, which takes a second.
-    """
-    qualified = f"statetrack::{name}"
-    torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=()))
-    torch.library.impl(qualified, "CompositeExplicitAutograd", function)
-    torch.library.register_fake(qualified, fake)
-    return getattr(torch.ops.statetrack, name).default
-
-
-_forward_op = _register("chunked_householder", _forward, _empty_results)
-_backward_op = _register("chunked_householder_backward", _backward, _empty_gradients)
+_forward_op = register_operator("chunked_householder", _forward, _empty_results)
+_backward_op = register_operator("chunked_householder_backward", _backward, _empty_gradients)
