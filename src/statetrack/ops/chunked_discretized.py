@@ -132,6 +132,7 @@ def _forward(
                 entry_states[index, rows] = tile.h[0]
             _store(_sum_over_keys(tile.q, tile.h[1:], out=tile.value_sums, scratch=tile.gate), o, rows, times)
             state = tile.h[-1]
+        assert state is not None  # there is at least one tile
         final_state[rows] = state
     return o, final_state, entry_states
 
