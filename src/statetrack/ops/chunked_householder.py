@@ -203,23 +203,18 @@ def _forward_chunk(
     decay: Tensor | None,
     o: Tensor,
     state: Tensor,
-    record: tuple[Tensor, ...] | None,
+    record: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
     """Writes the outputs to `o`, moves `state` to the chunk's end, and fills the record for the backward."""
     chunk = plan.chunk(q)
     m = chunk.steps
     chunk.load(q, k, beta, decay)
-    if record is None:
-        gram, r, start = chunk.gram, chunk.u, state
-    else:
-        gram, r, start, _ = record
+    gram, r, start = record or (chunk.gram, chunk.u, state)
+    if record is not None:
         start.copy_(state)
     torch.bmm(chunk.kq, chunk.k.mT, out=gram)
     gram[:, m:].mul_(chunk.mask[m:])
-    strength = chunk.strength_of(gram, normalize)
-    chunk.set_system(gram, strength, normalize)
-    if record is not None:
-        record[3].copy_(strength)
+    chunk.set_system(gram, normalize)
 
     error = chunk.error
     chunk.by_step(error).copy_(v)
@@ -248,14 +243,14 @@ def _backward_chunk(
     d_beta: Tensor,
     d_decay: Tensor | None,
     d_state: Tensor,
-    record: tuple[Tensor, ...],
+    record: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Writes the gradients, and moves `d_state` from the chunk's end to its start."""
     chunk = plan.chunk(q)
     m = chunk.steps
     chunk.load(q, k, beta, decay)
-    gram, r, start, strength = record
-    chunk.set_system(gram, strength, normalize)
+    gram, r, start = record
+    chunk.set_system(gram, normalize)
     decays = chunk.decays
     u = torch.mul(r, chunk.beta_scaled, out=chunk.u)
     # The gradients of k_in H_0 and q_in H_0, one above the other: -d_error and d_o.
@@ -306,19 +301,8 @@ def _backward_chunk(
     d_q.copy_(chunk.by_token(d_queries))
 
 
-def _records(tape: list[Tensor]) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(tape[i::4] for i in range(4)), strict=True))
-
-
-def _rounded_with_diffusion(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounds float64 [h, m, 1] to `dtype` so that errors don't add up along m: each number takes over those before it."""
-    if dtype == torch.float64:
-        return exact
-    rounded = exact.to(dtype)
-    unit = torch.nextafter(rounded, rounded.new_tensor(torch.inf)) - rounded
-    units_owed = ((exact - rounded) / unit).cumsum(1).round_()
-    units_owed[:, 1:] -= units_owed[:, :-1].clone()
-    return units_owed.mul_(unit).add_(rounded).to(dtype)
+def _records(tape: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return list(zip(tape[0::3], tape[1::3], tape[2::3], strict=True))
 
 
 class _Plan:
@@ -366,7 +350,7 @@ class _Plan:
         return [group.flatten(0, 1) for group in x.split(self.row_counts) for _ in self.token_counts]
 
     def empty_tape(self) -> list[Tensor]:
-        """For each chunk four tensors for its backward: the products of keys and queries with keys, r, H_0, strength.
+        """For each chunk three tensors for its backward: the products of keys and queries with keys, r, and H_0.
 
         Many small ones, because a C library gives large allocations back to the system and pays for fresh pages again.
         """
@@ -374,7 +358,7 @@ class _Plan:
         for rows in self.row_counts:
             for tokens in self.token_counts:
                 h, m = rows * self.heads, tokens * self.factors
-                shapes = (h, m + tokens, m), (h, m, self.value_dim), (h, self.key_dim, self.value_dim), (h, m, 1)
+                shapes = (h, m + tokens, m), (h, m, self.value_dim), (h, self.key_dim, self.value_dim)
                 tape += [torch.empty(shape, **self.options) for shape in shapes]
         return tape
 
@@ -424,15 +408,7 @@ class _Chunk:
         self.kq_in = self.kq if self.decays is None else self.kq * self.decays.into
         self.k_out = self.k if self.decays is None else self.k * self.decays.out_of
 
-    def strength_of(self, gram: Tensor, normalize: bool) -> Tensor:
-        """beta |k|^2 [b H, m, 1], one minus the eigenvalue along k; `beta` itself with `normalize`, 0 where k = 0."""
-        if normalize:
-            squared_norm = gram[:, : self.steps].diagonal(dim1=1, dim2=2).unsqueeze(2)
-            return torch.where(squared_norm > 0, self.beta, 0)
-        squared_norm = torch.linalg.vector_norm(self.k, dim=-1, keepdim=True, dtype=torch.float64).square_()
-        return _rounded_with_diffusion(squared_norm.mul_(self.beta), self.beta.dtype)
-
-    def set_system(self, gram: Tensor, strength: Tensor, normalize: bool) -> None:
+    def set_system(self, gram: Tensor, normalize: bool) -> None:
         """Sets `weights` = D_ij (x_i . k_j), x a key or a query; `system`; and `beta_scaled`, the factor of k k^T.
 
         `gram` is x_i . k_j, [b H, m + c, m]. The weights between keys are symmetric. So the rows of `system` are
@@ -442,12 +418,16 @@ class _Chunk:
         squared_norm = gram[:, : self.steps].diagonal(dim1=1, dim2=2).unsqueeze(2)
         nonzero = squared_norm > 0
         squared_norm = torch.where(nonzero, squared_norm, 1)
-        self.beta_scaled = self.beta
         if normalize:
             self.inverse_norm = torch.where(nonzero, squared_norm.reciprocal(), 0)
             self.beta_scaled = self.beta * self.inverse_norm
-        # Where a key repeats the quotient is exactly 1. The rounding errors of products and of beta would be the same in
-        # every step there, and add up over thousands of reflections.
+            strength = torch.where(nonzero, self.beta, 0)
+        else:
+            self.beta_scaled = self.beta
+            exact = torch.linalg.vector_norm(self.k, dim=-1, keepdim=True, dtype=torch.float64).square_()
+            strength = exact.mul_(self.beta).to(self.beta.dtype)
+        # Where a key repeats the quotient is exactly 1, so that the eigenvalue is 1 - strength in every step; the
+        # rounding of the products would be the same error every time, and 2,048 reflections would add it up.
         torch.div(self.weights[:, : self.steps], squared_norm, out=self.system).mul_(strength)
 
 
