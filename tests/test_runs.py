@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save_file
 
 from statetrack import mixer_config
@@ -100,3 +101,17 @@ def test_metrics_cut_short_lose_their_last_line_only(directory):
     assert directory.read_metrics() == whole
     directory.truncate_metrics(1)
     assert directory.read_metrics() == whole[:1]
+
+
+def test_weights_lost_between_the_two_files_of_a_checkpoint_are_written_again(directory):
+    before = directory.model_file.read_bytes()
+    directory.model_file.unlink()
+    train(directory.read_config(), directory)
+    assert load_file(directory.model_file).keys() == load_safetensors(before).keys()
+
+
+def test_weights_without_their_training_state_are_not_trained_over(directory):
+    directory.state_file.unlink()
+    with pytest.raises(RunError, match="can be evaluated, not trained on"):
+        train(directory.read_config(), directory)
+    directory.load_model()

@@ -27,7 +27,7 @@ from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.model import ModelConfig
 from statetrack.runs import RunDirectory
 from statetrack.tasks import get_task, list_tasks
-from statetrack.training import TrainingError, train
+from statetrack.training import train
 from statetrack.transition import EigenvalueRange
 
 INTERRUPTED = 130
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands, prog="statetrack", description=description, args=words, registry=_registry()
         )
         return command()
-    except (ValueError, TrainingError, OSError) as error:
+    except (ValueError, RuntimeError, MemoryError, OverflowError, OSError) as error:
         print(f"statetrack: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

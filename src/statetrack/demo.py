@@ -15,6 +15,7 @@ from statetrack.evaluation import SOLVED_ACCURACY, SOLVED_LENGTH
 from statetrack.experiments import Experiment, RunEvent, load_experiment, run_experiment
 from statetrack.progress import describe
 from statetrack.report import Record, provenance, table, write_report, write_summary
+from statetrack.runs import RunDirectory
 from statetrack.tasks import get_task
 from statetrack.transition import EigenvalueRange
 
@@ -32,10 +33,12 @@ def run_demo(
         Whether it came to its end; False if it was told to stop, and then the same call goes on.
     """
     summary, page = out / "summary.json", out / "report.html"
-    if summary.exists():  # a finished demo: this is a new one
-        shutil.rmtree(out / "runs", ignore_errors=True)
-        summary.unlink()
     experiment = load_experiment("demo", seeds)
+    if summary.exists():  # a finished demo: this is a new one
+        for run in experiment.runs:
+            if RunDirectory(out / "runs" / run.name).exists():
+                shutil.rmtree(out / "runs" / run.name)
+        summary.unlink()
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     with _Board(experiment, console) as board:

@@ -26,6 +26,9 @@ def atomic_write(path: Path | str, content: str | bytes) -> None:
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
+        if target.exists() and not target.is_file():  # a device or a pipe has no place that a file could take
+            target.write_bytes(data)
+            return
         try:
             with temporary.open("xb") as file:
                 if target.exists():

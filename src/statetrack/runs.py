@@ -111,6 +111,10 @@ class RunDirectory:
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]] | None:
         """The weights, the optimizer's tensors and the progress of the last checkpoint; None if there is none."""
         if not self.state_file.exists():
+            if self.model_file.exists():
+                raise RunError(
+                    f"{self.path} has weights but no training_state.safetensors: it can be evaluated, not trained on"
+                )
             return None
         state, progress = read_tensors(self.state_file)
         parts = {
@@ -128,6 +132,12 @@ class RunDirectory:
         if not self.metrics_file.exists():
             return []
         return list(_complete_records(self.metrics_file.read_text(encoding="utf-8")))
+
+    def weights_step(self) -> int | None:
+        """The step of the weights in model.safetensors; None if there are none."""
+        if not self.model_file.exists():
+            return None
+        return int(read_tensors(self.model_file)[1].get("step", -1))
 
     def train_seconds(self) -> float:
         """How long the training of the weights in model.safetensors took."""

@@ -108,7 +108,9 @@ def train(
 
     model.train()
     began = time.perf_counter()
-    tokens, step, saved = 0, start, start
+    tokens, step = 0, start
+    # A process killed between the two files of a checkpoint leaves weights that are older than the training state.
+    saved = start if directory is None or directory.weights_step() == start else None
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - began

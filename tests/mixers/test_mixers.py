@@ -212,3 +212,11 @@ def test_the_whole_model_runs_with_every_mixer():
     for name in mixer_configs():
         model = LanguageModel(ModelConfig(vocab_size=7, d_model=D_MODEL, num_layers=2, mixer=mixer_config(name)()))
         assert model(torch.randint(7, (2, 5))).shape == (2, 5, 7)
+
+
+@pytest.mark.parametrize("name", mixer_configs())
+@pytest.mark.parametrize(("b", "boundaries"), [(2, [0, 5]), (1, [0, 4]), (1, [0, 3, 2, 5])])
+def test_boundaries_that_do_not_fit_are_refused(name, b, boundaries):
+    mixer = mixer_config(name)().build(D_MODEL)
+    with pytest.raises(ValueError, match=r"B must be 1|cu_seqlens must run"):
+        mixer(torch.randn(b, 5, D_MODEL), torch.tensor(boundaries))

@@ -100,6 +100,11 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None) -> 
     """
     file = from_data(_File, data)
     runs = [run for table in file.run for run in _expand(table, seeds or file.seeds)]
+    names = [run.name for run in runs]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"two runs of an experiment have the name {repeated[0]}: repeated seeds, or models alike in name"
+        )
     return Experiment(title=file.title, runs=tuple(runs))
 
 

@@ -125,7 +125,7 @@ def _die_with(parent: int) -> None:
 
 def _run(index: int, run: ExperimentRun, path: Path, evaluation_seed: int) -> Record | None:
     directory, config = RunDirectory(path), run.config
-    if path.exists():
+    if directory.exists():
         try:
             same = directory.read_config() == config
         except ValueError:

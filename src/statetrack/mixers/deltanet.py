@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from statetrack.layers import RMSNorm, ShortConvolution, l2_normalize
 from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
-from statetrack.ops import linear_recurrence
+from statetrack.ops import check_packing, linear_recurrence
 from statetrack.transition import EigenvalueRange, Householder
 
 
@@ -186,6 +186,8 @@ class DeltaNet(Mixer):
 
     def _project(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[State, State]:
         """Activated queries, keys and values, flat, and the states of the convolutions."""
+        if cu_seqlens is not None:
+            check_packing(x.shape[0], x.shape[1], cu_seqlens)
         projected = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
         after: State = {}
         if state is None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from statetrack.layers import ShortConvolution
 from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
-from statetrack.ops import linear_recurrence
+from statetrack.ops import check_packing, linear_recurrence
 from statetrack.transition import Discretized, EigenvalueRange
 
 
@@ -112,6 +112,8 @@ class Mamba(Mixer):
 
     def _convolve(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, State]:
         """The activated channels [B, T, V], the output gate [B, T, V], and the state of the convolution."""
+        if cu_seqlens is not None:
+            check_packing(x.shape[0], x.shape[1], cu_seqlens)
         u, z = self.in_proj(x).chunk(2, -1)
         after: State = {}
         if self.conv1d is not None:

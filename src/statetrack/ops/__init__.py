@@ -17,7 +17,7 @@ from torch import Tensor
 from statetrack.ops.backend import Backend
 from statetrack.transition import Discretized, Householder, Transition
 
-__all__ = ["Backend", "available_backends", "linear_recurrence"]
+__all__ = ["Backend", "available_backends", "check_packing", "linear_recurrence"]
 
 _log = logging.getLogger("statetrack.ops")
 
@@ -125,15 +125,16 @@ def _check(
         )
     states = b
     if cu_seqlens is not None:
-        if b != 1:
-            raise ValueError(f"packed sequences lie in one row: B must be 1 with cu_seqlens, got {b}")
-        _check_cu_seqlens(cu_seqlens, t)
+        check_packing(b, t, cu_seqlens)
         states = len(cu_seqlens) - 1
     if initial_state is not None and initial_state.shape != (states, h, key_dim, v.shape[-1]):
         raise ValueError(f"initial_state must be {(states, h, key_dim, v.shape[-1])}, got {tuple(initial_state.shape)}")
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, t: int) -> None:
+def check_packing(b: int, t: int, cu_seqlens: Tensor) -> None:
+    """Raises ValueError unless `cu_seqlens` cuts one row of T tokens into sequences."""
+    if b != 1:
+        raise ValueError(f"packed sequences lie in one row: B must be 1 with cu_seqlens, got {b}")
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
         raise ValueError(
             f"cu_seqlens must be a vector of at least two integers, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"

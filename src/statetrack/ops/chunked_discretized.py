@@ -265,9 +265,8 @@ class _Memory(threading.local):
     """One piece of memory for each thread, name and dtype, as large as was ever asked for.
 
     On a CPU it outlives the call: the allocator may hand blocks of this size back to the system, and touching new ones
-    in every call takes up to three times as long as a small scan itself. In float32 it amounts to 5 MiB, or 10 MiB with
-    a backward, and to more only where the states of one step are larger than a tile should be. GPUs have caching
-    allocators.
+    in every call takes up to three times as long as a small scan itself. In float32 it amounts to 10 MiB where K is 16,
+    and to more than 25 MiB only where the states of one step exceed 2**16 elements. GPUs have caching allocators.
     """
 
     def __init__(self) -> None:

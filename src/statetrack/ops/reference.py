@@ -44,6 +44,8 @@ def _sequences(
 ) -> tuple[Tensor, Tensor]:
     inputs = [q, v, *(x for x in (write, initial_state) if x is not None)]
     transition.map_tokens(lambda x: inputs.append(x) or x)
+    if isinstance(transition, Discretized):
+        inputs.append(transition.A)
     dtype = accumulation_dtype(*inputs)
     b, t, h = transition.batch_shape
     if initial_state is None:
