@@ -239,7 +239,9 @@ def test_torch_compile_without_graph_breaks(dynamic):
     def loss(*xs):
         x = dict(zip(names, xs, strict=True))
         transition = Discretized(x["dt"].sigmoid(), x["A"], case.transition.eigenvalue_range)
-        o, state = chunked_discretized.run(transition, x["q"], x["v"], x["write"], x["initial_state"], None)
+        o, state = linear_recurrence(
+            transition, x["q"], x["v"], write=x["write"], initial_state=x["initial_state"], backend="chunked"
+        )
         return o.sin().sum() + state.cos().sum()
 
     expected = torch.autograd.grad(loss(*inputs), inputs)

@@ -158,7 +158,7 @@ def test_anything_agrees_with_the_reference(t, n, k, v, seed):
 @pytest.mark.parametrize("beta", [2.0, 1.9, parity_bits], ids=["beta=2", "beta=1.9", "parity bits"])
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw unit keys"])
 def test_one_key_repeated_in_float32(beta, normalize, backend):
-    check_against_reference(one_key(2048, beta, normalize=normalize), backend, 1e-4)
+    check_against_reference(one_key(2048, beta, normalize=normalize), backend, 2e-5)
 
 
 @pytest.mark.parametrize("backend", FAST)

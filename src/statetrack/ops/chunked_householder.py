@@ -112,7 +112,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Returns o, the final state, and a tape for `_backward`, which is empty unless `save`."""
     o, states, tape = _empty_results(q, k, v, beta, decay, initial_state, normalize, save)
-    plan = _Plan(k, v.shape[-1], states.dtype)
+    plan = _Plan(k, v.shape[-1], states.dtype, normalize)
     if initial_state is None:
         states.zero_()
     else:
@@ -125,7 +125,7 @@ def _forward(
     )
     with torch.autocast(k.device.type, enabled=False):
         for piece in pieces:
-            _forward_chunk(plan, normalize, *piece)
+            _forward_chunk(plan, *piece)
     return o, states, tape
 
 
@@ -142,7 +142,8 @@ def _empty_results(
     dtype = accumulation_dtype(*(x for x in (q, k, v, beta, decay, initial_state) if x is not None))
     b, t, _, h, value_dim = v.shape
     states = v.new_empty(b, h, k.shape[-1], value_dim, dtype=dtype)
-    return v.new_empty(b, t, h, value_dim), states, _Plan(k, value_dim, dtype).empty_tape() if save else []
+    tape = _Plan(k, value_dim, dtype, normalize).empty_tape() if save else []
+    return v.new_empty(b, t, h, value_dim), states, tape
 
 
 def _backward(
@@ -158,7 +159,7 @@ def _backward(
     """Returns the gradients of q, k, v, beta, decay (empty without one) and the initial state; `d_x` is that of x."""
     d_q, d_k, d_v, d_beta, d_decay, d_states = _empty_gradients(q, k, beta, decay, normalize, tape, d_o, d_state)
     d_states.copy_(d_state)
-    plan = _Plan(k, d_o.shape[-1], tape[0].dtype)
+    plan = _Plan(k, d_o.shape[-1], tape[0].dtype, normalize)
     pieces = zip(
         *(plan.tokens(q), plan.steps(k), plan.steps(beta), plan.tokens(decay), plan.tokens(d_o)),
         *(plan.tokens(d_q), plan.steps(d_k), plan.steps(d_v), plan.steps(d_beta)),
@@ -167,7 +168,7 @@ def _backward(
     )
     with torch.autocast(k.device.type, enabled=False):
         for piece in reversed(list(pieces)):
-            _backward_chunk(plan, normalize, *piece)
+            _backward_chunk(plan, *piece)
     return d_q, d_k, d_v, d_beta, d_decay, d_states
 
 
@@ -195,7 +196,6 @@ def _empty_gradients(
 
 def _forward_chunk(
     plan: _Plan,
-    normalize: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -214,12 +214,12 @@ def _forward_chunk(
         start.copy_(state)
     torch.bmm(chunk.kq, chunk.k.mT, out=gram)
     gram[:, m:].mul_(chunk.mask[m:])
-    chunk.set_system(gram, normalize)
+    chunk.set_system(gram)
 
     error = chunk.error
     chunk.by_step(error).copy_(v)
     error.baddbmm_(chunk.kq_in[:, :m], start, alpha=-1)
-    torch.linalg.solve_triangular(chunk.system.mT, error, upper=False, unitriangular=True, out=r)
+    chunk.solve(error, upper=False, out=r)
     u = torch.mul(r, chunk.beta_scaled, out=chunk.u)
     out = torch.bmm(chunk.kq_in[:, m:], start, out=chunk.out)
     out.baddbmm_(chunk.weights[:, m:], u)
@@ -231,7 +231,6 @@ def _forward_chunk(
 
 def _backward_chunk(
     plan: _Plan,
-    normalize: bool,
     q: Tensor,
     k: Tensor,
     beta: Tensor,
@@ -250,7 +249,7 @@ def _backward_chunk(
     m = chunk.steps
     chunk.load(q, k, beta, decay)
     gram, r, start = record
-    chunk.set_system(gram, normalize)
+    chunk.set_system(gram)
     decays = chunk.decays
     u = torch.mul(r, chunk.beta_scaled, out=chunk.u)
     # The gradients of k_in H_0 and q_in H_0, one above the other: -d_error and d_o.
@@ -261,7 +260,7 @@ def _backward_chunk(
     # r = error - W u and u = beta r, so that d_error = beta s where (I + beta W)^T s = d_u.
     d_u = torch.bmm(chunk.k_out, d_state, out=chunk.error)
     d_u.baddbmm_(chunk.weights[:, m:].mT, d_out)
-    s = torch.linalg.solve_triangular(chunk.system.mT, d_u, upper=True, unitriangular=True, out=chunk.solution)
+    s = chunk.solve(d_u, upper=True, out=chunk.solution)
     d_beta_scaled = torch.mul(s, r, out=chunk.error).sum(-1, keepdim=True)
     d_error = s.mul_(chunk.beta_scaled)
     d_v.copy_(chunk.by_step(d_error))
@@ -287,8 +286,8 @@ def _backward_chunk(
         d_gram.mul_(decays.pairs)
         d_state.mul_(decays.across)
     d_state.baddbmm_(chunk.kq_in.mT, d_read)
-    d_key_products = torch.add(d_gram[:, :m], d_gram[:, :m].mT, out=chunk.system)
-    if normalize:
+    d_key_products = torch.add(d_gram[:, :m], d_gram[:, :m].mT, out=chunk.between_keys)
+    if plan.normalize:
         d_beta_scaled.mul_(chunk.inverse_norm)
         d_key_products.diagonal(dim1=1, dim2=2).addcmul_(
             d_beta_scaled.squeeze(2), chunk.beta_scaled.squeeze(2), value=-2
@@ -311,9 +310,9 @@ class _Plan:
     All lists are in one order: group after group, in each the chunks in the order of time.
     """
 
-    def __init__(self, k: Tensor, value_dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, k: Tensor, value_dim: int, dtype: torch.dtype, normalize: bool) -> None:
         batch, length, self.factors, self.heads, self.key_dim = k.shape
-        self.value_dim = value_dim
+        self.value_dim, self.normalize = value_dim, normalize
         self.options: dict[str, Any] = {"dtype": dtype, "device": k.device}
         cpu = k.device.type == "cpu"
         # Longer chunks do more arithmetic, shorter ones more calls with smaller matrices. Measured.
@@ -380,7 +379,12 @@ class _Chunk:
         new = partial(torch.empty, **plan.options)
 
         self.kq, self.beta = new(heads, n, key_dim), new(heads, m, 1)
-        self.gram, self.system = new(heads, n, m), new(heads, m, m)
+        self.gram, self.between_keys = new(heads, n, m), new(heads, m, m)
+        self.normalize = plan.normalize
+        self.system, self.wide = self.between_keys, None
+        if not self.normalize and self.gram.dtype != torch.float64:
+            self.system = torch.empty_like(self.between_keys, dtype=torch.float64)
+            self.wide = self.system.new_empty(2, heads, m, value_dim)
         self.error, self.u, self.solution = (new(heads, m, value_dim) for _ in range(3))
         self.out, self.d_read = new(heads, tokens, value_dim), new(heads, n, value_dim)
         self.d_keys, self.d_queries = new(heads, m, key_dim), new(heads, tokens, key_dim)
@@ -408,27 +412,38 @@ class _Chunk:
         self.kq_in = self.kq if self.decays is None else self.kq * self.decays.into
         self.k_out = self.k if self.decays is None else self.k * self.decays.out_of
 
-    def set_system(self, gram: Tensor, normalize: bool) -> None:
+    def set_system(self, gram: Tensor) -> None:
         """Sets `weights` = D_ij (x_i . k_j), x a key or a query; `system`; and `beta_scaled`, the factor of k k^T.
 
         `gram` is x_i . k_j, [b H, m + c, m]. The weights between keys are symmetric. So the rows of `system` are
         beta_i D_ij (k_i . k_j), and its transpose has the forward's system below its diagonal, the backward's above.
+
+        The rounding errors of k . k and of beta are the same wherever a key repeats, and thousands of reflections would
+        add them up. Hence the division: its quotient is then exactly 1, and the eigenvalue 1 - strength. The strength
+        is beta itself with `normalize`; else it is beta |k|^2, which takes float64 to hold and to solve with.
         """
         self.weights = gram if self.decays is None else gram * self.decays.pairs
         squared_norm = gram[:, : self.steps].diagonal(dim1=1, dim2=2).unsqueeze(2)
         nonzero = squared_norm > 0
         squared_norm = torch.where(nonzero, squared_norm, 1)
-        if normalize:
+        if self.normalize:
             self.inverse_norm = torch.where(nonzero, squared_norm.reciprocal(), 0)
             self.beta_scaled = self.beta * self.inverse_norm
             strength = torch.where(nonzero, self.beta, 0)
         else:
             self.beta_scaled = self.beta
             exact = torch.linalg.vector_norm(self.k, dim=-1, keepdim=True, dtype=torch.float64).square_()
-            strength = exact.mul_(self.beta).to(self.beta.dtype)
-        # Where a key repeats the quotient is exactly 1, so that the eigenvalue is 1 - strength in every step; the
-        # rounding of the products would be the same error every time, and 2,048 reflections would add it up.
-        torch.div(self.weights[:, : self.steps], squared_norm, out=self.system).mul_(strength)
+            strength = exact.mul_(self.beta)
+        torch.div(self.weights[:, : self.steps], squared_norm, out=self.between_keys)
+        torch.mul(self.between_keys, strength, out=self.system)
+
+    def solve(self, right: Tensor, *, upper: bool, out: Tensor) -> Tensor:
+        """Solves with the unit triangular matrix whose other entries are those of `system`^T above or below."""
+        if self.wide is None:
+            return torch.linalg.solve_triangular(self.system.mT, right, upper=upper, unitriangular=True, out=out)
+        wide_right, wide_out = self.wide[0].copy_(right), self.wide[1]
+        torch.linalg.solve_triangular(self.system.mT, wide_right, upper=upper, unitriangular=True, out=wide_out)
+        return out.copy_(wide_out)
 
 
 class _Decays:
