@@ -207,7 +207,6 @@ def test_the_z_loss_adds_the_mean_square_of_the_log_partition_function():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mixer", ["deltanet", "mamba"])
 def test_training_and_evaluation_on_a_gpu(tmp_path, mixer):
     directory = RunDirectory(tmp_path / "run")

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from statetrack.transition import accumulated
+
 
 class RMSNorm(nn.RMSNorm):
     """`torch.nn.RMSNorm` with its weight in the dtype of the input, so that autocast leaves no mixture of dtypes."""
@@ -91,5 +93,5 @@ class GatedMLP(nn.Module):
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(|x|^2 + eps)` along the last axis, computed in float32 or better, in the dtype of `x`."""
-    wide = x if x.dtype == torch.float64 else x.float()
+    wide = accumulated(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)

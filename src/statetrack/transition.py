@@ -230,6 +230,11 @@ def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
+def accumulated(x: Tensor) -> Tensor:
+    """`x` in the dtype of states and transition parameters."""
+    return x.to(accumulation_dtype(x))
+
+
 def _eigvals(matrices: Tensor) -> Tensor:
     return torch.linalg.eigvals(_finite(matrices).to(torch.float64))
 

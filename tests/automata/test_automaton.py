@@ -317,7 +317,6 @@ def test_accepts_refuses_unknown_letters_and_automata_of_other_outputs():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("length", [40, 5000])
 def test_a_gpu_gives_the_same_states(length):
     automaton = random_automaton(9, 3)

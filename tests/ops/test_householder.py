@@ -316,7 +316,6 @@ def test_results_helper_sees_a_wrong_gradient():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("decay", ["none", "head"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_on_a_gpu_as_on_a_cpu(n, decay):

@@ -110,7 +110,6 @@ def test_empty_batches_are_refused(task, wrong):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("device", ["cuda", None])
 def test_a_gpu_samples_where_its_generator_is(task, device):
     source = torch.Generator("cuda").manual_seed(0)

@@ -45,13 +45,13 @@ class ExperimentRun:
 
     @property
     def name(self) -> str:
-        """A name for directories and progress lines: `parity-deltanet[-1,1]-seed0`."""
+        """A name for directories and progress lines: `parity-deltanet[-1,1]n1-seed0`."""
         mixer, training = self.config.model.mixer, self.config.training
-        factors = getattr(mixer, "num_householder", 1)
+        factors = getattr(mixer, "num_householder", None)
         range_ = getattr(mixer, "eigenvalue_range", None)
         parts = [
             self.config.task.replace(":", "_"),
-            mixer.name + (f"[{range_}]" if range_ else "") + (f"n{factors}" if mixer.name == "deltaproduct" else ""),
+            mixer.name + (f"[{range_}]" if range_ else "") + (f"n{factors}" if factors else ""),
             f"seed{training.seed}",
         ]
         return "-".join(parts)

@@ -19,6 +19,7 @@ import torch
 
 from statetrack.evaluation import Accuracy, evaluate, evaluation_data, solved
 from statetrack.experiments.experiment import Experiment, ExperimentRun
+from statetrack.machine import available_cores
 from statetrack.records import record_of_failure, record_of_run
 from statetrack.report import Record
 from statetrack.runs import RunDirectory
@@ -67,7 +68,7 @@ def run_experiment(
     Returns:
         A record for each run, in the experiment's order, those that failed included; None if it was told to stop.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or available_cores()
     context = multiprocessing.get_context("spawn")
     events: Queue[RunEvent] = context.Queue()
     stop = context.Event()

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.layers import RMSNorm, ShortConvolution, l2_normalize
-from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
+from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_conv_size, require_positive, with_options
 from statetrack.ops import check_packing, linear_recurrence
-from statetrack.transition import EigenvalueRange, Householder
+from statetrack.transition import EigenvalueRange, Householder, accumulated, accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,7 @@ class DeltaNetConfig(MixerConfig):
     """
 
     name: ClassVar[str] = "deltanet"
+    title: ClassVar[str] = "DeltaNet"
     summary: ClassVar[str] = "one generalized Householder matrix a token; N = num_householder of them"
 
     num_heads: int = 4
@@ -65,8 +66,7 @@ class DeltaNetConfig(MixerConfig):
         super().__post_init__()
         require_positive(self, "num_heads", "head_dim", "value_dim", "num_householder")
         self.eigenvalue_range.householder_beta(torch.empty(0))  # refuses a range that no beta gives
-        if self.conv_size != 0 and self.conv_size < 2:
-            raise ValueError(f"conv_size must be 0 (no convolution) or at least 2, got {self.conv_size}")
+        require_conv_size(self.conv_size)
         if not (math.isfinite(self.beta_gain) and self.beta_gain > 0):
             raise ValueError(f"beta_gain must be a positive number, got {self.beta_gain}")
         if self.activation not in ("silu", "identity"):
@@ -96,6 +96,7 @@ class GatedDeltaNetConfig(DeltaNetConfig):
     """
 
     name: ClassVar[str] = "gated_deltanet"
+    title: ClassVar[str] = "Gated DeltaNet"
     summary: ClassVar[str] = "DeltaNet with a decay of the whole state before the Householder factors"
 
     decay_range: EigenvalueRange = field(default=EigenvalueRange(0, 1))
@@ -107,6 +108,7 @@ class DeltaProductConfig(DeltaNetConfig):
     """Options of DeltaProduct: those of DeltaNet, with two Householder factors a token unless told otherwise."""
 
     name: ClassVar[str] = "deltaproduct"
+    title: ClassVar[str] = "DeltaProduct"
     summary: ClassVar[str] = "a product of N = num_householder generalized Householder matrices a token"
 
     num_householder: int = 2
@@ -153,9 +155,8 @@ class DeltaNet(Mixer):
 
     def init_state(self, batch_size: int) -> State:
         weight = self.q_proj.weight
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         shape = (batch_size, self.num_heads, self.key_dim, self.value_dim)
-        state = {"recurrence": torch.zeros(shape, dtype=dtype, device=weight.device)}
+        state = {"recurrence": torch.zeros(shape, dtype=accumulation_dtype(weight), device=weight.device)}
         return state | {name: conv.init_state(batch_size) for name, conv in self._convolutions()}
 
     def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
@@ -201,19 +202,15 @@ class DeltaNet(Mixer):
     def _transition(self, x: Tensor, k: Tensor) -> Householder:
         b, t, _ = x.shape
         k = l2_normalize(k.view(b, t, self.num_householder, self.num_heads, self.key_dim))
-        logits = _wide(self.b_proj(x)).view(b, t, self.num_householder, self.num_heads)
+        logits = accumulated(self.b_proj(x)).view(b, t, self.num_householder, self.num_heads)
         beta = self.config.eigenvalue_range.householder_beta(torch.sigmoid(self.config.beta_gain * logits))
         decay = None
         if self.decay_range is not None:
-            step = F.softplus(_wide(self.a_proj(x)) + _wide(self.dt_bias))
-            decay = self.decay_range.widen(torch.exp(-_wide(self.A_log).exp() * step))
+            step = F.softplus(accumulated(self.a_proj(x)) + accumulated(self.dt_bias))
+            decay = self.decay_range.widen(torch.exp(-accumulated(self.A_log).exp() * step))
         # Keys in bf16 are a little longer or shorter than 1; dividing by their norm as rounded keeps beta = 2 a
         # reflection.
         return Householder(k, beta, decay, normalize=True)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 MIXERS = (DeltaNetConfig, GatedDeltaNetConfig, DeltaProductConfig)

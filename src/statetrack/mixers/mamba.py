@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.layers import ShortConvolution
-from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
+from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_conv_size, require_positive, with_options
 from statetrack.ops import check_packing, linear_recurrence
-from statetrack.transition import Discretized, EigenvalueRange
+from statetrack.transition import Discretized, EigenvalueRange, accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class MambaConfig(MixerConfig):
     """
 
     name: ClassVar[str] = "mamba"
+    title: ClassVar[str] = "Mamba"
     summary: ClassVar[str] = "a diagonal system in each channel, discretized with a step size that depends on the token"
 
     state_size: int = 16
@@ -49,8 +50,7 @@ class MambaConfig(MixerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "state_size", "expand", "dt_rank")
-        if self.conv_size != 0 and self.conv_size < 2:
-            raise ValueError(f"conv_size must be 0 (no convolution) or at least 2, got {self.conv_size}")
+        require_conv_size(self.conv_size)
 
     def build(self, d_model: int) -> Mamba:
         return Mamba(d_model, self)
@@ -88,9 +88,8 @@ class Mamba(Mixer):
 
     def init_state(self, batch_size: int) -> State:
         weight = self.A_log
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         shape = (batch_size, 1, self.config.state_size, self.channels)
-        state = {"recurrence": torch.zeros(shape, dtype=dtype, device=weight.device)}
+        state = {"recurrence": torch.zeros(shape, dtype=accumulation_dtype(weight), device=weight.device)}
         return state if self.conv1d is None else state | {"conv": self.conv1d.init_state(batch_size)}
 
     def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
@@ -126,7 +125,7 @@ class Mamba(Mixer):
         """The transition, the write keys B_t and the queries C_t, each [B, T, 1, K], from the channels."""
         size = self.config.state_size
         low_rank, write, q = self.x_proj(u).split([self.dt_rank, size, size], -1)
-        wide = u.dtype if u.dtype == torch.float64 else torch.float32
+        wide = accumulation_dtype(u)
         dt = F.softplus(F.linear(low_rank, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
         a = -torch.exp(self.A_log.to(wide)).mT.unsqueeze(0)
         return Discretized(dt.unsqueeze(2), a, self.config.eigenvalue_range), write.unsqueeze(2), q.unsqueeze(2)

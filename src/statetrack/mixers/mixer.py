@@ -18,10 +18,12 @@ State = dict[str, Tensor]
 class MixerConfig(ABC):
     """The options of a mixer; the only place where their defaults are written.
 
-    A subclass names itself (`name`, the registry key), says in a line what it is (`summary`), and builds its module.
+    A subclass names itself (`name`, the registry key, and `title`, as people write it), says in a line what it is
+    (`summary`), and builds its module.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     summary: ClassVar[str]
 
     @abstractmethod
@@ -88,6 +90,12 @@ def with_options(default: type[Config], config: Config | None, options: dict[str
     if unknown:
         raise ValueError(f"unknown option {', '.join(unknown)} for {default.name}; the options are {', '.join(known)}")
     return default(**options)
+
+
+def require_conv_size(size: int) -> None:
+    """Raises ValueError unless a short convolution may have this size, or 0 for none."""
+    if size != 0 and size < 2:
+        raise ValueError(f"conv_size must be 0 (no convolution) or at least 2, got {size}")
 
 
 def require_positive(config: MixerConfig, *names: str) -> None:

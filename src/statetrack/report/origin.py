@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import shlex
 import subprocess
@@ -12,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from statetrack.machine import available_cores
 
 
 def provenance(command: str | None = None) -> dict[str, str]:
@@ -22,8 +23,8 @@ def provenance(command: str | None = None) -> dict[str, str]:
     """
     from statetrack import __version__  # here, so that the package itself may import this file
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = [f"{package} {metadata.version(package)}" for package in ("torch", "numpy")]
+    cores = available_cores()
     entries = {
         "Command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "Machine": f"{_processor()}, {cores} core{'s' * (cores != 1)}",

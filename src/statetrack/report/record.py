@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from statetrack.files import atomic_write
+from statetrack.mixers import mixer_configs
 from statetrack.transition import EigenvalueRange
 
 Eigenvalues = tuple[tuple[float, float], ...]
@@ -145,21 +146,6 @@ def read_summary(path: Path | str) -> list[Record]:
         raise ValueError(f"{path} is not a summary: {error}") from None
 
 
-_PROPER_NAMES = {
-    "deltanet": "DeltaNet",
-    "gated_deltanet": "Gated DeltaNet",
-    "deltaproduct": "DeltaProduct",
-    "gated_deltaproduct": "Gated DeltaProduct",
-    "mamba": "Mamba",
-    "mamba2": "Mamba-2",
-    "gla": "GLA",
-    "mlstm": "mLSTM",
-    "slstm": "sLSTM",
-    "lstm": "LSTM",
-    "rwkv7": "RWKV-7",
-}
-
-
 @dataclass(frozen=True)
 class Group:
     """The records of one model on one task: the same in everything but the seed.
@@ -179,8 +165,8 @@ class Group:
     @property
     def mixer(self) -> str:
         """The mixer as people write it."""
-        name = self.records[0].mixer
-        return _PROPER_NAMES.get(name, name)
+        name, known = self.records[0].mixer, mixer_configs()
+        return known[name].title if name in known else name
 
     @property
     def eigenvalue_range(self) -> EigenvalueRange | None:
