@@ -5,7 +5,7 @@ from statetrack.mixers.deltanet import DeltaNet, DeltaNetConfig, DeltaProductCon
 from statetrack.mixers.mamba import Mamba, MambaConfig
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
-from statetrack.transition import Discretized, EigenvalueRange, Householder, Transition
+from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
 
 __version__ = "0.1.0"
 
@@ -13,11 +13,13 @@ __all__ = [
     "DeltaNet",
     "DeltaNetConfig",
     "DeltaProductConfig",
+    "Diagonal",
     "Discretized",
     "EigenvalueRange",
     "GatedDeltaNetConfig",
     "Householder",
     "LanguageModel",
+    "LowRank",
     "Mamba",
     "MambaConfig",
     "Mixer",

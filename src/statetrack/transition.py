@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Self
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -54,16 +54,23 @@ class EigenvalueRange:
             raise ValueError(f"an eigenvalue range is two numbers lo,hi, for example -1,1; got {value!r}") from None
         return cls(lo, hi)
 
-    def widen(self, gate: Tensor) -> Tensor:
-        """Maps a gate in [0, 1] onto [lo, hi]: `lo + (hi - lo) gate`; for (-1, 1) the paper's `2 gate - 1`."""
+    def widen(self, gate: Tensor, lo: Tensor | None = None) -> Tensor:
+        """Maps a gate in [0, 1] onto [lo, hi]: `lo + (hi - lo) gate`; for (-1, 1) the paper's `2 gate - 1`.
+
+        Args:
+            gate: any shape.
+            lo: a lower end of its own for every entry, which broadcasts against the gate; None for the range's.
+        """
+        if lo is not None:
+            return lo + (self.hi - lo) * gate
         if self.lo == 0 and self.hi == 1:
             return gate
         return self.lo + (self.hi - self.lo) * gate
 
-    def householder_beta(self, gate: Tensor) -> Tensor:
+    def householder_beta(self, gate: Tensor, lo: Tensor | None = None) -> Tensor:
         """Maps a gate in [0, 1] onto the `beta` for which `1 - beta` runs from 1 at gate 0 to lo at gate 1.
 
-        For (0, 1) this is the gate itself (DeltaNet), for (-1, 1) it is `2 gate`.
+        For (0, 1) this is the gate itself (DeltaNet), for (-1, 1) it is `2 gate`. `lo` is as in `widen`.
 
         Raises:
             ValueError: if hi is not 1. A generalized Householder matrix is the identity outside its key, so 1 is always
@@ -73,6 +80,8 @@ class EigenvalueRange:
             raise ValueError(
                 f"the eigenvalue range of a generalized Householder matrix ends at 1; got ({self.lo:g}, {self.hi:g})"
             )
+        if lo is not None:
+            return (1 - lo) * gate
         return gate if self.lo == 0 else (1 - self.lo) * gate
 
     def __str__(self) -> str:
@@ -82,17 +91,31 @@ class EigenvalueRange:
 EigenvalueRangeLike = EigenvalueRange | tuple[float, float] | list[float] | str
 
 
+@dataclass(frozen=True)
 class Transition(ABC):
-    """The state-transition matrices `A_t` of a batch of token sequences."""
+    """The state-transition matrices `A_t` of a batch of token sequences: a frozen dataclass of tensors."""
+
+    identity: ClassVar[dict[str, float]]
+    """The tensors whose first two axes are B and T, by name, with the value that makes a step leave the state alone."""
 
     @property
     @abstractmethod
     def batch_shape(self) -> tuple[int, int, int]:
         """(B, T, H)."""
 
-    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
     def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same kind of transition with `function` applied to every tensor whose first two axes are B and T."""
+        return replace(self, **{name: function(x) for name, x in self.tensors().items() if name in self.identity})
+
+    @property
+    def has_identity(self) -> bool:
+        """Whether the values of `identity` do make a step that leaves the state alone."""
+        return True
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -119,6 +142,8 @@ class Householder(Transition):
         normalize: divide beta by |k|^2 of the key as rounded to its dtype (0 where k = 0), so that beta = 2 is an
             exact reflection, with the eigenvalue -1, whatever the dtype of k. Another function than `normalize=False`.
     """
+
+    identity = {"k": 0.0, "beta": 0.0, "decay": 1.0}  # noqa: RUF012
 
     k: Tensor
     beta: Tensor
@@ -156,10 +181,6 @@ class Householder(Transition):
         # The inner `where` keeps 0/0 out of the backward as well: torch.where passes 0 * inf = NaN on otherwise.
         return torch.where(nonzero, beta / torch.where(nonzero, squared_norm, 1), 0)
 
-    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Self:
-        decay = None if self.decay is None else function(self.decay)
-        return replace(self, k=function(self.k), beta=function(self.beta), decay=decay)
-
     def dense(self) -> Tensor:
         beta = self.effective_beta
         k = self.k.to(beta.dtype)
@@ -190,11 +211,15 @@ class Discretized(Transition):
         dt: step sizes [B, T, H, V].
         A: [H, K, V].
         eigenvalue_range: the range (lo, hi).
+        lower_end: [H, V], a lower end of its own for each value channel, in place of lo; None for lo.
     """
+
+    identity = {"dt": 0.0}  # noqa: RUF012
 
     dt: Tensor
     A: Tensor
     eigenvalue_range: EigenvalueRange = field(default_factory=EigenvalueRange)
+    lower_end: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "eigenvalue_range", EigenvalueRange.of(self.eigenvalue_range))
@@ -204,25 +229,114 @@ class Discretized(Transition):
             raise ValueError(
                 f"dt [B, T, H, V] and A [H, K, V] must share H and V, got {_shape(self.dt)} and {_shape(self.A)}"
             )
+        if self.lower_end is not None and self.lower_end.shape != self.dt.shape[2:]:
+            raise ValueError(f"lower_end must be [H, V] = {_shape(self.dt)[2:]}, got {_shape(self.lower_end)}")
 
     @property
     def batch_shape(self) -> tuple[int, int, int]:
         b, t, h, _ = self.dt.shape
         return b, t, h
 
-    def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Self:
-        return replace(self, dt=function(self.dt))
+    @property
+    def has_identity(self) -> bool:
+        return self.eigenvalue_range.hi == 1  # dt = 0 makes the decay hi
 
     def diagonal(self) -> Tensor:
         """The entries of A_t: [B, T, H, K, V], float32 or float64."""
-        dtype = accumulation_dtype(self.dt, self.A)
-        return self.eigenvalue_range.widen(torch.exp(self.dt.to(dtype).unsqueeze(3) * self.A.to(dtype)))
+        return self.decay_of(self.dt)
+
+    def decay_of(self, dt: Tensor) -> Tensor:
+        """The entries of the transition for step sizes [..., H, V]: [..., H, K, V], float32 or float64."""
+        dtype = accumulation_dtype(dt, self.A)
+        lo = None if self.lower_end is None else self.lower_end.to(dtype).unsqueeze(1)
+        return self.eigenvalue_range.widen(torch.exp(dt.to(dtype).unsqueeze(-2) * self.A.to(dtype)), lo)
 
     def dense(self) -> Tensor:
         return torch.diag_embed(self.diagonal().mT)
 
     def eigenvalues(self) -> Tensor:
         return _finite(self.diagonal().mT).to(torch.complex128)
+
+
+@dataclass(frozen=True)
+class Diagonal(Transition):
+    """Diagonal matrices given as they are (GLA, RetNet, Mamba-2, mLSTM, RWKV-6).
+
+        A_t = diag(decay)
+
+    Attributes:
+        decay: [B, T, H] (one number for each head) or [B, T, H, K] (one for each key channel). It is linear and signed,
+            not a logarithm: 0 and -1 can be said.
+    """
+
+    identity = {"decay": 1.0}  # noqa: RUF012
+
+    decay: Tensor
+
+    def __post_init__(self) -> None:
+        if self.decay.ndim not in (3, 4):
+            raise ValueError(f"decay must be [B, T, H] or [B, T, H, K], got {_shape(self.decay)}")
+
+    @property
+    def batch_shape(self) -> tuple[int, int, int]:
+        b, t, h = self.decay.shape[:3]
+        return b, t, h
+
+    def diagonal(self) -> Tensor:
+        """The distinct entries of A_t: [B, T, H, K], or [B, T, H, 1] for one number a head; float32 or float64."""
+        decay = accumulated(self.decay)
+        return decay.unsqueeze(-1) if decay.ndim == 3 else decay
+
+    def dense(self) -> Tensor:
+        """`A_t` [B, T, H, K, K]; one number a head is a multiple of the identity of any size, written with K = 1."""
+        return torch.diag_embed(self.diagonal())
+
+    def eigenvalues(self) -> Tensor:
+        return _finite(self.diagonal()).to(torch.complex128)
+
+
+@dataclass(frozen=True)
+class LowRank(Transition):
+    """A diagonal matrix minus one of rank one (RWKV-7).
+
+        A_t = diag(decay) - u w^T
+
+    Both parts act on the same state: what `w` reads has not decayed. Nothing is promised of the eigenvalues, which may
+    leave the unit circle; measure them.
+
+    Attributes:
+        decay: [B, T, H, K] or [B, T, H], linear and signed.
+        u: [B, T, H, K], the direction that is written.
+        w: [B, T, H, K], the direction that is read.
+    """
+
+    identity = {"decay": 1.0, "u": 0.0, "w": 0.0}  # noqa: RUF012
+
+    decay: Tensor
+    u: Tensor
+    w: Tensor
+
+    def __post_init__(self) -> None:
+        if self.u.ndim != 4 or self.u.shape != self.w.shape:
+            raise ValueError(f"u and w must both be [B, T, H, K], got {_shape(self.u)} and {_shape(self.w)}")
+        if self.decay.shape not in (self.u.shape, self.u.shape[:-1]):
+            raise ValueError(
+                f"decay must be {_shape(self.u)} or {_shape(self.u)[:-1]} to go with u, got {_shape(self.decay)}"
+            )
+
+    @property
+    def batch_shape(self) -> tuple[int, int, int]:
+        b, t, h, _ = self.u.shape
+        return b, t, h
+
+    def dense(self) -> Tensor:
+        dtype = accumulation_dtype(self.decay, self.u, self.w)
+        decay, u, w = (x.to(dtype) for x in (self.decay, self.u, self.w))
+        decay = decay.unsqueeze(-1).expand(u.shape) if decay.ndim == 3 else decay
+        return torch.diag_embed(decay) - u.unsqueeze(-1) * w.unsqueeze(-2)
+
+    def eigenvalues(self) -> Tensor:
+        return _eigvals(self.dense())
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:

@@ -22,21 +22,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.layers import RMSNorm, ShortConvolution, l2_normalize
-from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_conv_size, require_positive, with_options
+from statetrack.mixers.mixer import (
+    Mixer,
+    State,
+    WidenedMixerConfig,
+    Widening,
+    require_conv_size,
+    require_positive,
+    with_options,
+)
 from statetrack.ops import check_packing, linear_recurrence
 from statetrack.transition import EigenvalueRange, Householder, accumulated, accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaNetConfig(MixerConfig):
-    """Options of DeltaNet.
+class DeltaNetConfig(WidenedMixerConfig):
+    """Options of DeltaNet; `eigenvalue_range` is that of each factor along its key, (lo, 1).
 
     Attributes:
         num_heads: H.
         head_dim: K, the size of queries and keys in each head; d_model / num_heads if None.
         value_dim: V, the size of values in each head; head_dim if None.
         num_householder: N, generalized Householder factors for each token.
-        eigenvalue_range: range of the eigenvalue of each factor along its key, (lo, 1).
         beta_gain: factor on the logit of beta. Above 1 it lets beta saturate at the ends of its range early in
             training.
         conv_size: width of the short convolutions on queries, keys and values; 0 leaves them out.
@@ -54,7 +61,6 @@ class DeltaNetConfig(MixerConfig):
     head_dim: int | None = None
     value_dim: int | None = None
     num_householder: int = 1
-    eigenvalue_range: EigenvalueRange = field(default=EigenvalueRange(-1, 1))
     beta_gain: float = 1.0
     conv_size: int = 4
     activation: Literal["silu", "identity"] = "silu"
@@ -71,6 +77,14 @@ class DeltaNetConfig(MixerConfig):
             raise ValueError(f"beta_gain must be a positive number, got {self.beta_gain}")
         if self.activation not in ("silu", "identity"):
             raise ValueError(f"activation must be silu or identity, got {self.activation!r}")
+
+    def spectrum(self) -> EigenvalueRange | None:
+        lo = self.gate_range().lo
+        if self.num_householder == 1 or (self.num_householder == 2 and lo >= 0):
+            # A product of two symmetric matrices with eigenvalues in [0, 1] has such eigenvalues too (proposition 1 of
+            # arXiv 2411.12537).
+            return EigenvalueRange(lo, 1)
+        return None
 
     def head_sizes(self, d_model: int) -> tuple[int, int]:
         """(K, V) for a model dimension."""
@@ -101,6 +115,14 @@ class GatedDeltaNetConfig(DeltaNetConfig):
 
     decay_range: EigenvalueRange = field(default=EigenvalueRange(0, 1))
     output_gate: bool = True
+
+    def spectrum(self) -> EigenvalueRange | None:
+        factors = super().spectrum()
+        if factors is None:
+            return None
+        # A scalar decay times an eigenvalue: the extreme products of the ends.
+        ends = [a * b for a in (factors.lo, factors.hi) for b in (self.decay_range.lo, self.decay_range.hi)]
+        return EigenvalueRange(min(ends), max(ends))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +167,7 @@ class DeltaNet(Mixer):
         self.convolutions = nn.ModuleDict(
             {name: ShortConvolution(size, config.conv_size) for name, size in sizes.items()}
         )
+        self.widening = Widening(config, h)
         self.decay_range = config.decay_range if isinstance(config, GatedDeltaNetConfig) else None
         if self.decay_range is not None:
             self.a_proj = nn.Linear(d_model, h, bias=False)
@@ -179,7 +202,7 @@ class DeltaNet(Mixer):
         return self._transition(x, self._project(x, state, cu_seqlens)[0]["k"])
 
     def eigenvalue_parameters(self) -> list[Tensor]:
-        gates: list[Tensor] = [self.b_proj.weight]
+        gates: list[Tensor] = [self.b_proj.weight, *self.widening.parameters()]
         return gates if self.decay_range is None else [*gates, self.a_proj.weight, self.A_log, self.dt_bias]
 
     def _convolutions(self) -> list[tuple[str, ShortConvolution]]:
@@ -203,7 +226,7 @@ class DeltaNet(Mixer):
         b, t, _ = x.shape
         k = l2_normalize(k.view(b, t, self.num_householder, self.num_heads, self.key_dim))
         logits = accumulated(self.b_proj(x)).view(b, t, self.num_householder, self.num_heads)
-        beta = self.config.eigenvalue_range.householder_beta(torch.sigmoid(self.config.beta_gain * logits))
+        beta = self.widening.householder_beta(torch.sigmoid(self.config.beta_gain * logits))
         decay = None
         if self.decay_range is not None:
             step = F.softplus(accumulated(self.a_proj(x)) + accumulated(self.dt_bias))

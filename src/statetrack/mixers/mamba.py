@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,20 +18,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.layers import ShortConvolution
-from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_conv_size, require_positive, with_options
+from statetrack.mixers.mixer import (
+    Mixer,
+    State,
+    WidenedMixerConfig,
+    Widening,
+    require_conv_size,
+    require_positive,
+    with_options,
+)
 from statetrack.ops import check_packing, linear_recurrence
 from statetrack.transition import Discretized, EigenvalueRange, accumulation_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class MambaConfig(MixerConfig):
+class MambaConfig(WidenedMixerConfig):
     """Options of Mamba.
 
     Attributes:
         state_size: K, the size of the state of each channel.
         expand: channels for each model dimension, V = expand * d_model.
         dt_rank: rank of the projection to the step sizes; ceil(d_model / 16) if None.
-        eigenvalue_range: range of the eigenvalues a_t.
         conv_size: width of the short convolution; 0 leaves it out.
         backend: how the recurrence is computed, "auto" or a name from `statetrack.ops.available_backends()`.
     """
@@ -43,7 +50,6 @@ class MambaConfig(MixerConfig):
     state_size: int = 16
     expand: int = 2
     dt_rank: int | None = None
-    eigenvalue_range: EigenvalueRange = field(default=EigenvalueRange(-1, 1))
     conv_size: int = 4
     backend: str = "auto"
 
@@ -51,6 +57,9 @@ class MambaConfig(MixerConfig):
         super().__post_init__()
         require_positive(self, "state_size", "expand", "dt_rank")
         require_conv_size(self.conv_size)
+
+    def spectrum(self) -> EigenvalueRange:
+        return self.gate_range()
 
     def build(self, d_model: int) -> Mamba:
         return Mamba(d_model, self)
@@ -80,6 +89,7 @@ class Mamba(Mixer):
         self.A_log = nn.Parameter(torch.arange(1.0, config.state_size + 1).log().repeat(self.channels, 1))
         self.D = nn.Parameter(torch.ones(self.channels))
         self.out_proj = nn.Linear(self.channels, d_model, bias=False)
+        self.widening = Widening(config, self.channels)
         # As in the original: step sizes start log-uniform in 0.001..0.1, and the low-rank part keeps their variance.
         step = torch.empty(self.channels).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         with torch.no_grad():
@@ -107,7 +117,7 @@ class Mamba(Mixer):
         return self._select(self._convolve(x, state, cu_seqlens)[0])[0]
 
     def eigenvalue_parameters(self) -> list[Tensor]:
-        return [self.dt_proj.weight, self.dt_proj.bias, self.A_log]
+        return [self.dt_proj.weight, self.dt_proj.bias, self.A_log, *self.widening.parameters()]
 
     def _convolve(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, State]:
         """The activated channels [B, T, V], the output gate [B, T, V], and the state of the convolution."""
@@ -128,7 +138,10 @@ class Mamba(Mixer):
         wide = accumulation_dtype(u)
         dt = F.softplus(F.linear(low_rank, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
         a = -torch.exp(self.A_log.to(wide)).mT.unsqueeze(0)
-        return Discretized(dt.unsqueeze(2), a, self.config.eigenvalue_range), write.unsqueeze(2), q.unsqueeze(2)
+        lower_end = self.widening.current_lower_end()
+        lower_end = None if lower_end is None else lower_end.unsqueeze(0)
+        transition = Discretized(dt.unsqueeze(2), a, self.config.eigenvalue_range, lower_end)
+        return transition, write.unsqueeze(2), q.unsqueeze(2)
 
 
 MIXERS = (MambaConfig,)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
-from statetrack.transition import EigenvalueRange, Transition
+from statetrack.ops.packing import pack, unpack
+from statetrack.transition import EigenvalueRange, Transition, accumulated
 
 State = dict[str, Tensor]
 """The memory of a mixer between two calls: named tensors whose first axis is B (or the packed sequences S)."""
@@ -30,19 +32,87 @@ class MixerConfig(ABC):
     def build(self, d_model: int) -> Mixer:
         """The module for a model dimension D."""
 
+    def spectrum(self) -> EigenvalueRange | None:
+        """The interval that holds the eigenvalues of every `A_t` of this mixer, all of them real.
+
+        None where nothing is promised: the mixer has no transition, or its eigenvalues may be complex, or are only
+        measured.
+        """
+        return None
+
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if hints[field.name] is EigenvalueRange:
-                object.__setattr__(self, field.name, EigenvalueRange.of(value))
+        for option in fields(self):
+            if hints[option.name] is EigenvalueRange:
+                object.__setattr__(self, option.name, EigenvalueRange.of(getattr(self, option.name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WidenedMixerConfig(MixerConfig):
+    """Options of every mixer with gates that can be widened.
+
+    Attributes:
+        eigenvalue_range: range of the eigenvalues.
+        learn_lower_end: make the lower end of the range a parameter, one number for each head, that starts at the lower
+            end of `eigenvalue_range` and is kept in [-1, 0]. With the range 0,1 the function is the native one at
+            first, and training may open the range.
+    """
+
+    eigenvalue_range: EigenvalueRange = field(default=EigenvalueRange(-1, 1))
+    learn_lower_end: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learn_lower_end and self.eigenvalue_range.lo > 0:
+            raise ValueError(
+                f"a lower end that is learned starts in [-1, 0], but eigenvalue_range starts at "
+                f"{self.eigenvalue_range.lo:g}"
+            )
+
+    def gate_range(self) -> EigenvalueRange:
+        """The range that the gates may reach: `eigenvalue_range`, or from -1 on if its lower end is learned."""
+        return EigenvalueRange(-1, self.eigenvalue_range.hi) if self.learn_lower_end else self.eigenvalue_range
+
+
+class Widening(nn.Module):
+    """Maps gates in [0, 1] to an eigenvalue range, whose lower end is a number or a parameter for each head.
+
+    Attributes:
+        lower_end: parameter [H], float32; None unless the config says `learn_lower_end`. It is used as clamped to
+            [-1, 0]; gradients pass the clamp, so that an end which an optimizer has pushed out finds its way back.
+
+    Args:
+        config: the mixer's config.
+        heads: H.
+    """
+
+    def __init__(self, config: WidenedMixerConfig, heads: int) -> None:
+        super().__init__()
+        self.range = config.eigenvalue_range
+        start = torch.full((heads,), self.range.lo)
+        self.lower_end = nn.Parameter(start) if config.learn_lower_end else None
+
+    def current_lower_end(self) -> Tensor | None:
+        """The learned lower ends [H], in [-1, 0], float32 or better; None if the range is fixed."""
+        if self.lower_end is None:
+            return None
+        free = accumulated(self.lower_end)
+        return free + (free.clamp(-1, 0) - free).detach()
+
+    def forward(self, gate: Tensor) -> Tensor:
+        """Eigenvalues from gates [..., H] in [0, 1]."""
+        return self.range.widen(gate, self.current_lower_end())
+
+    def householder_beta(self, gate: Tensor) -> Tensor:
+        """`beta` from gates [..., H] in [0, 1]."""
+        return self.range.householder_beta(gate, self.current_lower_end())
 
 
 Config = TypeVar("Config", bound=MixerConfig)
 
 
 class Mixer(nn.Module, ABC):
-    """Token mixing [B, T, D] -> [B, T, D] with a state of constant size.
+    """Token mixing [B, T, D] -> [B, T, D], causal, with a state that takes the place of the tokens before.
 
     `forward` is a drop-in layer; `scan` is the same with the state handed in and out; `step` takes one token. All three
     compute the same function.
@@ -70,8 +140,28 @@ class Mixer(nn.Module, ABC):
         """The parameters that decide on the eigenvalues alone; weight decay leaves them out."""
         return []
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self.scan(x, None, cu_seqlens)[0]
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Outputs [B, T, D]; `mask` is as in `scan_padded`."""
+        if mask is None:
+            return self.scan(x, None, cu_seqlens)[0]
+        if cu_seqlens is not None:
+            raise ValueError("give cu_seqlens for packed sequences or a mask for padded ones, not both")
+        return self.scan_padded(x, mask)[0]
+
+    def scan_padded(self, x: Tensor, mask: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """`scan` of rows with padding anywhere, which neither moves the state nor is seen by any token.
+
+        Args:
+            x: [B, T, D].
+            mask: bool [B, T], True at tokens, False at padding.
+            state: as in `scan`.
+
+        Returns:
+            Outputs [B, T, D], 0 at padding; and the state after the last token of each row.
+        """
+        packed, cu_seqlens = pack(x, mask)
+        y, state = self.scan(packed, state, cu_seqlens)
+        return unpack(y, mask), state
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: `x` [B, D] -> y [B, D] and the next state."""

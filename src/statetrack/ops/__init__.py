@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from statetrack.ops.backend import Backend
-from statetrack.transition import Discretized, Householder, Transition
+from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
 
 __all__ = ["Backend", "available_backends", "check_packing", "linear_recurrence"]
 
@@ -37,7 +37,7 @@ def linear_recurrence(
     `A_t` is the transition. What is written, `B_t`, depends on its kind:
         Householder: every factor j writes its own value along its own key,
             `H <- H - beta_j k_j (k_j^T H - v_j^T)`, so `v` is [B, T, N, H, V] and `write` must be None;
-        Discretized: `B_t = write_t v_t^T`, so `write` is [B, T, H, K] and `v` is [B, T, H, V].
+        all others: `B_t = write_t v_t^T`, so `write` is [B, T, H, K] and `v` is [B, T, H, V].
 
     Args:
         transition: the state-transition matrices.
@@ -110,15 +110,13 @@ def _check(
             raise ValueError(f"v must be [B, T, N, H, V] = {(b, t, n, h, 'V')} to go with k, got {tuple(v.shape)}")
         if write is not None:
             raise ValueError("a Householder transition writes along its own keys: leave out `write`")
-    elif isinstance(transition, Discretized):
-        key_dim, value_dim = transition.A.shape[1:]
+    else:
+        key_dim, value_dim = _dimensions(transition, q, v)
         if v.shape != (b, t, h, value_dim):
-            raise ValueError(f"v must be [B, T, H, V] = {(b, t, h, value_dim)} to go with dt, got {tuple(v.shape)}")
+            raise ValueError(f"v must be [B, T, H, V] = {(b, t, h, value_dim)} to go with it, got {tuple(v.shape)}")
         if write is None or write.shape != (b, t, h, key_dim):
             got = "None" if write is None else tuple(write.shape)
-            raise ValueError(f"write must be [B, T, H, K] = {(b, t, h, key_dim)} to go with A, got {got}")
-    else:
-        raise ValueError(f"no operation is known for the transition {type(transition).__name__}")
+            raise ValueError(f"write must be [B, T, H, K] = {(b, t, h, key_dim)} to go with it, got {got}")
     if q.shape != (b, t, h, key_dim):
         raise ValueError(
             f"q must be [B, T, H, K] = {(b, t, h, key_dim)} to go with the transition, got {tuple(q.shape)}"
@@ -129,6 +127,26 @@ def _check(
         states = len(cu_seqlens) - 1
     if initial_state is not None and initial_state.shape != (states, h, key_dim, v.shape[-1]):
         raise ValueError(f"initial_state must be {(states, h, key_dim, v.shape[-1])}, got {tuple(initial_state.shape)}")
+    given = {"q": q, "v": v, "write": write, "initial_state": initial_state, **transition.tensors()}
+    for name, x in given.items():
+        if x is None:
+            continue
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"all tensors must be on one device: q is on {q.device}, {name} on {x.device}")
+
+
+def _dimensions(transition: Transition, q: Tensor, v: Tensor) -> tuple[int, int]:
+    """(K, V) as the transition has them; what it leaves open is taken from `q` and `v`."""
+    value_dim = v.shape[-1] if v.ndim else 0
+    if isinstance(transition, Discretized):
+        return transition.A.shape[1], transition.A.shape[2]
+    if isinstance(transition, LowRank):
+        return transition.u.shape[-1], value_dim
+    if isinstance(transition, Diagonal):
+        return transition.decay.shape[3] if transition.decay.ndim == 4 else q.shape[-1], value_dim
+    raise ValueError(f"no operation is known for the transition {type(transition).__name__}")
 
 
 def check_packing(b: int, t: int, cu_seqlens: Tensor) -> None:

@@ -36,6 +36,8 @@ _SMALL_BMM = 400
 def supports(transition: Transition) -> str | None:
     if not isinstance(transition, Discretized):
         return "chunked_discretized serves Discretized transitions"
+    if transition.lower_end is not None:
+        return "chunked_discretized serves one range for all channels, not a lower end for each"
     return None
 
 
@@ -47,12 +49,9 @@ def run(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    assert isinstance(transition, Discretized)
     if cu_seqlens is None:
         return _run_dense(transition, q, v, write, initial_state)
-    # Padding has dt = 0, hence the decay hi.
-    can_pad = transition.eigenvalue_range.hi == 1
-    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens, can_pad=can_pad)
+    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
 
 
 BACKEND = Backend(name="chunked", supports=supports, run=run, priority=10, min_length=2)

@@ -52,7 +52,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens is None:
         return _run_dense(transition, q, v, write, initial_state)
-    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens, can_pad=True)
+    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
 
 
 BACKEND = Backend(name="chunked", supports=supports, run=run, priority=10, min_length=2)

@@ -1,4 +1,4 @@
-"""Packed sequences as dense batches, for backends that compute [B, T, ...] only.
+"""Padded rows as packed sequences, and packed sequences as dense batches for backends that compute [B, T, ...] only.
 
 Sequences of similar length share a batch. The shorter ones are padded at their end with steps that leave the state
 alone, so a batch's final states are those of its sequences.
@@ -13,13 +13,42 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from statetrack.transition import Householder, Transition
+from statetrack.transition import Transition
 
 RunDense = Callable[[Transition, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 """(transition, q, v, write, initial_state) -> (o, final_state), as `linear_recurrence` without `cu_seqlens`."""
 
 # The longest sequence of a batch has at most this many times the tokens of the shortest, which bounds the padding.
 _LENGTH_RATIO = 1.5
+
+
+def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of padded rows as packed sequences, one for each row.
+
+    Args:
+        x: [B, T, ...].
+        mask: bool [B, T], True at tokens, False at padding.
+
+    Returns:
+        The tokens [1, mask.sum(), ...], and their boundaries cu_seqlens [B + 1].
+
+    Raises:
+        ValueError: if the mask is no bool tensor [B, T], or has no token at all.
+    """
+    if mask.dtype != torch.bool or mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"mask must be a bool tensor [B, T] = {tuple(x.shape[:2])}, True at tokens and False at padding, "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    if not mask.any():
+        raise ValueError("mask must have at least one token, got padding only")
+    lengths = mask.sum(1)
+    return x[mask].unsqueeze(0), torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def unpack(x: Tensor, mask: Tensor) -> Tensor:
+    """The reverse of `pack`: [1, mask.sum(), ...] -> [B, T, ...], 0 at padding."""
+    return x.new_zeros(*mask.shape, *x.shape[2:]).index_put((mask,), x[0])
 
 
 def run_packed(
@@ -30,15 +59,13 @@ def run_packed(
     write: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor,
-    *,
-    can_pad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Serves a packed call by dense ones; arguments and results are those of `linear_recurrence`, already checked.
 
+    Where the transition has no identity to pad with, only sequences of one length share a batch.
+
     Args:
         run_dense: computes a dense batch.
-        can_pad: whether zeros for the transition (1 for a decay), `q`, `v` and `write` make a step that leaves the
-            state as it is. If not, only sequences of one length share a batch.
     """
     boundaries = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in pairwise(boundaries)]
@@ -51,7 +78,7 @@ def run_packed(
     outputs: list[Tensor] = []
     states: list[Tensor] = []
     tokens_done = sequences_done = 0
-    for batch in _batches(lengths, _LENGTH_RATIO if can_pad else 1.0):
+    for batch in _batches(lengths, _LENGTH_RATIO if transition.has_identity else 1.0):
         longest = lengths[batch[0]]
         tokens = torch.zeros(len(batch), longest, dtype=torch.long)
         real = torch.zeros(len(batch), longest, dtype=torch.bool)
@@ -128,7 +155,8 @@ class _Take:
 
 
 def _take_transition(transition: Transition, take: _Take) -> Transition:
-    taken = transition.map_tokens(take)
-    if isinstance(taken, Householder) and isinstance(transition, Householder) and transition.decay is not None:
-        return replace(taken, decay=take(transition.decay, fill=1.0))
-    return taken
+    tensors = transition.tensors()
+    return replace(
+        transition,
+        **{name: take(tensors[name], fill) for name, fill in transition.identity.items() if name in tensors},
+    )

@@ -6,12 +6,15 @@ It is written to be read, in any dtype and on any device, and never optimised.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from statetrack.ops.backend import Backend
-from statetrack.transition import Discretized, Householder, Transition, accumulation_dtype
+from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition, accumulation_dtype
 
 
 def run(
@@ -42,11 +45,8 @@ def run(
 def _sequences(
     transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    inputs = [q, v, *(x for x in (write, initial_state) if x is not None)]
-    transition.map_tokens(lambda x: inputs.append(x) or x)
-    if isinstance(transition, Discretized):
-        inputs.append(transition.A)
-    dtype = accumulation_dtype(*inputs)
+    inputs = [x for x in (q, v, write, initial_state) if x is not None]
+    dtype = accumulation_dtype(*inputs, *transition.tensors().values())
     b, t, h = transition.batch_shape
     if initial_state is None:
         state = torch.zeros(b, h, q.shape[-1], v.shape[-1], dtype=dtype, device=q.device)
@@ -68,16 +68,36 @@ def _sequences(
                 state = state + torch.einsum("bh,bhk,bhv->bhkv", beta, k, error)
             outputs.append(torch.einsum("bhk,bhkv->bhv", queries[i], state))
     else:
-        assert isinstance(transition, Discretized)
         assert write is not None
         writes = write.to(dtype).unbind(1)
-        steps, a = transition.dt.to(dtype).unbind(1), transition.A.to(dtype)
-        for i in range(t):
-            decay = transition.eigenvalue_range.widen(torch.exp(steps[i].unsqueeze(2) * a))
-            state = decay * state + torch.einsum("bhk,bhv->bhkv", writes[i], values[i])
+        for i, move in enumerate(_moves(transition, dtype)):
+            state = move(state) + torch.einsum("bhk,bhv->bhkv", writes[i], values[i])
             outputs.append(torch.einsum("bhk,bhkv->bhv", queries[i], state))
     o = torch.stack(outputs, 1) if outputs else torch.zeros(b, 0, h, v.shape[-1], dtype=dtype, device=v.device)
     return o.to(v.dtype), state
+
+
+def _moves(transition: Transition, dtype: torch.dtype) -> Iterator[Callable[[Tensor], Tensor]]:
+    """For every token the map of the state, H -> A_t H."""
+    if isinstance(transition, Discretized):
+        a = replace(transition, A=transition.A.to(dtype))
+        for dt in transition.dt.to(dtype).unbind(1):
+            yield partial(torch.mul, a.decay_of(dt))
+    elif isinstance(transition, Diagonal):
+        for decay in _per_channel(transition.decay).to(dtype).unbind(1):
+            yield partial(torch.mul, decay.unsqueeze(-1))
+    elif isinstance(transition, LowRank):
+        decays = _per_channel(transition.decay).to(dtype).unbind(1)
+        us, ws = transition.u.to(dtype).unbind(1), transition.w.to(dtype).unbind(1)
+        for decay, u, w in zip(decays, us, ws, strict=True):
+            yield partial(_low_rank, decay, u, w)
+    else:
+        raise TypeError(f"no step is defined for {type(transition).__name__}")
+
+
+def _low_rank(decay: Tensor, u: Tensor, w: Tensor, state: Tensor) -> Tensor:
+    read = torch.einsum("bhk,bhkv->bhv", w, state)
+    return decay.unsqueeze(-1) * state - torch.einsum("bhk,bhv->bhkv", u, read)
 
 
 def _per_channel(decay: Tensor) -> Tensor:
