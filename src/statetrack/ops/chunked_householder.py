@@ -27,11 +27,9 @@ import torch
 from torch import Tensor
 
 from statetrack.ops.backend import Backend, register_operator
+from statetrack.ops.chunking import Cut, decay_gradient, decay_products, rows_in_cache
 from statetrack.ops.packing import run_packed
 from statetrack.transition import Householder, Transition, accumulation_dtype
-
-# How many numbers the largest buffer of a group of heads may have on a CPU. Measured with 1 MB of cache for each core.
-_CACHED_NUMBERS = 2**18
 
 
 def supports(transition: Transition) -> str | None:
@@ -304,11 +302,8 @@ def _records(tape: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
     return list(zip(tape[0::3], tape[1::3], tape[2::3], strict=True))
 
 
-class _Plan:
-    """How a batch is cut: into groups of rows whose buffers fit a CPU's cache, and each group into chunks of tokens.
-
-    All lists are in one order: group after group, in each the chunks in the order of time.
-    """
+class _Plan(Cut):
+    """The cut of a batch, and the buffers for its pieces."""
 
     def __init__(self, k: Tensor, value_dim: int, dtype: torch.dtype, normalize: bool) -> None:
         batch, length, self.factors, self.heads, self.key_dim = k.shape
@@ -322,11 +317,8 @@ class _Plan:
         rows = batch
         if cpu:
             steps = tokens * self.factors
-            heads = max(1, _CACHED_NUMBERS // max(self.key_dim * value_dim, steps * (steps + tokens)))
-            rows = ceil(batch / ceil(batch * self.heads / heads))
-        self.token_counts = [min(tokens, length - start) for start in range(0, length, tokens)]
-        self.row_counts = [min(rows, batch - start) for start in range(0, batch, rows)]
-        self.count = len(self.row_counts) * len(self.token_counts)
+            rows = rows_in_cache(batch, self.heads, max(self.key_dim * value_dim, steps * (steps + tokens)))
+        super().__init__(batch, length, rows, tokens)
         self._chunks: dict[tuple[int, int], _Chunk] = {}
 
     def chunk(self, q: Tensor) -> _Chunk:
@@ -335,18 +327,6 @@ class _Plan:
         if size not in self._chunks:
             self._chunks[size] = _Chunk(self, *size)
         return self._chunks[size]
-
-    def tokens(self, x: Tensor | None) -> list[Any]:
-        """Views [b, H, c, ...] of a tensor [B, T, H, ...], b rows and c tokens each; a list of None for None."""
-        return [None] * self.count if x is None else self._cut(x.movedim(2, 1))
-
-    def steps(self, x: Tensor) -> list[Tensor]:
-        """Views [b, H, c, N, ...] of a tensor [B, T, N, H, ...]."""
-        return self._cut(x.movedim(3, 1))
-
-    def states(self, x: Tensor) -> list[Tensor]:
-        """For each chunk the state [b H, K, V] of its group, a view of [B, H, K, V]."""
-        return [group.flatten(0, 1) for group in x.split(self.row_counts) for _ in self.token_counts]
 
     def empty_tape(self) -> list[Tensor]:
         """For each chunk three tensors for its backward: the products of keys and queries with keys, r, and H_0.
@@ -360,9 +340,6 @@ class _Plan:
                 shapes = (h, m + tokens, m), (h, m, self.value_dim), (h, self.key_dim, self.value_dim)
                 tape += [torch.empty(shape, **self.options) for shape in shapes]
         return tape
-
-    def _cut(self, x: Tensor) -> list[Tensor]:
-        return [piece for group in x.split(self.row_counts) for piece in group.split(self.token_counts, 2)]
 
 
 class _Chunk:
@@ -452,9 +429,7 @@ class _Decays:
     def __init__(self, decay: Tensor, factors: int) -> None:
         c = decay.shape[1]
         self.factors = factors
-        # products[i, j] is the product over the tokens after j up to i, counted from 1, for i > j, and 1 above.
-        below = torch.ones(c + 1, c + 1, dtype=torch.bool, device=decay.device).tril(-1)
-        products = torch.where(below, torch.cat([decay[:, :1], decay], 1).unsqueeze(2), 1).cumprod(1)
+        products = decay_products(decay)
         self.products = products
         within = products[:, 1:, 1:]
         to_queries = within.repeat_interleave(factors, 2)
@@ -466,11 +441,7 @@ class _Decays:
         self.across = products[:, c:, :1]
 
     def gradient(self, d_pairs: Tensor, d_into: Tensor, d_out_of: Tensor, d_across: Tensor) -> Tensor:
-        """The gradient of the decays, [h, c], from those of pairs [h, m + c, m], into [h, m + c], out_of and across.
-
-        Between a token j before and a token i' at or after it, decay i is one factor of products[i', j] =
-        products[i', i] decay_i products[i - 1, j]. Nothing is divided, so decays may be 0.
-        """
+        """The gradient of the decays, [h, c], from those of pairs [h, m + c, m], into [h, m + c], out_of and across."""
         h, c, n = d_across.shape[0], self.products.shape[1] - 1, self.factors
         m = c * n
         d_products = torch.zeros_like(self.products)
@@ -480,9 +451,7 @@ class _Decays:
         d_products[:, 1:, 0] = d_into[:, :m].view(h, c, n).sum(2) + d_into[:, m:]
         d_products[:, c, 1:] += d_out_of.view(h, c, n).sum(2)
         d_products[:, c, 0] += d_across
-        products = self.products.tril()
-        left = d_products @ products.mT
-        return (products[:, :, 1:] * left[:, :, :-1]).sum(1)
+        return decay_gradient(self.products, d_products)
 
 
 _forward_op = register_operator("chunked_householder", _forward, _empty_results)
