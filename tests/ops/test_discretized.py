@@ -123,6 +123,41 @@ def test_a_decay_of_zero_forgets():
     assert torch.equal(state, case.write[:, -1].unsqueeze(-1) * case.v[:, -1].unsqueeze(-2))
 
 
+def with_lower_ends(case, seed=2):
+    """Lower ends anywhere in [-1, 1), with the first exactly -1."""
+    shape = case.transition.A[:, 0].shape
+    ends = 2 * torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1
+    ends[:, 0] = -1
+    return replace(case, transition=replace(case.transition, lower_end=ends.to(case.transition.A.dtype)))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("range_", RANGES, ids=str)
+@pytest.mark.parametrize("extreme", [False, True])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_a_lower_end_for_each_channel_agrees_with_the_reference(dtype, extreme, range_, backend):
+    case = with_lower_ends(make_case(t=50, h=2, range_=range_, dtype=dtype, extreme=extreme))
+    check_against_reference(case, backend)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.usefixtures("small_tiles")
+def test_gradients_of_lower_ends_agree_with_finite_differences(backend):
+    case = with_lower_ends(make_case(1, 7, 2, 3, 2))
+    names, tensors = zip(*case.tensors().items(), strict=True)
+    assert "lower_end" in names
+    inputs = [x.requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(
+        lambda *xs: case.with_tensors(dict(zip(names, xs, strict=True))).run(backend), inputs, fast_mode=False
+    )
+
+
+def test_packed_sequences_with_lower_ends_agree_with_the_reference():
+    cu_seqlens = [0, 0, 7, 16, 24, 24, 40, 41, 60, 60]
+    check_against_reference(with_lower_ends(make_case(1, 60, 3, cu_seqlens=cu_seqlens)), "chunked")
+
+
 # The last has lengths of 0, and others so close that they share a padded batch where hi is 1.
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("range_", RANGES, ids=str)

@@ -34,11 +34,7 @@ _SMALL_BMM = 400
 
 
 def supports(transition: Transition) -> str | None:
-    if not isinstance(transition, Discretized):
-        return "chunked_discretized serves Discretized transitions"
-    if transition.lower_end is not None:
-        return "chunked_discretized serves one range for all channels, not a lower end for each"
-    return None
+    return None if isinstance(transition, Discretized) else "chunked_discretized serves Discretized transitions"
 
 
 def run(
@@ -62,7 +58,7 @@ def _run_dense(
 ) -> tuple[Tensor, Tensor]:
     assert isinstance(transition, Discretized)
     assert write is not None
-    inputs = (transition.dt, transition.A, q, write, v, initial_state)
+    inputs = (transition.dt, transition.A, transition.lower_end, q, write, v, initial_state)
     lo, hi = transition.eigenvalue_range.lo, transition.eigenvalue_range.hi
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return _ChunkedDiscretized.apply(*inputs, lo, hi)
@@ -78,6 +74,7 @@ class _ChunkedDiscretized(torch.autograd.Function):
         ctx: Any,
         dt: Tensor,
         A: Tensor,
+        lower_end: Tensor | None,
         q: Tensor,
         write: Tensor,
         v: Tensor,
@@ -85,8 +82,8 @@ class _ChunkedDiscretized(torch.autograd.Function):
         lo: float,
         hi: float,
     ) -> tuple[Tensor, Tensor]:
-        o, final_state, entry_states = _forward_op(dt, A, q, write, v, initial_state, lo, hi, True)
-        ctx.save_for_backward(dt, A, q, write, v, entry_states)
+        o, final_state, entry_states = _forward_op(dt, A, lower_end, q, write, v, initial_state, lo, hi, True)
+        ctx.save_for_backward(dt, A, lower_end, q, write, v, entry_states)
         ctx.range = lo, hi
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
         ctx.set_materialize_grads(False)
@@ -94,14 +91,20 @@ class _ChunkedDiscretized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        dt, A, q, write, v, entry_states = ctx.saved_tensors
-        *gradients, dinitial = _backward_op(dt, A, q, write, v, entry_states, *ctx.range, *grad_outputs)
-        return *gradients, None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype), None, None
+        dt, A, lower_end, q, write, v, entry_states = ctx.saved_tensors
+        ddt, dA, dlower_end, *gradients, dinitial = _backward_op(
+            dt, A, lower_end, q, write, v, entry_states, *ctx.range, *grad_outputs
+        )
+        return (
+            *(ddt, dA, None if lower_end is None else dlower_end, *gradients),
+            *(None if ctx.initial_dtype is None else dinitial.to(ctx.initial_dtype), None, None),
+        )
 
 
 def _forward(
     dt: Tensor,
     A: Tensor,
+    lower_end: Tensor | None,
     q: Tensor,
     write: Tensor,
     v: Tensor,
@@ -112,13 +115,16 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """H_t = (lo + (hi - lo) exp(dt_t A)) * H_{t-1} + write_t v_t^T, o_t = H_t^T q_t; shapes as in `linear_recurrence`.
 
+    `lower_end` [H, V], where there is one, takes the place of lo.
+
     Returns:
         o [B, T, H, V] in the dtype of v; the final state [B, H, K, V]; the states before each tile along T, which the
         backward starts from: [tiles, B, H, K, V], or [0, B, H, K, V] without `save`.
     """
-    o, final_state, entry_states = _empty_results(dt, A, q, write, v, initial_state, lo, hi, save)
+    o, final_state, entry_states = _empty_results(dt, A, lower_end, q, write, v, initial_state, lo, hi, save)
     tiling = _Tiling.of(q, v)
-    tile_of = cache(lambda rows, steps: _Tile(rows, steps, final_state, lo, hi, backward=False))
+    range_ = _Range.of(lo, hi, lower_end, final_state.dtype)
+    tile_of = cache(lambda rows, steps: _Tile(rows, steps, final_state, range_, backward=False))
     log2_decay = _log2_decay(A, final_state.dtype)
     for rows in tiling.row_slices():
         state = None if initial_state is None else initial_state[rows]
@@ -139,6 +145,7 @@ def _forward(
 def _empty_results(
     dt: Tensor,
     A: Tensor,
+    lower_end: Tensor | None,
     q: Tensor,
     write: Tensor,
     v: Tensor,
@@ -147,7 +154,7 @@ def _empty_results(
     hi: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(*(x for x in (dt, A, q, write, v, initial_state) if x is not None))
+    dtype = accumulation_dtype(*(x for x in (dt, A, lower_end, q, write, v, initial_state) if x is not None))
     b, _, h, key_dim = q.shape
     state_shape = (b, h, key_dim, v.shape[-1])
     tiles = _Tiling.of(q, v).tiles_along_time if save else 0
@@ -157,6 +164,7 @@ def _empty_results(
 def _backward(
     dt: Tensor,
     A: Tensor,
+    lower_end: Tensor | None,
     q: Tensor,
     write: Tensor,
     v: Tensor,
@@ -165,22 +173,28 @@ def _backward(
     hi: float,
     do: Tensor | None,
     dfinal_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of dt, A, q, write, v and the initial state from those of o and the final state (None is zero).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of dt, A, lower_end, q, write, v and the initial state from those of o and the final state.
+
+    A gradient of None is zero; that of a missing lower_end is empty.
 
     With dH_t the gradient of the state after step t, elementwise on [K, V] but for the outer product:
 
-        dH_t = q_t do_t^T + decay_{t+1} dH_{t+1},        d(dt_t A) = (hi - lo) exp(dt_t A) H_{t-1} dH_t.
+        dH_t = q_t do_t^T + decay_{t+1} dH_{t+1},        d(dt_t A) = (hi - lo) exp(dt_t A) H_{t-1} dH_t,
+
+    and that of the lower end of a channel is the sum of (1 - exp(dt_t A)) H_{t-1} dH_t over time and keys.
     """
-    ddt, dA, dq, dwrite, dv, dinitial = _empty_gradients(dt, A, q, write, v, entry_states)
+    ddt, dA, dlower_end, dq, dwrite, dv, dinitial = _empty_gradients(dt, A, lower_end, q, write, v, entry_states)
     if do is None:
         do = v.new_zeros(1).expand(v.shape)
     tiling = _Tiling.of(q, v)
-    tile_of = cache(lambda rows, steps: _Tile(rows, steps, dinitial, lo, hi, backward=True))
+    range_ = _Range.of(lo, hi, lower_end, dinitial.dtype)
+    tile_of = cache(lambda rows, steps: _Tile(rows, steps, dinitial, range_, backward=True))
     log2_decay = _log2_decay(A, dinitial.dtype)
     # The factor hi - lo costs least where there is no time: on A and on the sum for dA.
-    scaled_A = A.to(dinitial.dtype).contiguous() * (hi - lo)
+    scaled_A = A.to(dinitial.dtype).contiguous() * range_.width
     dA_sum = torch.zeros_like(scaled_A)
+    dlower_end_sum = torch.zeros_like(dinitial[0, :, 0])
     for rows in tiling.row_slices():
         # What comes back from the steps after a tile, and in the end the gradient of the initial state.
         dstate = dinitial[rows]
@@ -194,32 +208,69 @@ def _backward(
             _store(_sum_over_values(tile.do, tile.h[1:], out=tile.key_sums), dq, rows, times)
             _store(_sum_over_values(tile.v, tile.dh, out=tile.key_sums), dwrite, rows, times)
             # From here on nobody needs the states themselves, and their memory is free.
-            gradient, scratch = tile.gate.mul_(tile.h[:-1]), tile.h[1:]
+            if lower_end is None:
+                gradient = tile.gate.mul_(tile.h[:-1]).mul_(tile.dh)  # of dt A, up to the factor hi - lo
+            else:
+                ddecay = torch.mul(tile.h[:-1], tile.dh, out=tile.decay)
+                gradient = tile.gate.mul_(ddecay)
+                dlower_end_sum += ddecay.sub_(gradient).sum((0, 1, 3))
+            scratch = tile.h[1:]
             _store(_sum_over_keys(tile.write, tile.dh, out=tile.value_sums, scratch=scratch), dv, rows, times)
-            gradient.mul_(tile.dh)  # of dt A, up to the factor hi - lo
             torch.sum(torch.mul(gradient, scaled_A, out=scratch), -2, out=tile.value_sums)
             _store(tile.value_sums, ddt, rows, times)
             dA_sum += gradient.mul_(tile.dt.unsqueeze(-2)).sum((0, 1))
-    dA.copy_(dA_sum.mul_(hi - lo))
-    return ddt, dA, dq, dwrite, dv, dinitial
+    dA.copy_(dA_sum.mul_(range_.width))
+    if lower_end is not None:
+        dlower_end.copy_(dlower_end_sum)
+    return ddt, dA, dlower_end, dq, dwrite, dv, dinitial
 
 
 def _empty_gradients(
     dt: Tensor,
     A: Tensor,
+    lower_end: Tensor | None,
     q: Tensor,
     write: Tensor,
     v: Tensor,
     entry_states: Tensor,
     *_: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     ddt, dA, dq, dwrite, dv = (x.new_empty(x.shape) for x in (dt, A, q, write, v))
-    return ddt, dA, dq, dwrite, dv, entry_states.new_empty(entry_states.shape[1:])
+    dlower_end = A.new_empty(0) if lower_end is None else lower_end.new_empty(lower_end.shape)
+    return ddt, dA, dlower_end, dq, dwrite, dv, entry_states.new_empty(entry_states.shape[1:])
 
 
 def _log2_decay(A: Tensor, dtype: torch.dtype) -> Tensor:
     """A / ln 2. exp(dt A) is computed as exp2(dt A / ln 2), as `exp2` takes a third of the time of `exp` on a CPU."""
     return A.to(dtype).contiguous() * math.log2(math.e)
+
+
+@dataclass(frozen=True)
+class _Range:
+    """What takes a gate to a decay, lo + width gate: numbers, or with ends of their own for channels [H, 1, V]."""
+
+    lo: float | Tensor
+    width: float | Tensor
+
+    @classmethod
+    def of(cls, lo: float, hi: float, lower_end: Tensor | None, dtype: torch.dtype) -> _Range:
+        if lower_end is None:
+            return cls(lo, hi - lo)
+        lower = lower_end.to(dtype).unsqueeze(1)
+        return cls(lower, hi - lower)
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether the gate is the decay."""
+        return not isinstance(self.lo, Tensor) and (self.lo, self.width) == (0, 1)
+
+    def widen(self, gate: Tensor, out: Tensor) -> None:
+        if isinstance(self.lo, Tensor):
+            assert isinstance(self.width, Tensor)
+            torch.addcmul(self.lo, gate, self.width, out=out)
+        else:
+            assert not isinstance(self.width, Tensor)
+            torch.add(gate.new_tensor(self.lo), gate, alpha=self.width, out=out)
 
 
 @dataclass(frozen=True)
@@ -293,13 +344,13 @@ class _Tile:
     Attributes:
         h: the states [C + 1, R, H, K, V], beginning with the one before the first step.
         gate: exp(dt A), [C, R, H, K, V].
-        decay: lo + (hi - lo) gate, [C, R, H, K, V]; where the two needn't be told apart, it is `gate` itself.
+        decay: the gate widened to the range, [C, R, H, K, V]; where the two needn't be told apart, it is `gate` itself.
         dh: the gradient of h[1:], [C, R, H, K, V]; in the backward only.
         dt, v, do: [C, R, H, V]; value_sums: room for a sum over K, of the same shape.
         q, write: [C, R, H, K]; key_sums: room for a sum over V, of the same shape.
     """
 
-    def __init__(self, rows: int, steps: int, like: Tensor, lo: float, hi: float, *, backward: bool) -> None:
+    def __init__(self, rows: int, steps: int, like: Tensor, range_: _Range, *, backward: bool) -> None:
         """Takes the memory. `like` is a tensor [..., H, K, V] of the dtype and device of the states."""
         state_shape = like.shape[-3:]
         heads, key_dim, value_dim = state_shape
@@ -307,10 +358,10 @@ class _Tile:
         def take(name: str, *shape: int) -> Tensor:
             return _memory.take(name, shape, like)
 
-        self.lo, self.hi = lo, hi
+        self.range = range_
         self.h = take("h", steps + 1, rows, *state_shape)
         self.gate = take("gate", steps, rows, *state_shape)
-        separate = backward and (lo, hi) != (0, 1)
+        separate = backward and not range_.is_unit
         self.decay = take("decay", steps, rows, *state_shape) if separate else self.gate
         self.dt, self.v, self.value_sums = (take(x, steps, rows, heads, value_dim) for x in ("dt", "v", "value_sums"))
         self.q, self.write = (take(x, steps, rows, heads, key_dim) for x in ("q", "write"))
@@ -326,8 +377,8 @@ class _Tile:
         """Fills `h`, `gate` and `decay`, beginning with the state [R, H, K, V] before the first step (None is zero)."""
         self.h[0].zero_() if state is None else self.h[0].copy_(state)
         torch.mul(self.dt.unsqueeze(-2), log2_decay, out=self.gate).exp2_()
-        if (self.lo, self.hi) != (0, 1):
-            torch.add(self.gate.new_tensor(self.lo), self.gate, alpha=self.hi - self.lo, out=self.decay)
+        if not self.range.is_unit:
+            self.range.widen(self.gate, self.decay)
         torch.mul(self.write.unsqueeze(-1), self.v.unsqueeze(-2), out=self.h[1:])
         for decay, before, after in zip(self._decay_steps, self._h_steps, self._h_steps[1:], strict=False):
             after.addcmul_(decay, before)
