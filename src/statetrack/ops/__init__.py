@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from statetrack.ops.backend import Backend
+from statetrack.ops.step import one_token
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
 
 __all__ = ["Backend", "available_backends", "check_packing", "linear_recurrence"]
@@ -47,7 +48,8 @@ def linear_recurrence(
         initial_state: [B, H, K, V], or [S, H, K, V] with `cu_seqlens`; None is zero.
         cu_seqlens: the boundaries [S + 1] (integer, from 0 to T, not decreasing) of S sequences packed along T; then B
             is 1.
-        backend: a name from `available_backends()`, or "auto" for the fastest that supports the transition.
+        backend: a name from `available_backends()`, or "auto" for the fastest that supports the transition
+            (a single token has code of its own).
 
     Returns:
         o: [B, T, H, V] in the dtype of `v`.
@@ -58,6 +60,8 @@ def linear_recurrence(
             the transition.
     """
     _check(transition, q, v, write, initial_state, cu_seqlens)
+    if backend == "auto" and q.shape[1] == 1 and cu_seqlens is None:
+        return one_token(transition, q, v, write, initial_state)
     chosen = _choose(transition, q.shape[1], backend)
     return chosen.run(transition, q, v, write, initial_state, cu_seqlens)
 
