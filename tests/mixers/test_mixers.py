@@ -26,6 +26,7 @@ def variants():
         "beta_gain": [8.0],
         "state_size": [3],
         "dt_rank": [2],
+        "read_before": [True],
     }
     for name, config in mixer_configs().items():
         yield pytest.param(config(), id=name)
