@@ -45,6 +45,15 @@ class TransitionMonoid:
         return tuple(reversed(letters))
 
     @cached_property
+    def products(self) -> np.ndarray:
+        """All products, "m, then n" at [m, n]: int32 [elements, elements], for monoids of some thousand elements."""
+        table = np.empty((len(self), len(self)), dtype=np.int32)
+        table[0] = np.arange(len(self))
+        for element in range(1, len(self)):  # by rows of the second factor: m (p b) = (m p) b
+            table[element] = self.right[table[self.parents[element]], self.last_letters[element]]
+        return table.T
+
+    @cached_property
     def left(self) -> np.ndarray:
         """Letter times element ("the letter, then the element"), int64 [elements, letters]."""
         left = np.empty_like(self.right)

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from statetrack.automata import Automaton
-from statetrack.automata.monoid import transition_monoid
+from statetrack.automata.monoid import TransitionMonoid, transition_monoid
 from statetrack.automata.representations import (
     MAX_ORDER,
     Representation,
@@ -289,13 +289,13 @@ class _Product(_Construction):
     """One layer that holds the matrices of the product of all letters, one head for each representation."""
 
     def __init__(
-        self, automaton: Automaton, elements: np.ndarray, representations: list[Representation], keys: str
+        self, automaton: Automaton, monoid: TransitionMonoid, representations: list[Representation], keys: str
     ) -> None:
         super().__init__(automaton)
         self.keys = keys
-        letters = _letter_elements(self.table, elements)
+        elements = monoid.elements
         self.factors = [
-            [reflections(r.images[element], r.signs[element]) for r in representations] for element in letters
+            [reflections(r.images[element], r.signs[element]) for r in representations] for element in monoid.right[0]
         ]
         self.queries = [_separating_query(r) for r in representations]
         # How each element reads: [elements, dimensions of all heads].
@@ -428,28 +428,11 @@ def _group_constructions(automaton: Automaton, keys: str) -> Iterable[_Construct
         return
     if len(monoid) > _MAX_DECODED and len(monoid) != automaton.num_states:
         return  # an element for each hidden unit would be too many
-    products = _multiplication_table(monoid.right, monoid.parents, monoid.last_letters)
     own = monoid.elements if automaton.num_states <= 64 and len(monoid) > automaton.num_states else None
-    representations = smallest_representation(
-        products, _letter_elements(automaton.transitions.cpu().numpy(), monoid.elements), own, signed=keys == "raw"
-    )
-    construction = _Product(automaton, monoid.elements, representations, keys)
+    representations = smallest_representation(monoid.products, monoid.right[0], own, signed=keys == "raw")
+    construction = _Product(automaton, monoid, representations, keys)
     if construction.norm <= MAX_INTEGER:
         yield construction
-
-
-def _multiplication_table(right: np.ndarray, parents: np.ndarray, last_letters: np.ndarray) -> np.ndarray:
-    """All products of a monoid from those with letters: int16 or wider [elements, elements]."""
-    order = len(right)
-    table = np.empty((order, order), dtype=np.int32)
-    table[0] = np.arange(order)  # the rows are the right factors until the end
-    for element in range(1, order):
-        table[element] = right[table[parents[element]], last_letters[element]]
-    return table.T
-
-
-def _letter_elements(table: np.ndarray, elements: np.ndarray) -> np.ndarray:
-    return np.array([int(np.flatnonzero((elements == column).all(1))[0]) for column in table.T])
 
 
 def _separating_query(representation: Representation) -> np.ndarray:

@@ -58,8 +58,8 @@ class Proof:
         if self.errors:
             return f"wrong after {self.errors:,} of {self.checked:,} pairs of reachable state and letter"
         return (
-            f"exact at every length: all {self.checked:,} pairs of the {self.states:,} reachable states and a letter are "
-            "right"
+            f"exact at every length: all {self.checked:,} pairs of the {self.states:,} reachable states and a letter "
+            "are right"
         )
 
 
@@ -163,7 +163,7 @@ def _exhaustive(model: LanguageModel, automaton: Automaton, limit: int) -> Proof
     letters = automaton.num_letters
     state = model.init_state(1)
     position = torch.tensor([automaton.start])
-    found = {key: 0 for key in _keys(state, position)}
+    found = dict.fromkeys(_keys(state, position), 0)
     origins: list[tuple[int, int]] = [(-1, -1)]
     checked = errors = 0
     first: tuple[int, ...] | None = None
