@@ -29,7 +29,7 @@ from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.model import ModelConfig
 from statetrack.runs import RunDirectory
 from statetrack.tasks import get_task, list_tasks
-from statetrack.theory.commands import Analyze, Compile, Language, Verify, bare_json
+from statetrack.theory.commands import Analyze, Certify, Compile, Language, Verify, bare_json
 from statetrack.training import train
 from statetrack.transition import EigenvalueRange
 
@@ -220,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "analyze": Analyze,
             "compile": Compile,
             "verify": Verify,
+            "certify": Certify,
             "tasks": Tasks,
             "mixers": Mixers,
         }

@@ -95,7 +95,8 @@ def _from_dfa_data(data: Mapping[str, Any]) -> Automaton:
         dfa = DFA(
             states={str(state) for state in data["states"]},
             input_symbols={str(symbol) for symbol in data["input_symbols"]},
-            transitions={
+            transitions={str(state): {} for state in data["states"]}
+            | {
                 str(state): {str(symbol): str(target) for symbol, target in row.items()}
                 for state, row in data["transitions"].items()
             },

@@ -210,6 +210,39 @@ class Verify:
         return 0 if errors == 0 else 1
 
 
+@dataclass(kw_only=True)
+class Certify:
+    """Say what a trained or compiled model can never do: the spectra of its layers, and the theorems about them.
+
+    Attributes:
+        run: a run directory.
+        seed: of the random words on which spectra are measured.
+        json: write the result as JSON to this file; without a file to standard output.
+        html: write a page with the eigenvalues of every layer in the complex plane, and those of products of tokens.
+    """
+
+    run: tyro.conf.Positional[Path]
+    seed: int = 0
+    json: Path | None = None
+    html: Path | None = None
+
+    def __call__(self) -> int:
+        from statetrack.runs import RunDirectory
+        from statetrack.theory.certify import certify
+
+        directory = RunDirectory(self.run)
+        name = directory.read_config().task
+        certificate = certify(directory.load_model(), seed=self.seed)
+        if not _write_json(self.json, {"run": str(self.run), "task": name, **certificate.data()}):
+            print(f"{self.run} ({_short(name)})\n{certificate}")
+        if self.html is not None:
+            from statetrack.report.theory import write_certificate
+
+            write_certificate(str(self.run), certificate, self.html)
+            print(f"wrote {self.html}")
+        return 0
+
+
 def bare_json(words: Sequence[str]) -> list[str]:
     """The words of a command line with a `-` after every --json that is given no file: standard output."""
     result = []
