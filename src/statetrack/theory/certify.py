@@ -135,18 +135,18 @@ class Certificate:
         lines = [f"{claim.sentence} [{claim.scope}; {claim.theorem}; {claim.assumption}]" for claim in self.claims]
         lines = lines or [self.note or "no theorem here rules anything out"]
         for s in self.spectra:
+            of = "a token" if s.tokens == 1 else f"{s.tokens} tokens"
             parts = [
-                f"layer {s.layer} head {s.head}, {'a token' if s.tokens == 1 else f'{s.tokens} tokens'} ({s.scope}):",
-                f"real parts from {s.lowest:.6f}, moduli up to {s.largest:.6f}, imaginary parts up to {s.imaginary:.4f}",
+                f"layer {s.layer} head {s.head}, {of} ({s.scope}): real parts from {s.lowest:.6f}",
+                f"moduli up to {s.largest:.6f}",
+                f"imaginary parts up to {s.imaginary:.4f}",
             ]
             if s.horizon is not None:
-                parts.append(
-                    f"- what flips or turns lasts {'for ever' if s.horizon == math.inf else f'{s.horizon:,.0f}'}"
-                )
-                parts[-1] += "" if s.horizon == math.inf else " applications"
+                lasts = "for ever" if s.horizon == math.inf else f"{s.horizon:,.0f} applications"
+                parts.append(f"what flips or turns lasts {lasts}")
             if s.beta_gap is not None:
-                parts.append(f"- beta stays {s.beta_gap:.2g} from 2")
-            lines.append(" ".join(parts))
+                parts.append(f"beta stays {s.beta_gap:.2g} from 2")
+            lines.append(", ".join(parts))
         return "\n".join(lines)
 
 
@@ -263,7 +263,7 @@ def _claims(model: LanguageModel, structures: list[Structure], spectra: list[Spe
                 "architecture",
                 "unit modulus (ours)",
                 every,
-                "cannot count modulo any m above 1: what repeats comes to rest",
+                "cannot count how often a letter is repeated modulo any m above 1: what repeats comes to rest",
             )
         )
     elif all(s.real_products for s in structures):
@@ -273,7 +273,8 @@ def _claims(model: LanguageModel, structures: list[Structure], spectra: list[Spe
                 "architecture",
                 "T2",
                 every,
-                f"cannot count modulo m unless m divides {2**layers}: all products have real eigenvalues",
+                f"cannot count how often a letter is repeated modulo m unless m divides {2**layers}: all products have "
+                "real eigenvalues",
             )
         )
     elif layers == 1 and structures[0].real:
@@ -283,7 +284,7 @@ def _claims(model: LanguageModel, structures: list[Structure], spectra: list[Spe
                 "architecture",
                 "T2",
                 every,
-                "cannot count modulo any m above 2: one layer whose matrices have real eigenvalues",
+                "cannot count how often a letter is repeated modulo any m above 2: one layer, real eigenvalues",
             )
         )
     if layers == 1 and structures[0].contraction and _vocabulary_transition(model) is not None:
