@@ -131,6 +131,8 @@ def compile(
     if keys not in ("raw", "pair"):
         raise ValueError(f"keys must be raw or pair, got {keys!r}")
     construction = _choose(automaton.minimized(), strategy, keys)
+    # Outputs that no word leads to are classes all the same: a model has those of its task.
+    construction.num_classes = automaton.num_outputs
     if (parameters := construction.num_parameters()) > MAX_PARAMETERS:
         raise ConstructionError(
             f"the model would have {parameters:,} parameters in {construction.plan.num_layers} layers, more than the "
@@ -182,6 +184,7 @@ class _Construction:
         self.automaton = automaton
         self.table = automaton.transitions.cpu().numpy()
         self.outputs: list[int] = automaton.outputs.tolist()
+        self.num_classes = automaton.num_outputs
 
     @property
     def work(self) -> int:
@@ -215,7 +218,7 @@ class _Construction:
     def model_config(self, stream: Coordinates, hidden: int, depth: int, mixer: MixerConfig) -> ModelConfig:
         return ModelConfig(
             vocab_size=self.automaton.num_letters,
-            output_size=self.automaton.num_outputs,
+            output_size=self.num_classes,
             d_model=len(stream),
             num_layers=self.plan.num_layers,
             mlp_ratio=hidden / len(stream),
@@ -238,7 +241,7 @@ class _Construction:
 
     def label_rows(self, states: Sequence[Name]) -> list[Sum]:
         """The rows of the output layer, given a coordinate for each state that is 1 in this state and 0 in others."""
-        rows: list[Sum] = [{} for _ in range(self.automaton.num_outputs)]
+        rows: list[Sum] = [{} for _ in range(self.num_classes)]
         for state, name in enumerate(states):
             rows[self.outputs[state]][name] = 1
         return rows
@@ -362,7 +365,7 @@ class _Product(_Construction):
             for row in self.reads
         ]
         if self.direct:
-            rows: list[Sum] = [{}] * self.automaton.num_outputs
+            rows: list[Sum] = [{}] * self.num_classes
             for match, state in zip(matches, self.state_of, strict=True):
                 rows[self.outputs[state]] = match
             model.head.weight.copy_(self.stream.matrix(rows))
@@ -373,7 +376,8 @@ class _Product(_Construction):
         for g, state in enumerate(self.state_of):
             writes[("label", self.outputs[state])][("element", g)] = 1
         wire_mlp(_relu(block), self.stream, [units], writes)
-        model.head.weight.copy_(self.stream.matrix([{name: 1} for name in self.label_names]))
+        labels = self.stream.matrix([{name: 1} for name in self.label_names])
+        model.head.weight[: len(labels)] = labels
 
     def _write_mixer(self, block: Block) -> None:
         p, mixer = self.plan, block.mixer

@@ -222,12 +222,9 @@ def _small_group(monoid: TransitionMonoid) -> PermutationGroup:
     if len(monoid) > MAX_ORDER:
         return _permutation_group(monoid.elements[letters].tolist())
     points, offset = [], 0
-    for r in smallest_representation(monoid.products, letters):
-        flip = np.where(r.signs[letters] < 0, r.degree, 0)
-        points.append(offset + np.concatenate([r.images[letters] + flip, r.images[letters] + r.degree - flip], 1))
-        offset += 2 * r.degree
-        if (r.signs == 1).all():  # the opposites of the axes are not needed
-            points[-1], offset = points[-1][:, : r.degree], offset - r.degree
+    for representation in smallest_representation(monoid.products, letters, signed=False):
+        points.append(offset + representation.images[letters])
+        offset += representation.degree
     return _permutation_group(np.concatenate(points, 1).tolist())
 
 
