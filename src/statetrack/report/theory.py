@@ -76,8 +76,8 @@ def write_analysis(name: str, analysis: Analysis, path: Path | str) -> None:
         sections.append(
             {
                 "title": "Eggbox diagram",
-                "text": "A box for each D-class of the transition monoid, rows for R-classes, columns for L-classes; a cell "
-                "has the number of elements of an H-class, with a star where they are a group.",
+                "text": "A box for each D-class of the transition monoid, rows for R-classes, columns for L-classes; a "
+                "cell has the number of elements of an H-class, with a star where they are a group.",
                 "eggs": eggboxes(analysis.automaton),
             }
         )

@@ -287,7 +287,9 @@ def _claims(model: LanguageModel, structures: list[Structure], spectra: list[Spe
                 "cannot count how often a letter is repeated modulo any m above 2: one layer, real eigenvalues",
             )
         )
-    if layers == 1 and structures[0].contraction and _vocabulary_transition(model) is not None:
+    # A head that also reads the state before the update sees one letter more, as a convolution does.
+    before = getattr(model.config.mixer, "read_before", False)
+    if layers == 1 and structures[0].contraction and not before and _vocabulary_transition(model) is not None:
         claims.append(
             Claim(
                 "first letter",
