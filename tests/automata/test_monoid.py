@@ -2,22 +2,11 @@
 
 import pytest
 import torch
+from automaton_examples import dyck, full
 
 from statetrack.automata import Automaton, automaton_from_json, automaton_to_json, group_automaton, read_automaton
 from statetrack.automata.monoid import image_groups, transition_monoid
 from statetrack.automata.representations import smallest_representation
-
-
-def full(n):
-    """The automaton whose letters generate all maps of n states."""
-    cycle, exchange, merge = [*range(1, n), 0], [1, 0, *range(2, n)], [0, 0, *range(2, n)]
-    return Automaton(torch.tensor([cycle, exchange, merge]).T.contiguous(), 0, torch.arange(n))
-
-
-def dyck(depth):
-    trap = depth + 1
-    rows = [[level + 1, level - 1 if level else trap] for level in range(trap)]
-    return Automaton(torch.tensor([*rows, [trap, trap]]), 0, torch.tensor([1] + [0] * trap))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from automaton_examples import dyck, full
 
 from statetrack import Householder, linear_recurrence
 from statetrack.automata import Automaton, group_automaton
 from statetrack.theory import construct
 from statetrack.theory.construct import ConstructionError, compile, definite_length, plan, reflections
 from statetrack.theory.verify import count_errors, verify
-from tests.automata.test_monoid import dyck, full
 
 
 def random_automaton(seed):

@@ -2,12 +2,13 @@
 
 import re
 
+from automaton_examples import full
+
 from statetrack.automata import Automaton, group_automaton
 from statetrack.report.theory import eggboxes, write_analysis, write_certificate
 from statetrack.theory.certify import certify
 from statetrack.theory.construct import compile
 from statetrack.theory.requirements import analyze
-from tests.automata.test_monoid import full
 
 
 def test_the_page_of_an_analysis_draws_the_automaton_and_the_eggbox(tmp_path):

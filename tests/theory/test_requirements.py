@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from automaton_examples import full
 
 from statetrack.automata import Automaton, group_automaton
 from statetrack.theory.requirements import analyze
-from tests.automata.test_monoid import full
 
 
 @pytest.mark.parametrize(
