@@ -142,8 +142,8 @@ def test_a_cascade_that_hands_on_the_state_after_the_update_fails():
     automaton = full(4)
     model = compile(automaton)
     with torch.no_grad():
-        for block in model.blocks:
-            weight = block.mixer.o_proj.weight  # its columns: what is read after the update, and before
+        for block in model._blocks():
+            weight: torch.Tensor = block.mixer.o_proj.weight  # its columns: what is read after the update, and before
             weight[weight[:, 1].nonzero().item()] = weight[weight[:, 0].nonzero().item()]
     assert verify(compile(automaton), automaton, mode="words", words=4, length=200).errors == 0
     assert verify(model, automaton, mode="words", words=4, length=200).errors > 0

@@ -371,7 +371,9 @@ class _Product(_Construction):
             model.head.weight.copy_(self.stream.matrix(rows))
             return
         # The element that matches reads `norm`, any other at least 1 less.
-        units = {("element", g): total(match, {ONE: 1.0 - self.norm}) for g, match in enumerate(matches)}
+        units: dict[Name, Sum] = {
+            ("element", g): total(match, {ONE: 1.0 - self.norm}) for g, match in enumerate(matches)
+        }
         writes: dict[Name, Sum] = {name: {} for name in self.label_names}
         for g, state in enumerate(self.state_of):
             writes[("label", self.outputs[state])][("element", g)] = 1
@@ -513,7 +515,7 @@ class _States(_Construction):
         mixer.o_proj.weight[self.stream["read"], 0] = 1
         offset = float(positions.numpy() @ start)
         hinges, bumps = _bumps("read", offset, len(self.points))
-        writes = {("state", state): bumps[position] for position, state in enumerate(self.points)}
+        writes: dict[Name, Sum] = {("state", state): bumps[position] for position, state in enumerate(self.points)}
         if self.zero is not None:
             hinges["nothing"] = {"read": -1, ONE: 1 - offset}
             writes["state", self.zero] = {"nothing": 1}
@@ -604,7 +606,7 @@ class _Definite(_Construction):
             theorem="one-layer constructions (ours)",
             why=f"the last {length} letters decide on the state; a head is a shift register of so many letters",
         )
-        self.slots = [[("slot", i, letter) for letter in self.letters] for i in range(length)]
+        self.slots: list[list[Name]] = [[("slot", i, letter) for letter in self.letters] for i in range(length)]
         self.state_names: list[Name] = [("state", state) for state in range(automaton.num_states)]
         flat = [name for slot in self.slots for name in slot]
         self.stream = Coordinates([ONE, *map(_letter, self.letters), *flat, *self.state_names])
@@ -638,8 +640,8 @@ class _Definite(_Construction):
         units: dict[Name, Sum] = {}
         writes: dict[Name, Sum] = {name: {} for name in self.state_names}
         for number, pattern in enumerate(self.patterns):
-            seen = {self.slots[i][letter]: 1.0 for i, letter in enumerate(pattern.last)}
-            more = dict.fromkeys(self.slots[len(pattern.last)], -1.0) if pattern.whole else {}
+            seen: Sum = {self.slots[i][letter]: 1.0 for i, letter in enumerate(pattern.last)}
+            more: Sum = dict.fromkeys(self.slots[len(pattern.last)], -1.0) if pattern.whole else {}
             units["pattern", number] = total(seen, more, {ONE: 1.0 - len(pattern.last)})
             writes["state", pattern.state]["pattern", number] = 1
         wire_mlp(_relu(block), self.stream, [units], writes)
@@ -719,8 +721,8 @@ class _Exclusion(_Construction):
         self.moves = [("move", a) for a in self.letters]
         self.resets = [("reset", x) for x in range(n)]
         self.buffers: list[Name] = [*self.merged, *self.moves, *self.resets]
-        self.before = [("before", x) for x in range(n)]
-        self.after = [("after", x) for x in range(n)]
+        self.before: list[Name] = [("before", x) for x in range(n)]
+        self.after: list[Name] = [("after", x) for x in range(n)]
         self.stream = Coordinates(
             [ONE, *map(_letter, self.letters), "read before", "read after", *self.before, *self.after, *self.buffers]
         )
@@ -740,7 +742,7 @@ class _Exclusion(_Construction):
         return self.model_config(self.stream, hidden, 3, self.mixer_config(read_before=True))
 
     def write(self, model: LanguageModel) -> None:
-        everything = dict.fromkeys((*self.before, *self.after), 1.0)
+        everything: Sum = dict.fromkeys((*self.before, *self.after), 1.0)
         for letter in self.letters:
             model.embedding.weight[letter] = self.stream.vector(
                 total({ONE: 1, _letter(letter): 1}, everything, self._first_action(letter))
@@ -796,7 +798,7 @@ class _Exclusion(_Construction):
         n, offset = self.n, float(self.excluded_at_start[level] + 1)
         kept: dict[Name, Sum] = {name: {name: 1} for name in self.buffers}
         letters: dict[Name, Sum] = {_letter(a): {_letter(a): 1} for a in self.letters}
-        sets: dict[Name, Sum] = {name: {name: 1} for name in (*self.before, *self.after)}
+        sets: dict[Name, Sum] = {name: {name: 1.0} for name in (*self.before, *self.after)}
         hinges_before, bumps_before = _bumps("read before", offset, n)
         hinges_after, bumps_after = _bumps("read after", offset, n)
         first = {**hinges_before, **hinges_after, **sets, **letters, **kept}
@@ -808,7 +810,8 @@ class _Exclusion(_Construction):
         left_before = [total({("before", x): 1}, total(bumps_before[x], scale=-1)) for x in range(n)]
         left_after = [total({("after", x): 1}, total(bumps_after[x], scale=-1)) for x in range(n)]
         second = {**excluded, **reads, **kept}
-        third: dict[Name, Sum] = {name: {name: 1} for name in (*excluded, *reads, *self.buffers)} | {ONE: {ONE: 1}}
+        third: dict[Name, Sum] = {ONE: {ONE: 1}}
+        third |= {name: {name: 1} for name in (*excluded, *reads, *self.buffers)}
         writes: dict[Name, Sum] = {("before", x): {("excluded before", x): -1} for x in range(n)}
         writes |= {("after", x): {("excluded after", x): -1} for x in range(n)}
         writes |= {side: {side: -1, ONE: offset} for side in ("read before", "read after")}

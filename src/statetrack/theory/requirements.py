@@ -13,7 +13,7 @@ the unit-modulus argument are our own; tests support them and nobody has reviewe
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from statetrack.automata.representations import MAX_ORDER, count_reflections, sm
 from statetrack.theory.construct import ConstructionError, Plan, plan
 
 if TYPE_CHECKING:
-    from sympy.combinatorics import PermutationGroup
+    from sympy.combinatorics import Permutation, PermutationGroup
 
 MONOID_LIMIT = 200_000
 
@@ -257,7 +257,8 @@ def _describe(group: PermutationGroup) -> Subgroup:
 
 
 def _name(group: PermutationGroup, order: int) -> str:
-    moved = len({point for generator in group.generators for point in generator.support()})
+    generators = cast("list[Permutation]", group.generators)
+    moved = len({point for generator in generators for point in generator.support()})
     if group.is_abelian:
         return " x ".join(f"Z{factor}" for factor in sorted(group.abelian_invariants(), reverse=True)) or "trivial"
     for degree in range(3, moved + 1):
@@ -282,8 +283,8 @@ def _obstruction(automaton: Automaton, monoid: TransitionMonoid) -> Obstruction 
     if found is None:
         return None
     e, f, state = found
-    words = (_spelt(automaton, monoid.word(int(idempotents[index]))) for index in (e, f))
-    return Obstruction(*words, state)
+    e_word, f_word = (monoid.word(int(idempotents[index])) for index in (e, f))
+    return Obstruction(_spelt(automaton, e_word), _spelt(automaton, f_word), state)
 
 
 def _violation(maps: np.ndarray) -> tuple[int, int, int] | None:
@@ -300,7 +301,8 @@ def _violation(maps: np.ndarray) -> tuple[int, int, int] | None:
 def _quick_obstruction(automaton: Automaton, words: int = 2000) -> Obstruction | None:
     """The same among idempotent powers of the first words, for monoids too large to enumerate."""
     table = automaton.transitions.cpu().numpy()
-    maps, spellings = [np.arange(len(table))], [()]
+    maps: list[np.ndarray] = [np.arange(len(table))]
+    spellings: list[tuple[int, ...]] = [()]
     known = {maps[0].tobytes()}
     for current, spelling in zip(maps, spellings, strict=False):  # both grow while they are read
         for letter, column in enumerate(table.T):
