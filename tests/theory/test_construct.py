@@ -9,6 +9,7 @@ from automaton_examples import dyck, full
 
 from statetrack import Householder, linear_recurrence
 from statetrack.automata import Automaton, group_automaton
+from statetrack.mixers.exact_deltaproduct import ExactDeltaProduct
 from statetrack.theory import construct
 from statetrack.theory.construct import ConstructionError, compile, definite_length, plan, reflections
 from statetrack.theory.verify import count_errors, verify
@@ -143,7 +144,8 @@ def test_a_cascade_that_hands_on_the_state_after_the_update_fails():
     model = compile(automaton)
     with torch.no_grad():
         for block in model._blocks():
-            weight: torch.Tensor = block.mixer.o_proj.weight  # its columns: what is read after the update, and before
+            assert isinstance(block.mixer, ExactDeltaProduct)
+            weight = block.mixer.o_proj.weight  # its columns: what is read after the update, and before
             weight[weight[:, 1].nonzero().item()] = weight[weight[:, 0].nonzero().item()]
     assert verify(compile(automaton), automaton, mode="words", words=4, length=200).errors == 0
     assert verify(model, automaton, mode="words", words=4, length=200).errors > 0

@@ -17,7 +17,10 @@ from statetrack.model import LanguageModel, ModelState
 Mode = Literal["auto", "exhaustive", "words"]
 MODES: tuple[Mode, ...] = ("auto", "exhaustive", "words")
 
-STATE_LIMIT = 1_000_000
+STATE_LIMIT = 500_000
+STEP_LIMIT = 1_500_000
+"""Pairs of a state and a letter that are looked at before giving up; some ten seconds for a cascade of ten layers."""
+
 MEMORY_LIMIT = 2 * 10**9
 """Bytes that the states found so far may take."""
 
@@ -88,7 +91,8 @@ def verify(
     Args:
         model: any model, in evaluation mode, on the CPU.
         automaton: its letters are the tokens, its outputs the right answers.
-        mode: "exhaustive" or "words"; "auto" takes random words where there are too many states.
+        mode: "exhaustive" or "words"; "auto" takes random words where there are too many states, or too many pairs of
+            a state and a letter (`STEP_LIMIT`).
         state_limit: how many pairs of states are enumerated at most.
         words: how many random words.
         length: their length.
@@ -187,7 +191,7 @@ def _exhaustive(model: LanguageModel, automaton: Automaton, limit: int) -> Proof
                     found[key] = len(origins)
                     origins.append((int(number[row // letters]), row % letters))
                     fresh.append(row)
-            if len(found) > limit or len(found) * len(next(iter(found))) > MEMORY_LIMIT:
+            if checked > STEP_LIMIT or len(found) > limit or len(found) * len(next(iter(found))) > MEMORY_LIMIT:
                 raise _TooManyError(f"words lead the model to more than {len(found) - 1:,} states")
             if fresh:
                 kept = torch.tensor(fresh)
