@@ -18,8 +18,8 @@ Mode = Literal["auto", "exhaustive", "words"]
 MODES: tuple[Mode, ...] = ("auto", "exhaustive", "words")
 
 STATE_LIMIT = 500_000
-STEP_LIMIT = 1_500_000
-"""Pairs of a state and a letter that are looked at before giving up; some ten seconds for a cascade of ten layers."""
+STEP_LIMIT = 500_000
+"""Pairs of a state and a letter that are looked at before giving up."""
 
 MEMORY_LIMIT = 2 * 10**9
 """Bytes that the states found so far may take."""
