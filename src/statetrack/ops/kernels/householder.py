@@ -1,0 +1,497 @@
+"""Triton kernels for products of generalized Householder matrices; `docs/kernels.md` derives them.
+
+Letters: a chunk has C tokens of N micro-steps each, m = C N of them, in tiles of BC and BM rows. All tensors are
+contiguous; the states lie transposed, [V, K], so that a state in registers is the left operand of every product and
+never goes through shared memory on the serial path.
+
+Precision. With SPLIT the keys, queries and output gradients are bfloat16, exact operands of the tensor cores, and each
+float32 number that the recurrence feeds back into itself is a sum of two bfloat16 numbers, high and low, 16 bits in
+all. Without it all operands are float32 and the products tf32x3. Plain bfloat16 is used only where an error ends in one
+output.
+"""
+
+from __future__ import annotations
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+# Stands for a beta or, in the backward, a decay of exactly 0: it moves no result by more than the rounding, and lets the
+# gradient divide. The square is still a normal float32.
+_TINY = tl.constexpr(2.0**-40)
+
+
+@triton.jit
+def _halves(x, dtype: tl.constexpr):
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _dot_precise(a, b, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """a b for float32 tiles, to 16 bits with SPLIT."""
+    if SPLIT:
+        a_high, a_low = _halves(a, OPERAND)
+        b_high, b_low = _halves(b, OPERAND)
+        c = tl.dot(a_high, b_low, input_precision=PRECISION)
+        c = tl.dot(a_low, b_high, c, input_precision=PRECISION)
+        return tl.dot(a_high, b_high, c, input_precision=PRECISION)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _dot_masks(mask, x, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """mask x for a mask of zeros and ones and a float32 tile."""
+    if SPLIT:
+        high, low = _halves(x, OPERAND)
+        c = tl.dot(mask.to(OPERAND), low, input_precision=PRECISION)
+        return tl.dot(mask.to(OPERAND), high, c, input_precision=PRECISION)
+    return tl.dot(mask.to(tl.float32), x, input_precision=PRECISION)
+
+
+@triton.jit
+def _load_rows(pointer, rows_ok, row_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile [ROWS, BLOCK] of rows of WIDTH contiguous numbers, zero outside."""
+    offsets = tl.arange(0, ROWS)[:, None] * row_stride + tl.arange(0, BLOCK)[None, :]
+    if WIDTH == BLOCK:
+        return tl.load(pointer + offsets, mask=rows_ok[:, None], other=0.0)
+    return tl.load(pointer + offsets, mask=rows_ok[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_rows(pointer, x, rows_ok, row_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, ROWS)[:, None] * row_stride + tl.arange(0, BLOCK)[None, :]
+    ok = rows_ok[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :]
+    tl.store(pointer + offsets, x.to(pointer.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _inverse(system, BM: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + system)^-1 for a strictly lower triangular `system` [BM, BM].
+
+    Blocks of 16 on the diagonal by forward substitution, in float32; then twice as large ones from pairs of blocks,
+    [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]].
+    """
+    BLOCKS: tl.constexpr = BM // 16
+    block = tl.arange(0, BLOCKS)
+    inside = tl.arange(0, 16)
+    same = (block[:, None] == block[None, :])[:, None, :, None]
+    diagonal = tl.sum(tl.where(same, tl.reshape(system, [BLOCKS, 16, BLOCKS, 16]), 0.0), axis=2)
+    x = tl.where((inside[:, None] == inside[None, :])[None, :, :], 1.0, tl.zeros_like(diagonal))
+    for i in range(1, 16):
+        is_row = (inside == i)[None, :, None]
+        row = tl.sum(tl.where(is_row, diagonal, 0.0), axis=1)
+        x = tl.where(is_row, x - tl.sum(row[:, :, None] * x, axis=1)[:, None, :], x)
+    x = tl.reshape(tl.where(same, x[:, :, None, :], 0.0), [BM, BM])
+    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BM)[None, :]
+    for level in tl.static_range(1, 4):
+        size: tl.constexpr = 8 * 2**level
+        if size < BM:
+            pair = (i // (2 * size) == j // (2 * size)) & (i // size != j // size)
+            left = _dot_precise(x, tl.where(pair, system, 0.0), OPERAND, SPLIT, PRECISION)
+            x -= _dot_precise(left, x, OPERAND, SPLIT, PRECISION)
+    return x
+
+
+@triton.jit
+def _clamped_beta(beta):
+    return tl.where(tl.abs(beta) < _TINY, _TINY, beta)
+
+
+@triton.jit
+def _decays(decay, tokens_left, H, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, EXACT: tl.constexpr):
+    """Products of decays, from the decay of the chunk's first token on.
+
+    Returns, with D(i, j) the product of the decays after micro-step j up to micro-step i: the decays of the micro-steps
+    [BM], D(i, j) [BM, BM] (1 for i <= j), D(end of token t, j) [BC, BM], D(i, start) [BM], D(end of t, start) [BC],
+    D(end, j) [BM] and D(end, start). Unless EXACT, _TINY stands for 0.
+    """
+    row, token = tl.arange(0, BM), tl.arange(0, BC)
+    starts = (row % N == 0) & (row // N < tokens_left)
+    a = tl.load(decay + (row // N) * H, mask=starts, other=1.0).to(tl.float32)
+    of_token = tl.load(decay + token * H, mask=token < tokens_left, other=1.0).to(tl.float32)
+    if not EXACT:
+        a = tl.where(a == 0, _TINY, a)
+        of_token = tl.where(of_token == 0, _TINY, of_token)
+    pairs = tl.cumprod(tl.where(row[:, None] > row[None, :], a[:, None], 1.0), axis=0)
+    to_token = tl.cumprod(tl.where((token * N)[:, None] > row[None, :], of_token[:, None], 1.0), axis=0)
+    into = tl.cumprod(a, axis=0)
+    into_token = tl.cumprod(of_token, axis=0)
+    out_of = tl.sum(tl.where((row == BM - 1)[:, None], pairs, 0.0), axis=0)
+    across = tl.sum(tl.where(row == BM - 1, into, 0.0), axis=0)
+    return a, pairs, to_token, into, into_token, out_of, across
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def prepare(
+    q, k, beta, decay, inverse_high, inverse_low, attention, into, into_token, out_of,
+    T, H, chunks,
+    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    NORMALIZE: tl.constexpr, DECAY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For every chunk what does not depend on the state: the inverse times beta, and the products of queries and keys.
+
+    With W(i, j) = D(i, j) k_i . k_j below the diagonal: (I + diag(beta) W)^-1 diag(beta), [chunk, BM, BM], in two
+    halves with SPLIT. A micro-step's strength beta |k|^2 is multiplied by k_i . k_j / |k_i|^2, which is exactly 1 where
+    a key repeats.
+    """
+    OPERAND: tl.constexpr = k.dtype.element_ty
+    pid = tl.program_id(0)
+    chunk = pid % chunks
+    head = (pid // chunks).to(tl.int64)
+    b, h = head // H, head % H
+    M: tl.constexpr = C * N
+    row, token = tl.arange(0, BM), tl.arange(0, BC)
+    tokens_left = tl.minimum(T - chunk * C, C)
+    rows_ok = row < tokens_left * N
+    first = b * T + chunk * C
+    keys = _load_rows(k + (first * N * H + h) * K, rows_ok, H * K, BM, K, BK)
+    queries = _load_rows(q + (first * H + h) * K, token < tokens_left, H * K, BC, K, BK)
+    strength = _clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
+
+    gram = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+    i, j = row[:, None], row[None, :]
+    squared_norm = tl.sum(tl.where(i == j, gram, 0.0), axis=1)
+    divisor = tl.where(squared_norm > 0, squared_norm, 1.0)
+    scaled = strength
+    if NORMALIZE:
+        scaled = strength / divisor
+    else:
+        strength = strength * squared_norm
+    system = tl.where(i > j, gram / divisor[:, None] * strength[:, None], 0.0)
+    seen = tl.where(row[None, :] < (token * N + N)[:, None], tl.dot(queries, tl.trans(keys), input_precision=PRECISION), 0.0)
+    place = head * chunks + chunk
+    if DECAY:
+        _, d_pairs, d_token, d_into, d_into_token, d_out_of, _ = _decays(
+            decay + first * H + h, tokens_left, H, N, BM, BC, True
+        )
+        system *= d_pairs
+        seen *= d_token
+        tl.store(into + place * BM + row, d_into)
+        tl.store(out_of + place * BM + row, d_out_of)
+        tl.store(into_token + place * BC + token, d_into_token)
+    inverse = _inverse(system, BM, OPERAND, SPLIT, PRECISION)
+    # `scaled` belongs to the columns; a reduction gives it the layout of a row.
+    inverse *= tl.sum(tl.where(i == j, scaled[:, None], 0.0), axis=0)[None, :]
+    tile = place * BM * BM + i * BM + j
+    if SPLIT:
+        high, low = _halves(inverse, OPERAND)
+        tl.store(inverse_high + tile, high)
+        tl.store(inverse_low + tile, low)
+    else:
+        tl.store(inverse_high + tile, inverse)
+    tl.store(attention + place * BC * BM + token[:, None] * BM + j, seen.to(OPERAND))
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def scan_forward(
+    q, k, v, inverse_high, inverse_low, attention, into, into_token, out_of, initial,
+    o, final, starts, u_high, u_low,
+    T, H, chunks,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    INITIAL: tl.constexpr, DECAY: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Chunk after chunk: outputs, the final state and, to SAVE, every chunk's first state and its u."""
+    OPERAND: tl.constexpr = k.dtype.element_ty
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    row, token, key = tl.arange(0, BM), tl.arange(0, BC), tl.arange(0, BK)
+    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    value_ok = value < V
+    state_ok = value_ok[:, None] & (key < K)[None, :]
+    state = tl.zeros([BV, BK], tl.float32)
+    if INITIAL:
+        state += tl.load(initial + head * K * V + value[:, None] + key[None, :] * V, mask=state_ok, other=0.0)
+    for chunk in range(0, chunks):
+        tokens_left = tl.minimum(T - chunk * C, C)
+        rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
+        first = b * T + chunk * C
+        place = head * chunks + chunk
+        keys = _load_rows(k + (first * N * H + h) * K, rows_ok, H * K, BM, K, BK)
+        queries = _load_rows(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK)
+        values_at = (first * N * H + h) * V + value[:, None] + row[None, :] * (H * V)
+        values = tl.load(v + values_at, mask=value_ok[:, None] & rows_ok[None, :], other=0.0).to(tl.float32)
+        tile = place * BM * BM + row[:, None] * BM + row[None, :]
+        t_high = tl.load(inverse_high + tile)
+        seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
+
+        if SPLIT:
+            high, low = _halves(state, OPERAND)
+        else:
+            high, low = state, state
+        if SAVE:
+            tl.store(starts + place * K * V + value[:, None] * K + key[None, :], high, mask=state_ok)
+        read = tl.dot(high, tl.trans(keys), input_precision=PRECISION)
+        if SPLIT:
+            read = tl.dot(low, tl.trans(keys), read, input_precision=PRECISION)
+        if DECAY:
+            read *= tl.load(into + place * BM + row)[None, :]
+        error = values - read
+        if SPLIT:
+            t_low = tl.load(inverse_low + tile)
+            e_high, e_low = _halves(error, OPERAND)
+            u = tl.dot(e_high, tl.trans(t_low), input_precision=PRECISION)
+            u = tl.dot(e_low, tl.trans(t_high), u, input_precision=PRECISION)
+            u = tl.dot(e_high, tl.trans(t_high), u, input_precision=PRECISION)
+            w_high, w_low = _halves(u, OPERAND)
+        else:
+            u = tl.dot(error, tl.trans(t_high), input_precision=PRECISION)
+            w_high, w_low = u, u
+        if SAVE:
+            values_ok = value_ok[:, None] & rows_ok[None, :]
+            tl.store(u_high + values_at, w_high, mask=values_ok)
+            if SPLIT:
+                tl.store(u_low + values_at, w_low, mask=values_ok)
+        out = tl.dot(high, tl.trans(queries), input_precision=PRECISION)
+        if DECAY:
+            out *= tl.load(into_token + place * BC + token)[None, :]
+        out = tl.dot(w_high, tl.trans(seen), out, input_precision=PRECISION)
+        if SPLIT:
+            out = tl.dot(w_low, tl.trans(seen), out, input_precision=PRECISION)
+        out_at = (first * H + h) * V + value[:, None] + token[None, :] * (H * V)
+        tl.store(o + out_at, out.to(o.dtype.element_ty), mask=value_ok[:, None] & tokens_ok[None, :])
+        if DECAY:
+            state *= tl.load(into + place * BM + BM - 1)
+            u *= tl.load(out_of + place * BM + row)[None, :]
+            if SPLIT:
+                w_high, w_low = _halves(u, OPERAND)
+            else:
+                w_high, w_low = u, u
+        state = tl.dot(w_high, keys, state, input_precision=PRECISION)
+        if SPLIT:
+            state = tl.dot(w_low, keys, state, input_precision=PRECISION)
+    tl.store(final + head * K * V + value[:, None] + key[None, :] * V, state, mask=state_ok)
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def scan_backward(
+    q, k, inverse_high, inverse_low, attention, into, into_token, out_of, d_o, d_final,
+    d_error_high, d_error_low, d_ends, d_initial,
+    T, H, chunks,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DECAY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the last chunk to the first: the gradients of the values, of every chunk's last state and the first state."""
+    OPERAND: tl.constexpr = k.dtype.element_ty
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    row, token, key = tl.arange(0, BM), tl.arange(0, BC), tl.arange(0, BK)
+    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    value_ok = value < V
+    state_ok = value_ok[:, None] & (key < K)[None, :]
+    state_at = head * K * V + value[:, None] + key[None, :] * V
+    d_state = tl.load(d_final + state_at, mask=state_ok, other=0.0)
+    for step in range(0, chunks):
+        chunk = chunks - 1 - step
+        tokens_left = tl.minimum(T - chunk * C, C)
+        rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
+        first = b * T + chunk * C
+        place = head * chunks + chunk
+        keys = _load_rows(k + (first * N * H + h) * K, rows_ok, H * K, BM, K, BK)
+        queries = _load_rows(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK)
+        out_at = (first * H + h) * V + value[:, None] + token[None, :] * (H * V)
+        d_out = tl.load(d_o + out_at, mask=value_ok[:, None] & tokens_ok[None, :], other=0.0)
+        tile = place * BM * BM + row[:, None] * BM + row[None, :]
+        t_high = tl.load(inverse_high + tile)
+        seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
+
+        if SPLIT:
+            high, low = _halves(d_state, OPERAND)
+        else:
+            high, low = d_state, d_state
+        tl.store(d_ends + place * K * V + value[:, None] * K + key[None, :], high, mask=state_ok)
+        d_u = tl.dot(high, tl.trans(keys), input_precision=PRECISION)
+        if SPLIT:
+            d_u = tl.dot(low, tl.trans(keys), d_u, input_precision=PRECISION)
+        if DECAY:
+            d_u *= tl.load(out_of + place * BM + row)[None, :]
+        d_u = tl.dot(d_out, seen, d_u, input_precision=PRECISION)
+        if SPLIT:
+            t_low = tl.load(inverse_low + tile)
+            high, low = _halves(d_u, OPERAND)
+            d_error = tl.dot(high, t_low, input_precision=PRECISION)
+            d_error = tl.dot(low, t_high, d_error, input_precision=PRECISION)
+            d_error = tl.dot(high, t_high, d_error, input_precision=PRECISION)
+            w_high, w_low = _halves(d_error, OPERAND)
+        else:
+            d_error = tl.dot(d_u, t_high, input_precision=PRECISION)
+            w_high, w_low = d_error, d_error
+        values_at = (first * N * H + h) * V + value[:, None] + row[None, :] * (H * V)
+        values_ok = value_ok[:, None] & rows_ok[None, :]
+        tl.store(d_error_high + values_at, w_high, mask=values_ok)
+        if SPLIT:
+            tl.store(d_error_low + values_at, w_low, mask=values_ok)
+        if DECAY:
+            d_state *= tl.load(into + place * BM + BM - 1)
+            d_out = (d_out.to(tl.float32) * tl.load(into_token + place * BC + token)[None, :]).to(OPERAND)
+            d_error *= tl.load(into + place * BM + row)[None, :]
+        d_state = tl.dot(d_out, queries, d_state, input_precision=PRECISION)
+        if SPLIT:
+            w_high, w_low = _halves(-d_error, OPERAND)
+            d_state = tl.dot(w_high, keys, d_state, input_precision=PRECISION)
+            d_state = tl.dot(w_low, keys, d_state, input_precision=PRECISION)
+        else:
+            d_state = tl.dot(-d_error, keys, d_state, input_precision=PRECISION)
+    tl.store(d_initial + state_at, d_state, mask=state_ok)
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def gradients(
+    q, k, beta, decay, starts, u_high, u_low, d_o, d_error_high, d_error_low, d_ends,
+    d_q, d_k, d_beta, d_decay,
+    T, H, chunks,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    NORMALIZE: tl.constexpr, DECAY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For every chunk by itself the gradients of q, k, beta and the decays, from what the two scans have left."""
+    OPERAND: tl.constexpr = k.dtype.element_ty
+    pid = tl.program_id(0)
+    chunk = pid % chunks
+    head = (pid // chunks).to(tl.int64)
+    b, h = head // H, head % H
+    row, token, key = tl.arange(0, BM), tl.arange(0, BC), tl.arange(0, BK)
+    tokens_left = tl.minimum(T - chunk * C, C)
+    rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
+    first = b * T + chunk * C
+    place = head * chunks + chunk
+    key_rows = (first * N * H + h) * K
+    keys = _load_rows(k + key_rows, rows_ok, H * K, BM, K, BK)
+    squared_norm = tl.sum(keys.to(tl.float32) * keys.to(tl.float32), axis=1)
+    inverse_norm = tl.where(squared_norm > 0, 1 / tl.where(squared_norm > 0, squared_norm, 1.0), 0.0)
+    scaled = _clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
+    if NORMALIZE:
+        scaled *= tl.where(squared_norm > 0, inverse_norm, 1.0)
+
+    between_keys = tl.zeros([BM, BM], tl.float32)
+    to_queries = tl.zeros([BC, BM], tl.float32)
+    d_reading = tl.zeros([BM, BK], tl.float32)
+    d_writing = tl.zeros([BM, BK], tl.float32)
+    d_queries = tl.zeros([BC, BK], tl.float32)
+    d_scaled = tl.zeros([BM], tl.float32)
+    d_across = tl.zeros([BK], tl.float32)
+    for start in range(0, V, BV):
+        value = start + tl.arange(0, BV)
+        values_at = (first * N * H + h) * V + row[:, None] * (H * V) + value[None, :]
+        states_at = place * K * V + value[:, None] * K + key[None, :]
+        values_ok, states_ok = rows_ok[:, None], (value < V)[:, None] & (key < K)[None, :]
+        outs_ok = tokens_ok[:, None]
+        if V % BV != 0:
+            values_ok &= (value < V)[None, :]
+            outs_ok &= (value < V)[None, :]
+        u = tl.load(u_high + values_at, mask=values_ok, other=0.0)
+        d_e = tl.load(d_error_high + values_at, mask=values_ok, other=0.0)
+        outs_at = (first * H + h) * V + token[:, None] * (H * V) + value[None, :]
+        d_out = tl.load(d_o + outs_at, mask=outs_ok, other=0.0)
+        state = tl.load(starts + states_at, mask=states_ok, other=0.0)
+        d_end = tl.load(d_ends + states_at, mask=states_ok, other=0.0)
+        between_keys = tl.dot(d_e, tl.trans(u), between_keys, input_precision=PRECISION)
+        to_queries = tl.dot(d_out, tl.trans(u), to_queries, input_precision=PRECISION)
+        u_whole, d_e_whole = u.to(tl.float32), d_e.to(tl.float32)
+        if SPLIT:
+            low = tl.load(u_low + values_at, mask=values_ok, other=0.0)
+            d_e_low = tl.load(d_error_low + values_at, mask=values_ok, other=0.0)
+            between_keys = tl.dot(d_e, tl.trans(low), between_keys, input_precision=PRECISION)
+            between_keys = tl.dot(d_e_low, tl.trans(u), between_keys, input_precision=PRECISION)
+            to_queries = tl.dot(d_out, tl.trans(low), to_queries, input_precision=PRECISION)
+            u_whole += low.to(tl.float32)
+            d_e_whole += d_e_low.to(tl.float32)
+        d_scaled += tl.sum((u_whole / scaled[:, None]) * (d_e_whole / scaled[:, None]), axis=1)
+        d_reading = tl.dot(d_e, state, d_reading, input_precision=PRECISION)
+        d_writing = tl.dot(u, d_end, d_writing, input_precision=PRECISION)
+        d_queries = tl.dot(d_out, state, d_queries, input_precision=PRECISION)
+        if DECAY:
+            d_across += tl.sum(state.to(tl.float32) * d_end.to(tl.float32), axis=0)
+
+    i, j = row[:, None], row[None, :]
+    below = i > j
+    visible = row[None, :] < (token * N + N)[:, None]
+    between_keys = tl.where(below, -between_keys, 0.0)
+    to_queries = tl.where(visible, to_queries, 0.0)
+    queries = _load_rows(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK)
+    if DECAY:
+        a, d_pairs, d_token, d_into, d_into_token, d_out_of, across = _decays(
+            decay + first * H + h, tokens_left, H, N, BM, BC, False
+        )
+        between_keys *= d_pairs
+        to_queries *= d_token
+        d_reading *= d_into[:, None]
+        d_writing *= d_out_of[:, None]
+        d_queries *= d_into_token[:, None]
+        # Every product of decays times its own gradient; a decay's gradient is the sum over the products with it in
+        # them, divided by it. Sums run only over such products, so that nothing large cancels.
+        reads = tl.sum(-d_reading * keys.to(tl.float32), axis=1)
+        writes = tl.sum(d_writing * keys.to(tl.float32), axis=1)
+        asks = tl.sum(d_queries * queries.to(tl.float32), axis=1)
+        of_pairs = between_keys * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+        of_queries = to_queries * tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        later_token = token[None, :] * N >= (row // N * N)[:, None]
+        spanning = _dot_masks(i <= j, of_pairs, OPERAND, SPLIT, PRECISION)
+        spanning += _dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
+        total = tl.sum(tl.where(below, spanning, 0.0), axis=1)
+        total += tl.sum(tl.where(i <= j, reads[None, :], 0.0), axis=1)
+        total += tl.sum(tl.where(below, writes[None, :], 0.0), axis=1)
+        total += tl.sum(tl.where(later_token, asks[None, :], 0.0), axis=1)
+        total += across * tl.sum(d_across, axis=0)
+        starts_token = (row % N == 0) & rows_ok
+        tl.store(d_decay + first * H + h + (row // N) * H, total / a, mask=starts_token)
+
+    d_keys = d_writing - d_reading
+    both = between_keys + tl.trans(between_keys)
+    if SPLIT:
+        high, low = _halves(both, OPERAND)
+        d_keys = tl.dot(low, keys, d_keys, input_precision=PRECISION)
+        d_keys = tl.dot(high, keys, d_keys, input_precision=PRECISION)
+        high, low = _halves(to_queries, OPERAND)
+        d_queries = tl.dot(low, keys, d_queries, input_precision=PRECISION)
+        d_queries = tl.dot(high, keys, d_queries, input_precision=PRECISION)
+        d_keys = tl.dot(tl.trans(high), queries, d_keys, input_precision=PRECISION)
+    else:
+        d_keys = tl.dot(both, keys, d_keys, input_precision=PRECISION)
+        d_queries = tl.dot(to_queries, keys, d_queries, input_precision=PRECISION)
+        d_keys = tl.dot(tl.trans(to_queries), queries, d_keys, input_precision=PRECISION)
+    if NORMALIZE:
+        d_scaled *= inverse_norm
+        d_keys -= (2 * scaled * d_scaled)[:, None] * keys.to(tl.float32)
+    _store_rows(d_k + key_rows, d_keys, rows_ok, H * K, BM, K, BK)
+    _store_rows(d_q + (first * H + h) * K, d_queries, tokens_ok, H * K, BC, K, BK)
+    tl.store(d_beta + first * N * H + h + row * H, d_scaled, mask=rows_ok)
+
+
+@triton.jit(do_not_specialize=["T"])
+def steps(
+    q, k, v, beta, decay, initial, o, final,
+    T, H,
+    N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    NORMALIZE: tl.constexpr, DECAY: tl.constexpr, INITIAL: tl.constexpr,
+):  # fmt: skip
+    """The recurrence itself, step by step in float32, for a few tokens: decoding."""
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    key = tl.arange(0, BK)
+    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    key_ok, value_ok = key < K, value < V
+    state_at = head * K * V + key[:, None] * V + value[None, :]
+    state_ok = key_ok[:, None] & value_ok[None, :]
+    state = tl.zeros([BK, BV], tl.float32)
+    if INITIAL:
+        state += tl.load(initial + state_at, mask=state_ok, other=0.0)
+    for t in range(0, T):
+        if DECAY:
+            state *= tl.load(decay + (b * T + t) * H + h)
+        for n in range(0, N):
+            place = ((b * T + t) * N + n) * H + h
+            keys = tl.load(k + place * K + key, mask=key_ok, other=0.0).to(tl.float32)
+            values = tl.load(v + place * V + value, mask=value_ok, other=0.0).to(tl.float32)
+            strength = tl.load(beta + place)
+            if NORMALIZE:
+                squared_norm = tl.sum(keys * keys, axis=0)
+                strength = tl.where(squared_norm > 0, strength / tl.where(squared_norm > 0, squared_norm, 1.0), 0.0)
+            error = values - tl.sum(keys[:, None] * state, axis=0)
+            state += keys[:, None] * (strength * error)[None, :]
+        place = (b * T + t) * H + h
+        queries = tl.load(q + place * K + key, mask=key_ok, other=0.0).to(tl.float32)
+        out = tl.sum(queries[:, None] * state, axis=0)
+        tl.store(o + place * V + value, out.to(o.dtype.element_ty), mask=value_ok)
+    tl.store(final + state_at, state, mask=state_ok)
