@@ -82,14 +82,22 @@ def _inverse(system, BM: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexp
         row = tl.sum(tl.where(is_row, diagonal, 0.0), axis=1)
         x = tl.where(is_row, x - tl.sum(row[:, :, None] * x, axis=1)[:, None, :], x)
     x = tl.reshape(tl.where(same, x[:, :, None, :], 0.0), [BM, BM])
-    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BM)[None, :]
-    for level in tl.static_range(1, 4):
-        size: tl.constexpr = 8 * 2**level
-        if size < BM:
-            pair = (i // (2 * size) == j // (2 * size)) & (i // size != j // size)
-            left = _dot_precise(x, tl.where(pair, system, 0.0), OPERAND, SPLIT, PRECISION)
-            x -= _dot_precise(left, x, OPERAND, SPLIT, PRECISION)
+    if BM > 16:
+        x = _join_pairs(x, system, 16, BM, OPERAND, SPLIT, PRECISION)
+    if BM > 32:
+        x = _join_pairs(x, system, 32, BM, OPERAND, SPLIT, PRECISION)
     return x
+
+
+@triton.jit
+def _join_pairs(
+    x, system, SIZE: tl.constexpr, BM: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """From the inverses of the diagonal blocks of SIZE, those of twice the size."""
+    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BM)[None, :]
+    pair = (i // (2 * SIZE) == j // (2 * SIZE)) & (i // SIZE != j // SIZE)
+    left = _dot_precise(x, tl.where(pair, system, 0.0), OPERAND, SPLIT, PRECISION)
+    return x - _dot_precise(left, x, OPERAND, SPLIT, PRECISION)
 
 
 @triton.jit
@@ -364,99 +372,117 @@ def gradients(
     if NORMALIZE:
         scaled *= tl.where(squared_norm > 0, inverse_norm, 1.0)
 
+    values_at = (first * N * H + h) * V + row[:, None] * (H * V)
+    outs_at = (first * H + h) * V + token[:, None] * (H * V)
+    states_at = place * K * V + key[None, :]
+
+    # How micro-steps and queries act on each other. Only one large accumulator at a time, or registers run out.
     between_keys = tl.zeros([BM, BM], tl.float32)
     to_queries = tl.zeros([BC, BM], tl.float32)
-    d_reading = tl.zeros([BM, BK], tl.float32)
-    d_writing = tl.zeros([BM, BK], tl.float32)
-    d_queries = tl.zeros([BC, BK], tl.float32)
-    d_scaled = tl.zeros([BM], tl.float32)
-    d_across = tl.zeros([BK], tl.float32)
     for start in range(0, V, BV):
-        value = start + tl.arange(0, BV)
-        values_at = (first * N * H + h) * V + row[:, None] * (H * V) + value[None, :]
-        states_at = place * K * V + value[:, None] * K + key[None, :]
-        values_ok, states_ok = rows_ok[:, None], (value < V)[:, None] & (key < K)[None, :]
-        outs_ok = tokens_ok[:, None]
-        if V % BV != 0:
-            values_ok &= (value < V)[None, :]
-            outs_ok &= (value < V)[None, :]
-        u = tl.load(u_high + values_at, mask=values_ok, other=0.0)
-        d_e = tl.load(d_error_high + values_at, mask=values_ok, other=0.0)
-        outs_at = (first * H + h) * V + token[:, None] * (H * V) + value[None, :]
-        d_out = tl.load(d_o + outs_at, mask=outs_ok, other=0.0)
-        state = tl.load(starts + states_at, mask=states_ok, other=0.0)
-        d_end = tl.load(d_ends + states_at, mask=states_ok, other=0.0)
-        between_keys = tl.dot(d_e, tl.trans(u), between_keys, input_precision=PRECISION)
+        value = start + tl.arange(0, BV)[None, :]
+        ok = rows_ok[:, None] & (value < V)
+        u = tl.load(u_high + values_at + value, mask=ok, other=0.0)
+        d_error = tl.load(d_error_high + values_at + value, mask=ok, other=0.0)
+        d_out = tl.load(d_o + outs_at + value, mask=tokens_ok[:, None] & (value < V), other=0.0)
+        between_keys = tl.dot(d_error, tl.trans(u), between_keys, input_precision=PRECISION)
         to_queries = tl.dot(d_out, tl.trans(u), to_queries, input_precision=PRECISION)
-        u_whole, d_e_whole = u.to(tl.float32), d_e.to(tl.float32)
         if SPLIT:
-            low = tl.load(u_low + values_at, mask=values_ok, other=0.0)
-            d_e_low = tl.load(d_error_low + values_at, mask=values_ok, other=0.0)
-            between_keys = tl.dot(d_e, tl.trans(low), between_keys, input_precision=PRECISION)
-            between_keys = tl.dot(d_e_low, tl.trans(u), between_keys, input_precision=PRECISION)
+            low = tl.load(u_low + values_at + value, mask=ok, other=0.0)
+            between_keys = tl.dot(d_error, tl.trans(low), between_keys, input_precision=PRECISION)
             to_queries = tl.dot(d_out, tl.trans(low), to_queries, input_precision=PRECISION)
-            u_whole += low.to(tl.float32)
-            d_e_whole += d_e_low.to(tl.float32)
-        d_scaled += tl.sum((u_whole / scaled[:, None]) * (d_e_whole / scaled[:, None]), axis=1)
-        d_reading = tl.dot(d_e, state, d_reading, input_precision=PRECISION)
-        d_writing = tl.dot(u, d_end, d_writing, input_precision=PRECISION)
-        d_queries = tl.dot(d_out, state, d_queries, input_precision=PRECISION)
-        if DECAY:
-            d_across += tl.sum(state.to(tl.float32) * d_end.to(tl.float32), axis=0)
+            low = tl.load(d_error_low + values_at + value, mask=ok, other=0.0)
+            between_keys = tl.dot(low, tl.trans(u), between_keys, input_precision=PRECISION)
 
+    # On the diagonal d_error . u = beta^2 (gradient of beta), where beta is the factor of k k^T.
     i, j = row[:, None], row[None, :]
-    below = i > j
-    visible = row[None, :] < (token * N + N)[:, None]
-    between_keys = tl.where(below, -between_keys, 0.0)
-    to_queries = tl.where(visible, to_queries, 0.0)
+    d_scaled = tl.sum(tl.where(i == j, between_keys, 0.0), axis=1) / scaled / scaled
+    if NORMALIZE:
+        d_scaled *= inverse_norm
+    tl.store(d_beta + first * N * H + h + row * H, d_scaled, mask=rows_ok)
+    between_keys = tl.where(i > j, -between_keys, 0.0)
+    to_queries = tl.where(row[None, :] < (token * N + N)[:, None], to_queries, 0.0)
     queries = _load_rows(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK)
+    later_token = token[None, :] * N >= (row // N * N)[:, None]
+    total = tl.zeros([BM], tl.float32)
     if DECAY:
         a, d_pairs, d_token, d_into, d_into_token, d_out_of, across = _decays(
             decay + first * H + h, tokens_left, H, N, BM, BC, False
         )
         between_keys *= d_pairs
         to_queries *= d_token
-        d_reading *= d_into[:, None]
-        d_writing *= d_out_of[:, None]
-        d_queries *= d_into_token[:, None]
         # Every product of decays times its own gradient; a decay's gradient is the sum over the products with it in
         # them, divided by it. Sums run only over such products, so that nothing large cancels.
-        reads = tl.sum(-d_reading * keys.to(tl.float32), axis=1)
-        writes = tl.sum(d_writing * keys.to(tl.float32), axis=1)
-        asks = tl.sum(d_queries * queries.to(tl.float32), axis=1)
         of_pairs = between_keys * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
         of_queries = to_queries * tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        later_token = token[None, :] * N >= (row // N * N)[:, None]
         spanning = _dot_masks(i <= j, of_pairs, OPERAND, SPLIT, PRECISION)
         spanning += _dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
-        total = tl.sum(tl.where(below, spanning, 0.0), axis=1)
-        total += tl.sum(tl.where(i <= j, reads[None, :], 0.0), axis=1)
-        total += tl.sum(tl.where(below, writes[None, :], 0.0), axis=1)
+        total += tl.sum(tl.where(i > j, spanning, 0.0), axis=1)
+
+    d_queries = tl.zeros([BC, BK], tl.float32)
+    for start in range(0, V, BV):
+        value = start + tl.arange(0, BV)
+        d_out = tl.load(d_o + outs_at + value[None, :], mask=tokens_ok[:, None] & (value < V)[None, :], other=0.0)
+        states_ok = (value < V)[:, None] & (key < K)[None, :]
+        state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+        d_queries = tl.dot(d_out, state, d_queries, input_precision=PRECISION)
+    if DECAY:
+        d_queries *= d_into_token[:, None]
+        asks = tl.sum(d_queries * queries.to(tl.float32), axis=1)
         total += tl.sum(tl.where(later_token, asks[None, :], 0.0), axis=1)
+    if SPLIT:
+        query_high, low = _halves(to_queries, OPERAND)
+        d_queries = tl.dot(low, keys, d_queries, input_precision=PRECISION)
+    else:
+        query_high = to_queries
+    d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
+    _store_rows(d_q + (first * H + h) * K, d_queries, tokens_ok, H * K, BC, K, BK)
+
+    d_keys = tl.zeros([BM, BK], tl.float32)
+    for start in range(0, V, BV):
+        value = start + tl.arange(0, BV)
+        ok = rows_ok[:, None] & (value < V)[None, :]
+        d_error = tl.load(d_error_high + values_at + value[None, :], mask=ok, other=0.0)
+        states_ok = (value < V)[:, None] & (key < K)[None, :]
+        state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+        d_keys = tl.dot(d_error, state, d_keys, input_precision=PRECISION)
+    d_keys = -d_keys
+    if DECAY:
+        d_keys *= d_into[:, None]
+        reads = tl.sum(d_keys * keys.to(tl.float32), axis=1)
+        total += tl.sum(tl.where(i <= j, reads[None, :], 0.0), axis=1)
+        d_reading = d_keys
+        d_keys = tl.zeros([BM, BK], tl.float32)
+    d_across = tl.zeros([BK], tl.float32)
+    for start in range(0, V, BV):
+        value = start + tl.arange(0, BV)
+        ok = rows_ok[:, None] & (value < V)[None, :]
+        u = tl.load(u_high + values_at + value[None, :], mask=ok, other=0.0)
+        states_ok = (value < V)[:, None] & (key < K)[None, :]
+        d_end = tl.load(d_ends + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+        d_keys = tl.dot(u, d_end, d_keys, input_precision=PRECISION)
+        if DECAY:
+            state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+            d_across += tl.sum(state.to(tl.float32) * d_end.to(tl.float32), axis=0)
+    if DECAY:
+        d_keys *= d_out_of[:, None]
+        writes = tl.sum(d_keys * keys.to(tl.float32), axis=1)
+        total += tl.sum(tl.where(i > j, writes[None, :], 0.0), axis=1)
         total += across * tl.sum(d_across, axis=0)
         starts_token = (row % N == 0) & rows_ok
         tl.store(d_decay + first * H + h + (row // N) * H, total / a, mask=starts_token)
-
-    d_keys = d_writing - d_reading
+        d_keys += d_reading
     both = between_keys + tl.trans(between_keys)
+    if NORMALIZE:
+        both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)
     if SPLIT:
         high, low = _halves(both, OPERAND)
         d_keys = tl.dot(low, keys, d_keys, input_precision=PRECISION)
-        d_keys = tl.dot(high, keys, d_keys, input_precision=PRECISION)
-        high, low = _halves(to_queries, OPERAND)
-        d_queries = tl.dot(low, keys, d_queries, input_precision=PRECISION)
-        d_queries = tl.dot(high, keys, d_queries, input_precision=PRECISION)
-        d_keys = tl.dot(tl.trans(high), queries, d_keys, input_precision=PRECISION)
     else:
-        d_keys = tl.dot(both, keys, d_keys, input_precision=PRECISION)
-        d_queries = tl.dot(to_queries, keys, d_queries, input_precision=PRECISION)
-        d_keys = tl.dot(tl.trans(to_queries), queries, d_keys, input_precision=PRECISION)
-    if NORMALIZE:
-        d_scaled *= inverse_norm
-        d_keys -= (2 * scaled * d_scaled)[:, None] * keys.to(tl.float32)
+        high = both
+    d_keys = tl.dot(high, keys, d_keys, input_precision=PRECISION)
+    d_keys = tl.dot(tl.trans(query_high), queries, d_keys, input_precision=PRECISION)
     _store_rows(d_k + key_rows, d_keys, rows_ok, H * K, BM, K, BK)
-    _store_rows(d_q + (first * H + h) * K, d_queries, tokens_ok, H * K, BC, K, BK)
-    tl.store(d_beta + first * N * H + h + row * H, d_scaled, mask=rows_ok)
 
 
 @triton.jit(do_not_specialize=["T"])
