@@ -27,6 +27,9 @@ _LARGEST_KEY = 256
 _LARGEST_PRODUCT = 64
 # Shorter sequences go step by step: with so few tokens the state's own traffic is all there is.
 _STEP_BY_STEP = 4
+# Of segments that are scanned at once: less than so many don't pay, nor do shorter ones (in chunks).
+_FEWEST_SEGMENTS = 4
+_SHORTEST_SEGMENT = 8
 
 
 def supports(transition: Transition) -> str | None:
@@ -58,7 +61,9 @@ def run(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if any(x is not None and x.dtype == torch.float64 for x in (q, v, initial_state)):
-        raise ValueError("backend 'triton' computes in float32: give q, v and initial_state in float32 or a shorter dtype")
+        raise ValueError(
+            "backend 'triton' computes in float32: give q, v and initial_state in float32 or a shorter dtype"
+        )
     if cu_seqlens is None:
         return _run_dense(transition, q, v, write, initial_state)
     return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens, can_pad=True)
@@ -119,6 +124,11 @@ def _interpreted() -> bool:
 
 
 @cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
 def _kernels() -> Any:
     return import_module("statetrack.ops.kernels.householder")
 
@@ -130,9 +140,9 @@ def _operands(dtypes: set[torch.dtype]) -> tuple[torch.dtype, bool]:
 
 @dataclass(frozen=True)
 class _Launch:
-    """Tile sizes and launch options of one kernel."""
+    """Launch options of one kernel, and the width of its value tiles; for `prepare` its blocks of substitution."""
 
-    block_v: int
+    block: int
     num_warps: int
     num_stages: int
 
@@ -143,14 +153,14 @@ def _power_of_two(x: int, least: int = 16) -> int:
 
 # By kernel and by the key dimension's power of two, up to which an entry serves. Measured on an H100 in bfloat16.
 _TABLE: dict[str, dict[int, _Launch]] = {
-    "prepare": {64: _Launch(0, 4, 1), 128: _Launch(0, 4, 1), 256: _Launch(0, 4, 1)},
+    "prepare": {64: _Launch(2, 4, 1), 128: _Launch(2, 4, 1), 256: _Launch(2, 4, 1)},
     "scan_forward": {64: _Launch(64, 4, 2), 128: _Launch(128, 8, 2), 256: _Launch(64, 8, 1)},
     "scan_backward": {64: _Launch(64, 4, 2), 128: _Launch(128, 8, 2), 256: _Launch(64, 8, 1)},
-    "gradients": {64: _Launch(64, 4, 1), 128: _Launch(64, 8, 1), 256: _Launch(32, 8, 1)},
+    "gradients": {64: _Launch(64, 4, 2), 128: _Launch(64, 4, 2), 256: _Launch(32, 8, 1)},
 }
 # float32 operands take twice the shared memory.
 _TABLE_FLOAT32: dict[str, dict[int, _Launch]] = {
-    "prepare": {64: _Launch(0, 4, 1), 128: _Launch(0, 4, 1), 256: _Launch(0, 8, 1)},
+    "prepare": {64: _Launch(16, 4, 1), 128: _Launch(16, 4, 1), 256: _Launch(16, 8, 1)},
     "scan_forward": {64: _Launch(32, 4, 1), 128: _Launch(32, 4, 1), 256: _Launch(16, 4, 1)},
     "scan_backward": {64: _Launch(32, 4, 1), 128: _Launch(32, 4, 1), 256: _Launch(16, 4, 1)},
     "gradients": {64: _Launch(32, 4, 1), 128: _Launch(32, 8, 1), 256: _Launch(16, 8, 1)},
@@ -176,11 +186,11 @@ class _Shape:
         return torch.empty(shape, dtype=dtype or self.operand, device=self.device)
 
     def launch(self, kernel: str) -> tuple[int, dict[str, int]]:
-        """The width of the value tiles, and triton's options."""
+        """The entry's block and triton's options."""
         table = (_TABLE if self.split else _TABLE_FLOAT32)[kernel]
         entry = table[max(64, self.block_k)]
         options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
-        return min(entry.block_v, _power_of_two(self.value_dim)), options
+        return min(entry.block, _power_of_two(self.value_dim)), options
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -206,6 +216,34 @@ class _Shape:
             self.new(places if has_decay else 0, bc, dtype=float32),
             self.new(places if has_decay else 0, bm, dtype=float32),
         ]
+
+    def segments(self, blocks: int) -> tuple[int, int]:
+        """How many segments the chunks are cut into, to be scanned at once by `blocks` programs each, and their length.
+
+        Segments cost the scan almost three times the work, so there are none where rows fill the device by themselves.
+        """
+        count = _processors(self.device) // (self.rows * blocks)
+        if count < _FEWEST_SEGMENTS or self.block_k > 128:
+            return 1, self.chunks
+        length = max(_SHORTEST_SEGMENT, -(-self.chunks // count))
+        # The backward finds the length again from the number of segments.
+        count = -(-self.chunks // length)
+        return count, -(-self.chunks // count)
+
+    def empty_maps(self) -> list[Tensor]:
+        """The products of the transitions of every segment, transposed, where there are segments."""
+        block_v, _ = self.launch("scan_forward")
+        count, _ = self.segments(-(-self.value_dim // block_v))
+        return [] if count == 1 else [self.new(self.rows, count, self.key_dim, self.key_dim, dtype=torch.float32)]
+
+    def join(self, maps: Tensor, ends: Tensor, border: Tensor | None, borders: Tensor, *, reverse: bool) -> None:
+        """Fills `borders` with the states between segments."""
+        block_v = min(64, _power_of_two(self.value_dim))
+        _kernels().join_segments[(self.rows, -(-self.value_dim // block_v))](
+            maps, ends, border, borders, maps.shape[1],
+            K=self.key_dim, V=self.value_dim, BK=self.block_k, BV=block_v,
+            BORDER=border is not None, REVERSE=reverse, num_warps=4, num_stages=1,
+        )  # fmt: skip
 
     def empty_record(self) -> list[Tensor]:
         """Every chunk's first state, transposed, and u in two halves."""
@@ -246,20 +284,38 @@ def _forward(
             return o, final, []
         q, k, v = (x.to(operand).contiguous() for x in (q, k, v))
         prepared = shape.empty_prepared(decay is not None)
-        _, options = shape.launch("prepare")
+        base, options = shape.launch("prepare")
         kernels.prepare[(shape.rows * shape.chunks,)](
             q, k, beta, decay, *prepared, *shape.sizes,
-            **shape.constants(NORMALIZE=normalize, DECAY=decay is not None), **options,
+            **shape.constants(BASE=base, NORMALIZE=normalize, DECAY=decay is not None), **options,
         )  # fmt: skip
-        block_v, options = shape.launch("scan_forward")
         record = shape.empty_record() if save else [None] * 3
-        kernels.scan_forward[(shape.rows, -(-shape.value_dim // block_v))](
-            q, k, v, *prepared, initial, o, final, *record, *shape.sizes,
-            **shape.constants(
-                V=shape.value_dim, BV=block_v, INITIAL=initial is not None, DECAY=decay is not None, SAVE=save
-            ), **options,
+        block_v, options = shape.launch("scan_forward")
+        blocks = -(-shape.value_dim // block_v)
+        constants = shape.constants(INITIAL=initial is not None, DECAY=decay is not None)
+        segments, length = shape.segments(blocks)
+        maps = None
+        if segments == 1:
+            mode, first = 0, initial
+        else:
+            mode, first = 1, shape.new(shape.rows, segments, shape.value_dim, shape.key_dim, dtype=torch.float32)
+            maps = shape.new(shape.rows, segments, shape.key_dim, shape.key_dim, dtype=torch.float32)
+            ends = torch.empty_like(first)
+            for what, target, width in ((2, ends, shape.value_dim), (3, maps, shape.key_dim)):
+                block = min(block_v, _power_of_two(width))
+                kernels.scan_forward[(shape.rows * segments, -(-width // block))](
+                    q, k, v, *prepared, None, o, target, *[None] * 3, *shape.sizes, segments, length,
+                    V=width, BV=block, MODE=what, SAVE=False, **constants, **options,
+                )  # fmt: skip
+            shape.join(maps, ends, initial, first, reverse=False)
+        kernels.scan_forward[(shape.rows * segments, blocks)](
+            q, k, v, *prepared, first, o, final, *record, *shape.sizes, segments, length,
+            V=shape.value_dim, BV=block_v, MODE=mode, SAVE=save, **constants, **options,
         )  # fmt: skip
-    return o, final, [*prepared, *(x for x in record if x is not None)]if save else []
+    if not save:
+        return o, final, []
+    tape = [*prepared, *(x for x in record if x is not None)]
+    return o, final, tape if maps is None else [*tape, maps]
 
 
 def _empty_results(
@@ -275,7 +331,9 @@ def _empty_results(
     shape = _Shape(k, v.shape[-1], *_operands({q.dtype, k.dtype, v.dtype}))
     o = v.new_empty(shape.batch, shape.length, shape.heads, shape.value_dim)
     final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32)
-    return o, final, [*shape.empty_prepared(decay is not None), *shape.empty_record()] if save else []
+    if not save:
+        return o, final, []
+    return o, final, [*shape.empty_prepared(decay is not None), *shape.empty_record(), *shape.empty_maps()]
 
 
 def _backward(
@@ -290,7 +348,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v, beta, decay (empty without one) and the initial state; `d_x` is that of x."""
     kernels = _kernels()
-    prepared, (starts, u_high, u_low) = tape[:_PREPARED], tape[_PREPARED:]
+    prepared, (starts, u_high, u_low, *maps) = tape[:_PREPARED], tape[_PREPARED:]
     shape = _Shape(k, d_o.shape[-1], u_high.dtype, tape[1].numel() > 0)
     d_q, d_k, d_v, d_beta, d_decay, d_initial = _empty_gradients(q, k, beta, decay, normalize, tape, d_o, d_state)
     operand_q, operand_k, operand_d_o = (x.to(shape.operand).contiguous() for x in (q, k, d_o))
@@ -300,10 +358,21 @@ def _backward(
     has_decay = decay is not None
     with torch.cuda.device_of(k):
         block_v, options = shape.launch("scan_backward")
-        kernels.scan_backward[(shape.rows, -(-shape.value_dim // block_v))](
-            operand_q, operand_k, *prepared, operand_d_o, d_state.to(torch.float32).contiguous(),
-            d_error_high, d_error_low, d_ends, d_initial, *shape.sizes,
-            **shape.constants(V=shape.value_dim, BV=block_v, DECAY=has_decay), **options,
+        blocks = -(-shape.value_dim // block_v)
+        constants = shape.constants(V=shape.value_dim, BV=block_v, DECAY=has_decay)
+        inputs = (operand_q, operand_k, *prepared, operand_d_o)
+        segments, length = (maps[0].shape[1], -(-shape.chunks // maps[0].shape[1])) if maps else (1, shape.chunks)
+        mode, last = 0, d_state.to(torch.float32).contiguous()
+        if maps:
+            first = shape.new(shape.rows, segments, shape.value_dim, shape.key_dim, dtype=torch.float32)
+            kernels.scan_backward[(shape.rows * segments, blocks)](
+                *inputs, None, None, None, None, first, *shape.sizes, segments, length, MODE=2, **constants, **options
+            )
+            mode, border, last = 1, last, torch.empty_like(first)
+            shape.join(maps[0], first, border, last, reverse=True)
+        kernels.scan_backward[(shape.rows * segments, blocks)](
+            *inputs, last, d_error_high, d_error_low, d_ends, d_initial, *shape.sizes, segments, length,
+            MODE=mode, **constants, **options,
         )  # fmt: skip
         block_v, options = shape.launch("gradients")
         kernels.gradients[(shape.rows * shape.chunks,)](

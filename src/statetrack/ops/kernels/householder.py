@@ -65,23 +65,34 @@ def _store_rows(pointer, x, rows_ok, row_stride, ROWS: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def _inverse(system, BM: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def _inverse(
+    system, BM: tl.constexpr, BASE: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
+):
     """(I + system)^-1 for a strictly lower triangular `system` [BM, BM].
 
-    Blocks of 16 on the diagonal by forward substitution, in float32; then twice as large ones from pairs of blocks,
-    [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]].
+    Blocks of BASE on the diagonal by forward substitution; then twice as large ones from pairs of blocks,
+    [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]: forward substitution by blocks.
     """
-    BLOCKS: tl.constexpr = BM // 16
-    block = tl.arange(0, BLOCKS)
-    inside = tl.arange(0, 16)
-    same = (block[:, None] == block[None, :])[:, None, :, None]
-    diagonal = tl.sum(tl.where(same, tl.reshape(system, [BLOCKS, 16, BLOCKS, 16]), 0.0), axis=2)
-    x = tl.where((inside[:, None] == inside[None, :])[None, :, :], 1.0, tl.zeros_like(diagonal))
-    for i in range(1, 16):
-        is_row = (inside == i)[None, :, None]
-        row = tl.sum(tl.where(is_row, diagonal, 0.0), axis=1)
-        x = tl.where(is_row, x - tl.sum(row[:, :, None] * x, axis=1)[:, None, :], x)
-    x = tl.reshape(tl.where(same, x[:, :, None, :], 0.0), [BM, BM])
+    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BM)[None, :]
+    if BASE == 2:
+        x = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, -system, 0.0))
+    else:
+        BLOCKS: tl.constexpr = BM // BASE
+        block, inside = tl.arange(0, BLOCKS), tl.arange(0, BASE)
+        same = (block[:, None] == block[None, :])[:, None, :, None]
+        diagonal = tl.sum(tl.where(same, tl.reshape(system, [BLOCKS, BASE, BLOCKS, BASE]), 0.0), axis=2)
+        x = tl.where((inside[:, None] == inside[None, :])[None, :, :], 1.0, tl.zeros_like(diagonal))
+        for step in range(1, BASE):
+            is_row = (inside == step)[None, :, None]
+            row = tl.sum(tl.where(is_row, diagonal, 0.0), axis=1)
+            x = tl.where(is_row, x - tl.sum(row[:, :, None] * x, axis=1)[:, None, :], x)
+        x = tl.reshape(tl.where(same, x[:, :, None, :], 0.0), [BM, BM])
+    if BASE <= 2:
+        x = _join_pairs(x, system, 2, BM, OPERAND, SPLIT, PRECISION)
+    if BASE <= 4:
+        x = _join_pairs(x, system, 4, BM, OPERAND, SPLIT, PRECISION)
+    if BASE <= 8:
+        x = _join_pairs(x, system, 8, BM, OPERAND, SPLIT, PRECISION)
     if BM > 16:
         x = _join_pairs(x, system, 16, BM, OPERAND, SPLIT, PRECISION)
     if BM > 32:
@@ -134,7 +145,7 @@ def prepare(
     q, k, beta, decay, inverse_high, inverse_low, attention, into, into_token, out_of,
     T, H, chunks,
     N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    NORMALIZE: tl.constexpr, DECAY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BASE: tl.constexpr, NORMALIZE: tl.constexpr, DECAY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For every chunk what does not depend on the state: the inverse times beta, and the products of queries and keys.
 
@@ -166,7 +177,9 @@ def prepare(
     else:
         strength = strength * squared_norm
     system = tl.where(i > j, gram / divisor[:, None] * strength[:, None], 0.0)
-    seen = tl.where(row[None, :] < (token * N + N)[:, None], tl.dot(queries, tl.trans(keys), input_precision=PRECISION), 0.0)
+    seen = tl.where(
+        row[None, :] < (token * N + N)[:, None], tl.dot(queries, tl.trans(keys), input_precision=PRECISION), 0.0
+    )
     place = head * chunks + chunk
     if DECAY:
         _, d_pairs, d_token, d_into, d_into_token, d_out_of, _ = _decays(
@@ -177,7 +190,7 @@ def prepare(
         tl.store(into + place * BM + row, d_into)
         tl.store(out_of + place * BM + row, d_out_of)
         tl.store(into_token + place * BC + token, d_into_token)
-    inverse = _inverse(system, BM, OPERAND, SPLIT, PRECISION)
+    inverse = _inverse(system, BM, BASE, OPERAND, SPLIT, PRECISION)
     # `scaled` belongs to the columns; a reduction gives it the layout of a row.
     inverse *= tl.sum(tl.where(i == j, scaled[:, None], 0.0), axis=0)[None, :]
     tile = place * BM * BM + i * BM + j
@@ -190,38 +203,54 @@ def prepare(
     tl.store(attention + place * BC * BM + token[:, None] * BM + j, seen.to(OPERAND))
 
 
-@triton.jit(do_not_specialize=["T", "chunks"])
+@triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
 def scan_forward(
     q, k, v, inverse_high, inverse_low, attention, into, into_token, out_of, initial,
     o, final, starts, u_high, u_low,
-    T, H, chunks,
+    T, H, chunks, segments, segment_chunks,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    INITIAL: tl.constexpr, DECAY: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    INITIAL: tl.constexpr, MODE: tl.constexpr, DECAY: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Chunk after chunk: outputs, the final state and, to SAVE, every chunk's first state and its u."""
+    """Chunk after chunk: outputs, the final state and, to SAVE, every chunk's first state and its u.
+
+    Each program walks through one segment of `segment_chunks` chunks. MODE says what for:
+        0: all, where `initial` and `final` are [rows, K, V] and there is one segment;
+        1: all, where `initial` has a state [rows, segments, V, K] for every segment;
+        2: only `final` [rows, segments, V, K], from a state of zeros;
+        3: only `final` [rows, segments, K, K], the transposed product of the transitions: the identity is the first
+           state and no values are written.
+    """
     OPERAND: tl.constexpr = k.dtype.element_ty
-    head = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(0).to(tl.int64)
+    head = segment // segments
     b, h = head // H, head % H
     row, token, key = tl.arange(0, BM), tl.arange(0, BC), tl.arange(0, BK)
     value = tl.program_id(1) * BV + tl.arange(0, BV)
     value_ok = value < V
     state_ok = value_ok[:, None] & (key < K)[None, :]
     state = tl.zeros([BV, BK], tl.float32)
-    if INITIAL:
+    if MODE == 3:
+        state += tl.where(value[:, None] == key[None, :], 1.0, 0.0)
+    elif MODE == 1:
+        state += tl.load(initial + segment * K * V + value[:, None] * K + key[None, :], mask=state_ok, other=0.0)
+    elif INITIAL and MODE == 0:
         state += tl.load(initial + head * K * V + value[:, None] + key[None, :] * V, mask=state_ok, other=0.0)
-    for chunk in range(0, chunks):
+    begin = (segment % segments).to(tl.int32) * segment_chunks
+    for chunk in range(begin, tl.minimum(begin + segment_chunks, chunks)):
         tokens_left = tl.minimum(T - chunk * C, C)
         rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
         first = b * T + chunk * C
         place = head * chunks + chunk
         keys = _load_rows(k + (first * N * H + h) * K, rows_ok, H * K, BM, K, BK)
-        queries = _load_rows(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK)
         values_at = (first * N * H + h) * V + value[:, None] + row[None, :] * (H * V)
-        values = tl.load(v + values_at, mask=value_ok[:, None] & rows_ok[None, :], other=0.0).to(tl.float32)
+        if MODE < 3:
+            values = tl.load(v + values_at, mask=value_ok[:, None] & rows_ok[None, :], other=0.0).to(tl.float32)
         tile = place * BM * BM + row[:, None] * BM + row[None, :]
         t_high = tl.load(inverse_high + tile)
-        seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
+        if MODE < 2:
+            queries = _load_rows(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK)
+            seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
 
         if SPLIT:
             high, low = _halves(state, OPERAND)
@@ -234,7 +263,10 @@ def scan_forward(
             read = tl.dot(low, tl.trans(keys), read, input_precision=PRECISION)
         if DECAY:
             read *= tl.load(into + place * BM + row)[None, :]
-        error = values - read
+        if MODE < 3:
+            error = values - read
+        else:
+            error = -read
         if SPLIT:
             t_low = tl.load(inverse_low + tile)
             e_high, e_low = _halves(error, OPERAND)
@@ -250,14 +282,15 @@ def scan_forward(
             tl.store(u_high + values_at, w_high, mask=values_ok)
             if SPLIT:
                 tl.store(u_low + values_at, w_low, mask=values_ok)
-        out = tl.dot(high, tl.trans(queries), input_precision=PRECISION)
-        if DECAY:
-            out *= tl.load(into_token + place * BC + token)[None, :]
-        out = tl.dot(w_high, tl.trans(seen), out, input_precision=PRECISION)
-        if SPLIT:
-            out = tl.dot(w_low, tl.trans(seen), out, input_precision=PRECISION)
-        out_at = (first * H + h) * V + value[:, None] + token[None, :] * (H * V)
-        tl.store(o + out_at, out.to(o.dtype.element_ty), mask=value_ok[:, None] & tokens_ok[None, :])
+        if MODE < 2:
+            out = tl.dot(high, tl.trans(queries), input_precision=PRECISION)
+            if DECAY:
+                out *= tl.load(into_token + place * BC + token)[None, :]
+            out = tl.dot(w_high, tl.trans(seen), out, input_precision=PRECISION)
+            if SPLIT:
+                out = tl.dot(w_low, tl.trans(seen), out, input_precision=PRECISION)
+            out_at = (first * H + h) * V + value[:, None] + token[None, :] * (H * V)
+            tl.store(o + out_at, out.to(o.dtype.element_ty), mask=value_ok[:, None] & tokens_ok[None, :])
         if DECAY:
             state *= tl.load(into + place * BM + BM - 1)
             u *= tl.load(out_of + place * BM + row)[None, :]
@@ -268,30 +301,45 @@ def scan_forward(
         state = tl.dot(w_high, keys, state, input_precision=PRECISION)
         if SPLIT:
             state = tl.dot(w_low, keys, state, input_precision=PRECISION)
-    tl.store(final + head * K * V + value[:, None] + key[None, :] * V, state, mask=state_ok)
+    if MODE >= 2:
+        tl.store(final + segment * K * V + value[:, None] * K + key[None, :], state, mask=state_ok)
+    elif segment % segments == segments - 1:
+        tl.store(final + head * K * V + value[:, None] + key[None, :] * V, state, mask=state_ok)
 
 
-@triton.jit(do_not_specialize=["T", "chunks"])
+@triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
 def scan_backward(
     q, k, inverse_high, inverse_low, attention, into, into_token, out_of, d_o, d_final,
     d_error_high, d_error_low, d_ends, d_initial,
-    T, H, chunks,
+    T, H, chunks, segments, segment_chunks,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    DECAY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    MODE: tl.constexpr, DECAY: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From the last chunk to the first: the gradients of the values, of every chunk's last state and the first state."""
+    """From the last chunk to the first: the gradients of the values, of every chunk's last state and the first state.
+
+    Segments and MODE as in `scan_forward`: 1 takes `d_final` for every segment, 2 gives only `d_initial` for each.
+    """
     OPERAND: tl.constexpr = k.dtype.element_ty
-    head = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(0).to(tl.int64)
+    head = segment // segments
     b, h = head // H, head % H
     row, token, key = tl.arange(0, BM), tl.arange(0, BC), tl.arange(0, BK)
     value = tl.program_id(1) * BV + tl.arange(0, BV)
     value_ok = value < V
     state_ok = value_ok[:, None] & (key < K)[None, :]
     state_at = head * K * V + value[:, None] + key[None, :] * V
-    d_state = tl.load(d_final + state_at, mask=state_ok, other=0.0)
-    for step in range(0, chunks):
-        chunk = chunks - 1 - step
+    segment_at = segment * K * V + value[:, None] * K + key[None, :]
+    if MODE == 2:
+        d_state = tl.zeros([BV, BK], tl.float32)
+    elif MODE == 1:
+        d_state = tl.load(d_final + segment_at, mask=state_ok, other=0.0)
+    else:
+        d_state = tl.load(d_final + state_at, mask=state_ok, other=0.0)
+    begin = (segment % segments).to(tl.int32) * segment_chunks
+    end = tl.minimum(begin + segment_chunks, chunks)
+    for step in range(0, end - begin):
+        chunk = end - 1 - step
         tokens_left = tl.minimum(T - chunk * C, C)
         rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
         first = b * T + chunk * C
@@ -308,7 +356,8 @@ def scan_backward(
             high, low = _halves(d_state, OPERAND)
         else:
             high, low = d_state, d_state
-        tl.store(d_ends + place * K * V + value[:, None] * K + key[None, :], high, mask=state_ok)
+        if MODE < 2:
+            tl.store(d_ends + place * K * V + value[:, None] * K + key[None, :], high, mask=state_ok)
         d_u = tl.dot(high, tl.trans(keys), input_precision=PRECISION)
         if SPLIT:
             d_u = tl.dot(low, tl.trans(keys), d_u, input_precision=PRECISION)
@@ -327,9 +376,10 @@ def scan_backward(
             w_high, w_low = d_error, d_error
         values_at = (first * N * H + h) * V + value[:, None] + row[None, :] * (H * V)
         values_ok = value_ok[:, None] & rows_ok[None, :]
-        tl.store(d_error_high + values_at, w_high, mask=values_ok)
-        if SPLIT:
-            tl.store(d_error_low + values_at, w_low, mask=values_ok)
+        if MODE < 2:
+            tl.store(d_error_high + values_at, w_high, mask=values_ok)
+            if SPLIT:
+                tl.store(d_error_low + values_at, w_low, mask=values_ok)
         if DECAY:
             d_state *= tl.load(into + place * BM + BM - 1)
             d_out = (d_out.to(tl.float32) * tl.load(into_token + place * BC + token)[None, :]).to(OPERAND)
@@ -341,7 +391,41 @@ def scan_backward(
             d_state = tl.dot(w_low, keys, d_state, input_precision=PRECISION)
         else:
             d_state = tl.dot(-d_error, keys, d_state, input_precision=PRECISION)
-    tl.store(d_initial + state_at, d_state, mask=state_ok)
+    if MODE == 2:
+        tl.store(d_initial + segment_at, d_state, mask=state_ok)
+    elif segment % segments == 0:
+        tl.store(d_initial + state_at, d_state, mask=state_ok)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def join_segments(
+    maps, ends, border, borders,
+    segments,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BORDER: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """The states between segments, in `borders` [rows, segments, V, K]: H <- A_s H + B_s, or backwards with A_s^T.
+
+    `maps` are the A_s^T [rows, segments, K, K], `ends` the B_s^T [rows, segments, V, K], `border` [rows, K, V] is the
+    state before the first (REVERSE: after the last) segment.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    key = tl.arange(0, BK)
+    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    ok = (value < V)[:, None] & (key < K)[None, :]
+    map_ok = (key < K)[:, None] & (key < K)[None, :]
+    state = tl.zeros([BV, BK], tl.float32)
+    if BORDER:
+        state += tl.load(border + head * K * V + value[:, None] + key[None, :] * V, mask=ok, other=0.0)
+    for step in range(0, segments):
+        place = head * segments + step
+        if REVERSE:
+            place = head * segments + segments - 1 - step
+        at = place * K * V + value[:, None] * K + key[None, :]
+        tl.store(borders + at, state, mask=ok)
+        across = tl.load(maps + place * K * K + key[:, None] * K + key[None, :], mask=map_ok, other=0.0)
+        if REVERSE:
+            across = tl.trans(across)
+        state = tl.load(ends + at, mask=ok, other=0.0) + tl.dot(state, across, input_precision="tf32x3")
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
