@@ -146,10 +146,10 @@ def _peer(row: Row) -> Callable[[dict[str, Tensor]], Tensor]:
     def call(inputs: dict[str, Tensor]) -> Tensor:
         k, v, beta = (inputs[name].flatten(1, 2) for name in ("k", "v", "beta"))
         options: dict[str, Any] = {"use_qk_l2norm_in_kernel": True, "scale": 1.0}
+        if row.n > 1:
+            options |= {"num_householder": row.n, "g": None}
         if row.gated:
             options["g"] = inputs["decay"].log()
-        if row.n > 1:
-            options["num_householder"] = row.n
         return function(q=inputs["q"], k=k, v=v, beta=beta.bfloat16(), **options)[0]
 
     return call

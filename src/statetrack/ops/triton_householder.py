@@ -153,7 +153,7 @@ def _power_of_two(x: int, least: int = 16) -> int:
 
 # By kernel and by the key dimension's power of two, up to which an entry serves. Measured on an H100 in bfloat16.
 _TABLE: dict[str, dict[int, _Launch]] = {
-    "prepare": {64: _Launch(2, 4, 1), 128: _Launch(2, 4, 1), 256: _Launch(2, 4, 1)},
+    "prepare": {64: _Launch(4, 4, 1), 128: _Launch(4, 4, 1), 256: _Launch(4, 4, 1)},
     "scan_forward": {64: _Launch(64, 4, 2), 128: _Launch(128, 8, 2), 256: _Launch(64, 8, 1)},
     "scan_backward": {64: _Launch(64, 4, 2), 128: _Launch(128, 8, 2), 256: _Launch(64, 8, 1)},
     "gradients": {64: _Launch(64, 4, 2), 128: _Launch(64, 4, 2), 256: _Launch(32, 8, 1)},
@@ -277,7 +277,8 @@ def _forward(
         if shape.length <= _STEP_BY_STEP and not save:
             block_v = min(32, _power_of_two(shape.value_dim))
             kernels.steps[(shape.rows, -(-shape.value_dim // block_v))](
-                q.contiguous(), k.contiguous(), v.contiguous(), beta, decay, initial, o, final, shape.length, shape.heads,
+                q.contiguous(), k.contiguous(), v.contiguous(), beta, decay, initial, o, final,
+                shape.length, shape.heads,
                 N=shape.factors, K=shape.key_dim, V=shape.value_dim, BK=shape.block_k, BV=block_v,
                 NORMALIZE=normalize, DECAY=decay is not None, INITIAL=initial is not None, num_warps=4,
             )  # fmt: skip

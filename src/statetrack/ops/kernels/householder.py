@@ -15,8 +15,8 @@ from __future__ import annotations
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-# Stands for a beta or, in the backward, a decay of exactly 0: it moves no result by more than the rounding, and lets the
-# gradient divide. The square is still a normal float32.
+# Stands for a beta or, in the backward, a decay of exactly 0: it moves no result by more than the rounding, and lets
+# the gradient divide. The square is still a normal float32.
 _TINY = tl.constexpr(2.0**-40)
 
 
@@ -132,7 +132,10 @@ def _decays(decay, tokens_left, H, N: tl.constexpr, BM: tl.constexpr, BC: tl.con
         a = tl.where(a == 0, _TINY, a)
         of_token = tl.where(of_token == 0, _TINY, of_token)
     pairs = tl.cumprod(tl.where(row[:, None] > row[None, :], a[:, None], 1.0), axis=0)
-    to_token = tl.cumprod(tl.where((token * N)[:, None] > row[None, :], of_token[:, None], 1.0), axis=0)
+    if N == 1:
+        to_token = pairs
+    else:
+        to_token = tl.cumprod(tl.where((token * N)[:, None] > row[None, :], of_token[:, None], 1.0), axis=0)
     into = tl.cumprod(a, axis=0)
     into_token = tl.cumprod(of_token, axis=0)
     out_of = tl.sum(tl.where((row == BM - 1)[:, None], pairs, 0.0), axis=0)
@@ -158,7 +161,6 @@ def prepare(
     chunk = pid % chunks
     head = (pid // chunks).to(tl.int64)
     b, h = head // H, head % H
-    M: tl.constexpr = C * N
     row, token = tl.arange(0, BM), tl.arange(0, BC)
     tokens_left = tl.minimum(T - chunk * C, C)
     rows_ok = row < tokens_left * N
@@ -167,29 +169,32 @@ def prepare(
     queries = _load_rows(q + (first * H + h) * K, token < tokens_left, H * K, BC, K, BK)
     strength = _clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
 
-    gram = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
     i, j = row[:, None], row[None, :]
-    squared_norm = tl.sum(tl.where(i == j, gram, 0.0), axis=1)
-    divisor = tl.where(squared_norm > 0, squared_norm, 1.0)
-    scaled = strength
-    if NORMALIZE:
-        scaled = strength / divisor
-    else:
-        strength = strength * squared_norm
-    system = tl.where(i > j, gram / divisor[:, None] * strength[:, None], 0.0)
-    seen = tl.where(
-        row[None, :] < (token * N + N)[:, None], tl.dot(queries, tl.trans(keys), input_precision=PRECISION), 0.0
-    )
     place = head * chunks + chunk
+    seen = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    seen = tl.where(row[None, :] < (token * N + N)[:, None], seen, 0.0)
     if DECAY:
         _, d_pairs, d_token, d_into, d_into_token, d_out_of, _ = _decays(
             decay + first * H + h, tokens_left, H, N, BM, BC, True
         )
-        system *= d_pairs
         seen *= d_token
         tl.store(into + place * BM + row, d_into)
         tl.store(out_of + place * BM + row, d_out_of)
         tl.store(into_token + place * BC + token, d_into_token)
+    # Stored at once: its registers are wanted for the inverse.
+    tl.store(attention + place * BC * BM + token[:, None] * BM + j, seen.to(OPERAND))
+
+    gram = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
+    squared_norm = tl.sum(tl.where(i == j, gram, 0.0), axis=1)
+    divisor = tl.where(squared_norm > 0, squared_norm, 1.0)
+    scaled = strength
+    if NORMALIZE:
+        scaled = tl.where(squared_norm > 0, strength / divisor, _TINY)
+    else:
+        strength = strength * squared_norm
+    system = tl.where(i > j, gram / divisor[:, None] * strength[:, None], 0.0)
+    if DECAY:
+        system *= d_pairs
     inverse = _inverse(system, BM, BASE, OPERAND, SPLIT, PRECISION)
     # `scaled` belongs to the columns; a reduction gives it the layout of a row.
     inverse *= tl.sum(tl.where(i == j, scaled[:, None], 0.0), axis=0)[None, :]
@@ -200,7 +205,6 @@ def prepare(
         tl.store(inverse_low + tile, low)
     else:
         tl.store(inverse_high + tile, inverse)
-    tl.store(attention + place * BC * BM + token[:, None] * BM + j, seen.to(OPERAND))
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
@@ -210,7 +214,8 @@ def scan_forward(
     T, H, chunks, segments, segment_chunks,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    INITIAL: tl.constexpr, MODE: tl.constexpr, DECAY: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    INITIAL: tl.constexpr, MODE: tl.constexpr, DECAY: tl.constexpr, SAVE: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chunk after chunk: outputs, the final state and, to SAVE, every chunk's first state and its u.
 
@@ -263,10 +268,9 @@ def scan_forward(
             read = tl.dot(low, tl.trans(keys), read, input_precision=PRECISION)
         if DECAY:
             read *= tl.load(into + place * BM + row)[None, :]
+        error = -read
         if MODE < 3:
-            error = values - read
-        else:
-            error = -read
+            error += values
         if SPLIT:
             t_low = tl.load(inverse_low + tile)
             e_high, e_low = _halves(error, OPERAND)
@@ -338,7 +342,7 @@ def scan_backward(
         d_state = tl.load(d_final + state_at, mask=state_ok, other=0.0)
     begin = (segment % segments).to(tl.int32) * segment_chunks
     end = tl.minimum(begin + segment_chunks, chunks)
-    for step in range(0, end - begin):
+    for step in range(end - begin):
         chunk = end - 1 - step
         tokens_left = tl.minimum(T - chunk * C, C)
         rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
@@ -416,7 +420,7 @@ def join_segments(
     state = tl.zeros([BV, BK], tl.float32)
     if BORDER:
         state += tl.load(border + head * K * V + value[:, None] + key[None, :] * V, mask=ok, other=0.0)
-    for step in range(0, segments):
+    for step in range(segments):
         place = head * segments + step
         if REVERSE:
             place = head * segments + segments - 1 - step
@@ -454,7 +458,7 @@ def gradients(
     inverse_norm = tl.where(squared_norm > 0, 1 / tl.where(squared_norm > 0, squared_norm, 1.0), 0.0)
     scaled = _clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
     if NORMALIZE:
-        scaled *= tl.where(squared_norm > 0, inverse_norm, 1.0)
+        scaled = tl.where(squared_norm > 0, scaled * inverse_norm, _TINY)
 
     values_at = (first * N * H + h) * V + row[:, None] * (H * V)
     outs_at = (first * H + h) * V + token[:, None] * (H * V)
@@ -499,8 +503,11 @@ def gradients(
         # them, divided by it. Sums run only over such products, so that nothing large cancels.
         of_pairs = between_keys * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
         of_queries = to_queries * tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        spanning = _dot_masks(i <= j, of_pairs, OPERAND, SPLIT, PRECISION)
-        spanning += _dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
+        if N == 1:
+            spanning = _dot_masks(i <= j, of_pairs + of_queries, OPERAND, SPLIT, PRECISION)
+        else:
+            spanning = _dot_masks(i <= j, of_pairs, OPERAND, SPLIT, PRECISION)
+            spanning += _dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
         total += tl.sum(tl.where(i > j, spanning, 0.0), axis=1)
 
     d_queries = tl.zeros([BC, BK], tl.float32)
@@ -587,10 +594,10 @@ def steps(
     state = tl.zeros([BK, BV], tl.float32)
     if INITIAL:
         state += tl.load(initial + state_at, mask=state_ok, other=0.0)
-    for t in range(0, T):
+    for t in range(T):
         if DECAY:
             state *= tl.load(decay + (b * T + t) * H + h)
-        for n in range(0, N):
+        for n in range(N):
             place = ((b * T + t) * N + n) * H + h
             keys = tl.load(k + place * K + key, mask=key_ok, other=0.0).to(tl.float32)
             values = tl.load(v + place * V + value, mask=value_ok, other=0.0).to(tl.float32)
