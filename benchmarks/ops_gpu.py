@@ -81,7 +81,7 @@ def main() -> None:
             for result in _measure(row, row.name in arguments.peer, bandwidth):
                 results["rows"].append(result)
                 print(_line(result), flush=True)
-    write_results(arguments.output, results)
+            write_results(arguments.output, results)
 
 
 def _measure(row: Row, with_peer: bool, bandwidth: float) -> list[dict[str, Any]]:
