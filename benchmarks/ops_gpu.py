@@ -91,7 +91,7 @@ def _measure(row: Row, with_peer: bool, bandwidth: float) -> list[dict[str, Any]
     read = sum(x.numel() * x.element_size() for x in leaves)
     # The backward reads the inputs and the gradient of o, and writes as much as the inputs.
     floors = {"fwd": (read + out) / bandwidth * 1e3, "fwd+bwd": (3 * read + 2 * out) / bandwidth * 1e3}
-    functions = {"ours": _ours}
+    functions: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {"ours": _ours}
     if with_peer:
         functions["peer"] = _peer(row)
     rows = []
@@ -141,7 +141,7 @@ def _peer(row: Row) -> Callable[[dict[str, Tensor]], Tensor]:
         function = importlib.import_module("fla.ops.delta_rule").chunk_delta_rule
     if row.gated:
         # It refuses its gated backward with this triton, whose result may be wrong; for its time alone it may run.
-        importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True
+        vars(importlib.import_module("fla.ops.common.chunk_o"))["TRITON_ABOVE_3_7_1"] = True
 
     def call(inputs: dict[str, Tensor]) -> Tensor:
         k, v, beta = (inputs[name].flatten(1, 2) for name in ("k", "v", "beta"))

@@ -10,6 +10,9 @@ all. Without it all operands are float32 and the products tf32x3. Plain bfloat16
 output.
 """
 
+# What a branch on a constant leaves out does not exist in the compiled kernel.
+# pyright: reportPossiblyUnbound=false
+
 from __future__ import annotations
 
 import triton  # pyright: ignore[reportMissingImports]
