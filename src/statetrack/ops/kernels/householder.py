@@ -11,7 +11,7 @@ output.
 """
 
 # What a branch on a constant leaves out does not exist in the compiled kernel.
-# pyright: reportPossiblyUnbound=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
