@@ -145,7 +145,7 @@ def _peer(row: Row) -> Callable[[dict[str, Tensor]], Tensor]:
 
     def call(inputs: dict[str, Tensor]) -> Tensor:
         k, v, beta = (inputs[name].flatten(1, 2) for name in ("k", "v", "beta"))
-        options: dict[str, Any] = {"use_qk_l2norm_in_kernel": True, "scale": 1.0}
+        options: dict[str, Any] = {"scale": 1.0}
         if row.n > 1:
             options |= {"num_householder": row.n, "g": None}
         if row.gated:
