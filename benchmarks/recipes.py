@@ -1,14 +1,17 @@
-"""Does the demo's recipe hold on seeds that no choice has seen? Trains it on twenty and reports every one.
+"""Do the recipes hold on seeds that no choice has seen? Trains an experiment on fresh ones and reports every seed.
 
-    python -m benchmarks.recipes [--seeds 20] [--first 1000]
+    python -m benchmarks.recipes                          # the demo's winners, twenty seeds: results/recipes.json
+    python -m benchmarks.recipes --experiment parity --models all --seeds 5 --out results/cpu/parity.json
 
-Writes results/recipes.json: for each task and model the seeds that are right at each length, and training times, which
-are wall-clock seconds of one thread with as many runs at once as there are cores.
+Writes for each task and model the seeds that are right at each length, the measured eigenvalues of the trained
+transition matrices, and training times, which are wall-clock seconds of one thread with as many runs at once as there
+are cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 from dataclasses import replace
@@ -27,6 +30,7 @@ from statetrack.report import Record
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", default="demo", help="an experiment of src/statetrack/experiments")
     parser.add_argument("--seeds", type=int, default=20, help="how many seeds")
     parser.add_argument("--first", type=int, default=1000, help="the first seed; choose one that no choice has seen")
     parser.add_argument(
@@ -36,10 +40,10 @@ def main() -> None:
     options = parser.parse_args()
 
     seeds = list(range(options.first, options.first + options.seeds))
-    demo = load_experiment("demo", seeds)
-    runs = [run for run in demo.runs if options.models == "all" or not _fails(run.config.model.mixer)]
+    loaded = load_experiment(options.experiment, seeds)
+    runs = [run for run in loaded.runs if options.models == "all" or not _fails(run.config.model.mixer)]
     # A million tokens would take most of the time; the demo itself goes that far.
-    experiment = Experiment(title=demo.title, runs=tuple(replace(run, winner_lengths=()) for run in runs))
+    experiment = Experiment(title=loaded.title, runs=tuple(replace(run, winner_lengths=()) for run in runs))
     console = Console()
 
     def show(event: object) -> None:
@@ -56,18 +60,24 @@ def main() -> None:
     write_results(
         options.out,
         {
-            "what": "the demo's recipes on unseen seeds: a seed counts as right at a length if its accuracy there is "
-            f"at least {SOLVED_ACCURACY}; 512 sequences, 32 at 10,000",
+            "what": f"the recipes of the experiment {options.experiment!r} on unseen seeds: a seed counts as right "
+            f"at a length if its accuracy there is at least {SOLVED_ACCURACY}; 512 sequences, 32 from 10,000 tokens on",
             "environment": environment(["statetrack"]),
             "seeds": seeds,
             "results": results,
         },
     )
-    table = Table("model", "seeds", *(f"right at {n:,}" for n in (40, 256, 1000, 10000)), "median s", "max s")
+    lengths = sorted({length for run in runs for length in run.lengths})
+    table = Table("model", "seeds", *(f"right at {n:,}" for n in lengths), "lowest eigenvalue", "median s", "max s")
     for row in results:
-        right = [str(row["seeds_right"].get(n, 0)) for n in (40, 256, 1000, 10000)]
+        right = [str(row["seeds_right"].get(n, 0)) for n in lengths]
         table.add_row(
-            row["model"], str(row["seeds"]), *right, f"{row['median_seconds']:.1f}", f"{row['max_seconds']:.1f}"
+            row["model"],
+            str(row["seeds"]),
+            *right,
+            f"{row['eigenvalues']['lowest_real_part']:.4f}",
+            f"{row['median_seconds']:.1f}",
+            f"{row['max_seconds']:.1f}",
         )
     console.print(table)
 
@@ -86,10 +96,15 @@ def _name(record: Record) -> str:
 def _summary(name: str, records: list[Record]) -> dict[str, Any]:
     lengths = sorted({length for record in records for length in record.accuracy})
     times = [record.train_seconds for record in records if record.train_seconds is not None]
+    eigenvalues = [z for record in records for z in record.eigenvalues]
     return {
         "model": name,
         "seeds": len(records),
         "seeds_right": {n: sum(r.accuracy.get(n, 0) >= SOLVED_ACCURACY for r in records) for n in lengths},
+        "eigenvalues": {
+            "lowest_real_part": min((z[0] for z in eigenvalues), default=float("nan")),
+            "largest_modulus": max((math.hypot(*z) for z in eigenvalues), default=float("nan")),
+        },
         "median_seconds": statistics.median(times) if times else float("nan"),
         "max_seconds": max(times, default=float("nan")),
         "failed": {record.seed: record.failed for record in records if record.failed is not None},

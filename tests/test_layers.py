@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from statetrack.layers import GatedMLP, ShortConvolution, l2_normalize
+from statetrack.layers import GatedMLP, ReLUMLP, ShortConvolution, l2_normalize
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -61,3 +61,12 @@ def test_l2_normalize_keeps_the_dtype_and_survives_zero(dtype):
     assert y.dtype == dtype
     assert torch.allclose(y.double().norm(dim=-1), torch.ones(5, dtype=torch.float64), atol=1e-2)
     assert torch.equal(l2_normalize(torch.zeros(2, dtype=dtype)), torch.zeros(2, dtype=dtype))
+
+
+def test_a_relu_mlp_is_its_formula_at_any_depth():
+    torch.manual_seed(0)
+    mlp = ReLUMLP(5, 7, depth=2).double()
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    first, second = mlp.hidden
+    hidden = torch.relu(torch.relu(x @ first.weight.T + first.bias) @ second.weight.T + second.bias)
+    assert torch.allclose(mlp(x), hidden @ mlp.down_proj.weight.T)

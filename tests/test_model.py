@@ -89,6 +89,9 @@ def test_wrong_ids_are_refused(ids, message):
         ({"d_model": -4}, "d_model must be a positive integer"),
         ({"num_layers": True}, "num_layers must be a positive integer"),
         ({"mlp_ratio": -1}, "mlp_ratio must be 0"),
+        ({"mlp": "deep"}, "mlp must be gated or relu"),
+        ({"mlp_depth": 2}, "mlp_depth = 2 needs mlp = relu"),
+        ({"mlp": "relu", "mlp_depth": 0}, "mlp_depth must be a positive integer"),
         ({"norm_eps": 0}, "norm_eps must be a small positive number"),
     ],
 )

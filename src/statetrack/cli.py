@@ -1,4 +1,6 @@
-"""The commands: `statetrack demo | train | evaluate | report | tasks | mixers`. No defaults of its own beyond paths.
+"""The commands, from `statetrack demo` to `statetrack mixers`. No defaults of its own beyond paths.
+
+Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`.
 
 Bad input ends with one sentence on standard error and exit status 2, an interruption with 130.
 """
@@ -27,6 +29,7 @@ from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.model import ModelConfig
 from statetrack.runs import RunDirectory
 from statetrack.tasks import get_task, list_tasks
+from statetrack.theory.commands import Analyze, Certify, Compile, Language, Verify, bare_json
 from statetrack.training import train
 from statetrack.transition import EigenvalueRange
 
@@ -207,13 +210,17 @@ def _train(config: RunConfig, out: Path, device: str | None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = bare_json(sys.argv[1:] if arguments is None else arguments)
     try:
         commands = {
             "demo": Demo,
             "train": _train_command(words),
             "evaluate": Evaluate,
             "report": Report,
+            "analyze": Analyze,
+            "compile": Compile,
+            "verify": Verify,
+            "certify": Certify,
             "tasks": Tasks,
             "mixers": Mixers,
         }
@@ -246,13 +253,15 @@ def _train_command(words: Sequence[str]) -> type:
 
     def run(self: Any) -> int:
         chosen = mixer_config(mixer)(**vars(self.mixer_options))
-        return _train(run_config(self.task, chosen, vars(self.model), self.training), self.out, self.device)
+        task = self.language.task_name(self.task)
+        return _train(run_config(task, chosen, vars(self.model), self.training), self.out, self.device)
 
     command = make_dataclass(
         "Train",
         [
-            ("task", tyro.conf.Positional[str]),
+            ("task", tyro.conf.Positional[str], ""),
             ("out", Path),
+            ("language", Annotated[Language, flat], field(default_factory=Language)),
             ("mixer", str, mixer),
             ("device", str | None, None),
             ("mixer_options", Annotated[options, flat], field(default_factory=options)),
@@ -260,6 +269,7 @@ def _train_command(words: Sequence[str]) -> type:
             ("training", Annotated[TrainingConfig, flat], field(default_factory=TrainingConfig)),
         ],
         namespace={"__call__": run},
+        kw_only=True,
     )
     command.__doc__ = f"""Train a model on a task.
 
@@ -267,7 +277,7 @@ def _train_command(words: Sequence[str]) -> type:
     shown are those of --mixer {mixer}; other mixers have others.
 
     Attributes:
-        task: the task, as `statetrack tasks` lists them.
+        task: the task, as `statetrack tasks` lists them; or name a language by one of the options for it.
         out: the run directory to make, or to go on with.
         mixer: the token mixer, one of {", ".join(mixer_configs())}.
         device: cpu or cuda; if left out, cuda where there is one.

@@ -1,6 +1,8 @@
-"""The layers around a recurrence: normalization, short convolution, gated MLP. No recurrence here."""
+"""The layers around a recurrence: normalization, short convolution, MLPs. No recurrence here."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +91,29 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ReLUMLP(nn.Module):
+    """`W_n relu(... relu(W_0 x + b_0) ...)`, [..., D] -> [..., D], with `depth` hidden layers.
+
+    Unlike the gated MLP it computes with integers exactly, which compiled models rely on.
+
+    Args:
+        d_model: D.
+        hidden_size: the width of every hidden layer.
+        depth: how many hidden layers, at least 1.
+    """
+
+    def __init__(self, d_model: int, hidden_size: int, depth: int = 1) -> None:
+        super().__init__()
+        sizes = [d_model, *[hidden_size] * depth]
+        self.hidden = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.down_proj = nn.Linear(hidden_size, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.hidden:
+            x = F.relu(layer(x))
+        return self.down_proj(x)
 
 
 def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from statetrack.layers import GatedMLP, RMSNorm
+from statetrack.layers import GatedMLP, ReLUMLP, RMSNorm
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.mixers.mixer import Mixer, MixerConfig, State
 from statetrack.transition import Transition
@@ -25,7 +26,11 @@ class ModelConfig:
         output_size: number of output classes; vocab_size if None.
         d_model: D, the model dimension.
         num_layers: blocks.
-        mlp_ratio: hidden width of each block's gated MLP over d_model; 0 leaves the MLPs out.
+        mlp_ratio: hidden width of each block's MLP over d_model; 0 leaves the MLPs out.
+        mlp: the kind of MLP: "gated" (SwiGLU) or "relu".
+        mlp_depth: hidden layers of a relu MLP; a gated one has one.
+        block_norm: RMS-normalize what each mixer and each MLP reads. Compiled models, whose activations are exact
+            integers, go without.
         final_norm: RMS-normalize what the output layer reads.
         norm_eps: epsilon of the RMS norms.
         mixer: the token mixer of every block.
@@ -36,17 +41,24 @@ class ModelConfig:
     d_model: int = 128
     num_layers: int = 2
     mlp_ratio: float = 0.0
+    mlp: Literal["gated", "relu"] = "gated"
+    mlp_depth: int = 1
+    block_norm: bool = True
     final_norm: bool = True
     norm_eps: float = 1e-5
     mixer: MixerConfig = field(default_factory=DeltaNetConfig)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "output_size", "d_model", "num_layers"):
+        for name in ("vocab_size", "output_size", "d_model", "num_layers", "mlp_depth"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
         if not 0 <= self.mlp_ratio < float("inf"):
             raise ValueError(f"mlp_ratio must be 0 (no MLP) or positive, got {self.mlp_ratio}")
+        if self.mlp not in ("gated", "relu"):
+            raise ValueError(f"mlp must be gated or relu, got {self.mlp!r}")
+        if self.mlp == "gated" and self.mlp_depth != 1:
+            raise ValueError(f"mlp_depth = {self.mlp_depth} needs mlp = relu; a gated MLP has one hidden layer")
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a small positive number, got {self.norm_eps}")
 
@@ -56,12 +68,16 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mixer_norm = _norm(config, config.block_norm)
         self.mixer: Mixer = config.mixer.build(config.d_model)
         self.mlp = None
         if config.mlp_ratio:
-            self.mlp_norm = RMSNorm(config.d_model, eps=config.norm_eps)
-            self.mlp = GatedMLP(config.d_model, max(1, round(config.mlp_ratio * config.d_model)))
+            self.mlp_norm = _norm(config, config.block_norm)
+            hidden_size = max(1, round(config.mlp_ratio * config.d_model))
+            if config.mlp == "gated":
+                self.mlp = GatedMLP(config.d_model, hidden_size)
+            else:
+                self.mlp = ReLUMLP(config.d_model, hidden_size, config.mlp_depth)
 
     def forward(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
         y, state = self.mixer.scan(self.mixer_norm(x), state, cu_seqlens)
@@ -69,6 +85,10 @@ class Block(nn.Module):
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x))
         return x, state
+
+
+def _norm(config: ModelConfig, present: bool) -> nn.Module:
+    return RMSNorm(config.d_model, eps=config.norm_eps) if present else nn.Identity()
 
 
 class LanguageModel(nn.Module):
@@ -83,7 +103,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps) if config.final_norm else nn.Identity()
+        self.norm = _norm(config, config.final_norm)
         self.head = nn.Linear(config.d_model, config.output_size or config.vocab_size, bias=False)
 
     def init_state(self, batch_size: int) -> ModelState:

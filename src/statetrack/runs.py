@@ -108,6 +108,11 @@ class RunDirectory:
         atomic_write(self.state_file, save(state, dict(progress)))
         atomic_write(self.model_file, save(weights, dict(progress)))
 
+    def save_weights(self, model: nn.Module, facts: Mapping[str, str]) -> None:
+        """Writes weights that no training made, such as those of a compiled model, atomically."""
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        atomic_write(self.model_file, save(weights, {"step": "0", "seconds": "0", **facts}))
+
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]] | None:
         """The weights, the optimizer's tensors and the progress of the last checkpoint; None if there is none."""
         if not self.state_file.exists():

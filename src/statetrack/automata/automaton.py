@@ -258,6 +258,72 @@ class Automaton:
             names.append("trap")
         return cls(transitions, 0, torch.tensor(outputs), tuple(map(str, symbols)), tuple(names))
 
+    @classmethod
+    def from_regex(cls, expression: str, alphabet: Iterable[str] | None = None) -> Automaton:
+        """The minimal automaton of a regular expression, with the outputs 0 (reject) and 1 (accept).
+
+        Expressions are automata-lib's: letters are single characters; `|`, `*`, `+`, `?`, `{m,n}`, `&` (intersection),
+        `.` (any letter), classes such as `[ab]` and `()` (the empty word) work, and `\\` quotes.
+
+        Args:
+            expression: such as "(ab)*".
+            alphabet: the letters, of which the expression may use only some; None for those that occur in it.
+
+        Raises:
+            ValueError: for an expression that can't be parsed, one with letters outside the alphabet, or no letters.
+        """
+        from automata.base.exceptions import (
+            AutomatonException,
+            RegexException,
+        )  # slow to import, and most of the package does without
+        from automata.fa.dfa import DFA
+        from automata.fa.nfa import NFA
+
+        symbols = None if alphabet is None else set(alphabet)
+        if symbols is not None and (not symbols or any(len(symbol) != 1 for symbol in symbols)):
+            raise ValueError(f"the alphabet of an expression is single characters, such as 'ab'; got {alphabet!r}")
+        try:
+            dfa = DFA.from_nfa(NFA.from_regex(expression, input_symbols=symbols), minify=True)
+        except (AutomatonException, RegexException) as error:
+            raise ValueError(f"the regular expression {expression!r} can't be read: {error}") from None
+        # automata-lib leaves a trap implicit, and the minimal complete automaton has it.
+        return cls.from_dfa(dfa).minimized()
+
+    @classmethod
+    def from_group(cls, name: str, letters: str | None = None) -> Automaton:
+        """The automaton of the word problem of a group; see `group_automaton`."""
+        from statetrack.automata.groups import group_automaton
+
+        return group_automaton(name, letters)
+
+    def minimized(self) -> Automaton:
+        """The smallest automaton with the same label after every word: reachable states, those alike made one.
+
+        States are numbered as a breadth-first search meets them, from the start, 0, on. A merged state has the name of
+        its first member. (Moore's partition refinement.)
+        """
+        classes = torch.unique(self.outputs, return_inverse=True)[1]
+        while True:
+            signature = torch.cat([classes.unsqueeze(1), classes[self.transitions]], 1)
+            refined = torch.unique(signature, dim=0, return_inverse=True)[1]
+            if int(refined.max()) == int(classes.max()):
+                break
+            classes = refined
+        table, class_of = self.transitions.tolist(), classes.tolist()
+        numbers, members = {class_of[self.start]: 0}, [self.start]
+        rows: list[list[int]] = []
+        for state in members:  # grows while it is read
+            row = []
+            for following in table[state]:
+                number = numbers.setdefault(class_of[following], len(members))
+                if number == len(members):
+                    members.append(following)
+                row.append(number)
+            rows.append(row)
+        names = None if self.state_names is None else tuple(self.state_names[state] for state in members)
+        device = self.device
+        return Automaton(torch.tensor(rows, device=device), 0, self.outputs[members], self.letter_names, names)
+
     @cached_property
     def _copies(self) -> dict[torch.device, Automaton]:
         return {}

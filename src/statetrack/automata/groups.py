@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 MAX_ELEMENTS = 5040
 """The order of S7. A multiplication table of a group so large takes 200 MB."""
 
-NAMES = "Z, S, A or D with a number, Q8, and products of them, such as S3, A5, D4 or A5xZ9"
+NAMES = (
+    "Z, S, A or D with a number, Q8, and products of them, such as S3, A5, D4 or A5xZ9, "
+    "or what permutations generate, such as (1 2),(1 2 3)"
+)
 """Which groups there are, in words."""
 
 
@@ -34,12 +37,14 @@ class _Group:
 
     Attributes:
         products: the number of a b at [a, b]: int64 [n, n].
+        elements: the images of the points under each element: int64 [n, points].
         generators: the numbers of SymPy's generators.
         moved: how many points each element moves: [n].
         names: of the elements, for people.
     """
 
     products: np.ndarray
+    elements: np.ndarray
     generators: np.ndarray
     moved: np.ndarray
     names: tuple[str, ...]
@@ -92,13 +97,14 @@ _LETTERS: dict[str, Callable[[_Group], np.ndarray]] = {
     "generators": lambda group: group.generators,
     "swaps": lambda group: np.flatnonzero(group.moved <= 2),
     "3-cycles": lambda group: np.flatnonzero(group.moved <= 3),
+    "two": lambda group: _two_generators(group),
 }
 LETTERS = tuple(_LETTERS)
-"""What the letters of a group automaton may be."""
+"""What the letters of a group automaton may be, if they are not given as permutations."""
 
 
 @lru_cache(maxsize=8)
-def group_automaton(name: str, letters: str = "all") -> Automaton:
+def group_automaton(name: str, letters: str | None = None) -> Automaton:
     """The automaton of the word problem of a finite group: state_t = state_{t-1} letter_t, every state its own output.
 
     The groups are Z_m (cyclic, m >= 2), S_n (symmetric, n >= 2), A_n (alternating, n >= 3), D_n (dihedral, with 2n
@@ -109,30 +115,44 @@ def group_automaton(name: str, letters: str = "all") -> Automaton:
     the start, is 0, and the element k of Z_m is the shift by k. A product counts like an odometer: the last factor runs
     fastest. In a product of elements the one on the left acts first, as in SymPy: `(p q)(i) = q(p(i))`.
 
+    Permutations are written as cycles: points stand between parentheses, a product of disjoint cycles is one
+    permutation, commas separate permutations, as in `(1 2),(1 2 3)(4 5)`. Points are numbered from 1, as in GAP, or
+    from 0 where a 0 occurs. Letters given so keep what was written as their names.
+
     Args:
-        name: such as "S3" or "A5xZ9".
+        name: such as "S3" or "A5xZ9", or permutations that generate the group.
         letters: which elements are read, in the order of their numbers but for generators:
             "all" - every element;
             "generators" - SymPy's generators, of every factor;
             "swaps" - the identity and all swaps of two points;
-            "3-cycles" - those and all cycles of three points, so all elements that move at most three points.
+            "3-cycles" - those and all cycles of three points, so all elements that move at most three points;
+            "two" - SymPy's generators where they are two;
+            permutations of the group - these, in their order;
+            None - all, or where `name` is permutations, these.
 
     Raises:
         ValueError: for an unknown name, a group that is trivial or too large, unknown letters, or letters that don't
             generate the group.
     """
-    factors = [_parse(factor, name) for factor in name.split("x")]
-    if math.prod(order for order, _ in factors) > MAX_ELEMENTS:
-        raise ValueError(f"the group {name} has more than {MAX_ELEMENTS:,} elements, the most that a table is made for")
-    if letters not in _LETTERS:
-        raise ValueError(f"unknown letters {letters!r} of a group; they may be {', '.join(LETTERS)}")
-    group = reduce(_direct_product, [_from_permutations(_array_forms(permutations())) for _, permutations in factors])
-    chosen = _LETTERS[letters](group)
+    if letters is None:
+        letters = name if "(" in name else "all"
+    if letters not in _LETTERS and "(" not in letters:
+        raise ValueError(
+            f"unknown letters {letters!r} of a group; they may be {', '.join(LETTERS)}, or permutations such as (1 2)"
+        )
+    group = _generated(name) if "(" in name else _named(name)
+    names = group.names
+    if letters in _LETTERS:
+        chosen = _LETTERS[letters](group)
+    else:
+        texts, images = _read_permutations(letters, degree=group.elements.shape[1])
+        chosen = np.array([_number_of(group, image, text, name) for text, image in zip(texts, images, strict=True)])
+        names = dict(zip(chosen.tolist(), texts, strict=True))
     automaton = Automaton(
         transitions=torch.from_numpy(group.products[:, chosen]),
         start=0,
         outputs=torch.arange(len(group.moved)),
-        letter_names=tuple(group.names[number] for number in chosen),
+        letter_names=tuple(names[number] for number in chosen.tolist()),
         state_names=group.names,
     )
     reached = int(automaton.reachable().sum())
@@ -142,6 +162,73 @@ def group_automaton(name: str, letters: str = "all") -> Automaton:
             "'all' and 'generators' reach every element"
         )
     return automaton
+
+
+def _named(name: str) -> _Group:
+    factors = [_parse(factor, name) for factor in name.split("x")]
+    if math.prod(order for order, _ in factors) > MAX_ELEMENTS:
+        raise ValueError(f"the group {name} has more than {MAX_ELEMENTS:,} elements, the most that a table is made for")
+    return reduce(_direct_product, [_from_permutations(_array_forms(permutations())) for _, permutations in factors])
+
+
+def _generated(name: str) -> _Group:
+    """The group that permutations generate."""
+    from sympy.combinatorics import Permutation, PermutationGroup
+
+    _, images = _read_permutations(name)
+    group = PermutationGroup([Permutation(image) for image in images.tolist()])
+    if not 1 < (order := int(group.order())) <= MAX_ELEMENTS:
+        raise ValueError(
+            f"the permutations {name} generate {order:,} elements; a table is made for 2 to {MAX_ELEMENTS:,}"
+        )
+    return _from_permutations(images.astype(">u2"))
+
+
+_POINTS = re.compile(r"\(\s*(\d+(?:[\s,]+\d+)*)?\s*\)")
+_PERMUTATION = re.compile(rf"(?:{_POINTS.pattern}\s*)+")
+
+
+def _read_permutations(text: str, degree: int | None = None) -> tuple[list[str], np.ndarray]:
+    """Permutations in cycle notation: each as it was written, and their images, int64 [permutations, points]."""
+    pieces = [piece.group().strip() for piece in _PERMUTATION.finditer(text)]
+    if not pieces or _PERMUTATION.sub("", text).strip(" ,"):
+        raise ValueError(f"permutations are written as cycles, such as (1 2),(1 2 3)(4 5); got {text!r}")
+    written = [
+        [[int(point) for point in re.findall(r"\d+", cycle)] for cycle in _POINTS.findall(piece)] for piece in pieces
+    ]
+    points = [point for cycles in written for cycle in cycles for point in cycle]
+    first = min([1, *points])  # numbered from 1 unless a 0 occurs
+    largest = max([first, *points]) - first
+    if degree is None:
+        degree = largest + 1
+    if largest >= degree:
+        raise ValueError(f"{text} moves the point {largest + first}, and the group acts on {degree} points")
+    if degree > MAX_ELEMENTS:
+        raise ValueError(f"permutations of at most {MAX_ELEMENTS:,} points will do, and {text!r} has {degree:,}")
+    images = np.tile(np.arange(degree), (len(pieces), 1))
+    for row, cycles, piece in zip(images, written, pieces, strict=True):
+        members = [point - first for cycle in cycles for point in cycle]
+        if len(set(members)) != len(members):
+            raise ValueError(f"the cycles of a permutation have no point in common; got {piece}")
+        for cycle in cycles:
+            row[np.array(cycle, dtype=np.int64) - first] = np.roll(np.array(cycle, dtype=np.int64) - first, -1)
+    return pieces, images
+
+
+def _number_of(group: _Group, image: np.ndarray, text: str, name: str) -> int:
+    found = np.flatnonzero((group.elements == image).all(1))
+    if not len(found):
+        raise ValueError(f"{text} is not an element of {name}")
+    return int(found[0])
+
+
+def _two_generators(group: _Group) -> np.ndarray:
+    if len(group.generators) != 2:
+        raise ValueError(
+            f"this group comes with {len(group.generators)} generators, not two; "
+            "take 'generators', or give two permutations such as (1 2),(1 2 3)"
+        )
+    return group.generators
 
 
 def _parse(factor: str, name: str) -> tuple[int, Callable[[], PermutationGroup]]:
@@ -206,6 +293,7 @@ def _from_permutations(generators: np.ndarray) -> _Group:
         level = np.concatenate(levels)
     return _Group(
         products=products,
+        elements=elements.astype(np.int64),
         generators=np.array([times[0] for times in by_generator]),
         moved=(elements != identity).sum(1),
         names=_names(elements),
@@ -217,6 +305,9 @@ def _direct_product(left: _Group, right: _Group) -> _Group:
     products = left.products[:, None, :, None] * m + right.products[None, :, None, :]
     return _Group(
         products=products.reshape(n * m, n * m),
+        elements=np.concatenate(
+            [np.repeat(left.elements, m, 0), np.tile(right.elements, (n, 1)) + left.elements.shape[1]], 1
+        ),
         generators=np.concatenate([left.generators * m, right.generators]),
         moved=(left.moved[:, None] + right.moved).reshape(-1),
         names=tuple(f"{a},{b}" for a in left.names for b in right.names),

@@ -1,0 +1,119 @@
+"""Analysis, compilation and verification: seconds, and errors in 1,000,000 tokens; to results/theory/.
+
+`speed` times what the command line does. `exactness` compiles automata, proves them right by enumerating the states of
+the model, and reads one random word of 1,000,000 tokens in bfloat16 through the same operations as training does.
+
+    python -m benchmarks.theory speed
+    python -m benchmarks.theory exactness
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.common import ROOT, environment, write_results
+from statetrack.automata import Automaton, group_automaton
+from statetrack.theory.construct import compile, plan
+from statetrack.theory.requirements import analyze
+from statetrack.theory.verify import count_errors, verify
+
+TOKENS = 1_000_000
+CASCADE_TOKENS = 100_000
+GROUPS = ("Z2", "Z3", "Z4", "Z5", "Z6", "Z7", "S3", "S4", "S5", "A5", "D4", "D5", "D6", "Q8", "A5xZ9", "Z60")
+SEEDS = range(40)
+
+
+def full(states: int) -> Automaton:
+    """The automaton whose three letters generate all maps of its states."""
+    letters = [[*range(1, states), 0], [1, 0, *range(2, states)], [0, 0, *range(2, states)]]
+    return Automaton(torch.tensor(letters).T.contiguous(), 0, torch.arange(states))
+
+
+def random_automaton(states: int, letters: int, seed: int) -> Automaton:
+    generator = torch.Generator().manual_seed(seed)
+    return Automaton(torch.randint(states, (states, letters), generator=generator), 0, torch.arange(states))
+
+
+def seconds(function: Callable[[], Any], rounds: int = 3) -> float:
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return round(sorted(times)[len(times) // 2], 3)
+
+
+def speed() -> dict[str, Any]:
+    eight, twelve = full(8), full(12)
+    cascade = compile(eight)
+    proof = verify(cascade, eight, mode="exhaustive")
+    group = group_automaton("S5")
+    model = compile(group, dtype=torch.bfloat16)
+    start = time.perf_counter()
+    errors, _ = count_errors(model, group, length=TOKENS)
+    return {
+        "analyze_T6_s": seconds(lambda: analyze(full(6))),
+        "T6_elements": analyze(full(6)).monoid_size,
+        "compile_T12_s": seconds(lambda: compile(twelve, strategy="exclusion")),
+        "compile_12_states_12_letters_s": seconds(lambda: compile(random_automaton(12, 12, 0), strategy="exclusion")),
+        "verify_T8_s": seconds(lambda: verify(cascade, eight, mode="exhaustive")),
+        "verify_T8": {"states": proof.states, "checked": proof.checked, "errors": proof.errors},
+        "T8_layers": cascade.config.num_layers,
+        "T8_parameters": cascade.num_parameters(),
+        "S5_tokens": TOKENS,
+        "S5_tokens_s": round(time.perf_counter() - start, 2),
+        "S5_errors": errors,
+    }
+
+
+def exactness() -> dict[str, Any]:
+    rows = {}
+    for name in GROUPS:
+        rows[name] = row = _exactness(group_automaton(name), TOKENS)
+        print(name, row, flush=True)
+    for seed in SEEDS:
+        states, letters = 2 + seed % 11, 1 + seed % 4
+        automaton = random_automaton(states, letters, seed)
+        name = f"random {states} states, {letters} letters, seed {seed}"
+        rows[name] = row = _exactness(automaton, CASCADE_TOKENS)
+        print(name, row, flush=True)
+    return rows
+
+
+def _exactness(automaton: Automaton, tokens: int) -> dict[str, Any]:
+    model = compile(automaton, dtype=torch.bfloat16)
+    proof = verify(model, automaton)
+    start = time.perf_counter()
+    errors, first = count_errors(model, automaton, length=tokens)
+    return {
+        "strategy": plan(automaton).strategy,
+        "layers": model.config.num_layers,
+        "proof": proof.mode,
+        "states": proof.states,
+        "proof_errors": proof.errors,
+        "tokens": tokens,
+        "errors": errors,
+        "first_error": first,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def main() -> None:
+    parts = {"speed": speed, "exactness": exactness}
+    for name in sys.argv[1:] or parts:
+        results = parts[name]()
+        if name == "speed":
+            print(results)
+        write_results(
+            ROOT / "results" / "theory" / f"{name}.json",
+            {"environment": environment(["numpy", "sympy", "automata-lib"]), "results": results},
+        )
+
+
+if __name__ == "__main__":
+    main()

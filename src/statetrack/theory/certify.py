@@ -1,0 +1,368 @@
+"""What a model can never do: the spectra of its layers, and which theorems speak of them.
+
+Every statement has a scope, from the strongest to the weakest:
+
+- "architecture": holds for all weights of this configuration;
+- "vocabulary, exact": holds for these weights and every token; of a first layer that sees the current token alone;
+- "measured": what random words showed. It proves nothing.
+
+The theorems are those of `requirements`. Of attention, LSTMs and models with any such layer none of them speaks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from functools import singledispatch
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from statetrack import seeds
+from statetrack.mixers import MixerConfig
+from statetrack.mixers.mixer import WidenedMixerConfig
+from statetrack.model import LanguageModel
+from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, Transition
+
+Scope = Literal["architecture", "vocabulary, exact", "measured"]
+Capability = Literal["parity", "counting modulo m", "first letter"]
+
+FADED = 2.0**-8
+"""A part of the state that has shrunk by this factor is lost beside the rest in bfloat16."""
+
+REAL = 1e-6
+"""Imaginary parts up to this are rounding errors of the eigenvalue solver."""
+
+_PRODUCTS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What holds for the matrices of a layer whatever its weights and inputs are; nothing unless it is known.
+
+    Attributes:
+        contraction: norms of at most 1.
+        real: every matrix has real eigenvalues.
+        nonnegative: every matrix has eigenvalues in [0, inf).
+        real_products: every product of matrices has real eigenvalues.
+        rests: products have no eigenvalue of modulus 1 but 1 itself.
+    """
+
+    contraction: bool = False
+    real: bool = False
+    nonnegative: bool = False
+    real_products: bool = False
+    rests: bool = False
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Eigenvalues of one head, or of its products of several tokens.
+
+    Attributes:
+        layer: from 0.
+        head: from 0.
+        scope: for what they hold.
+        tokens: how many tokens' matrices are multiplied.
+        lowest: the least real part.
+        largest: the largest modulus.
+        imaginary: the largest imaginary part.
+        horizon: tokens after which what the most lasting negative or non-real eigenvalue carries has shrunk to
+            `FADED`; None if there is none, inf if it never shrinks.
+        beta_gap: how far the largest beta stays from 2; None for matrices that are no reflections.
+        values: some of the eigenvalues, as pairs of real and imaginary part, for pictures.
+    """
+
+    layer: int
+    head: int
+    scope: Scope
+    tokens: int
+    lowest: float
+    largest: float
+    imaginary: float
+    horizon: float | None
+    beta_gap: float | None
+    values: tuple[tuple[float, float], ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that the model can't do.
+
+    Attributes:
+        capability: what.
+        scope: for what it holds.
+        theorem: why.
+        assumption: under which assumption.
+        sentence: in plain words.
+    """
+
+    capability: Capability
+    scope: Scope
+    theorem: str
+    assumption: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What `certify` found.
+
+    Attributes:
+        claims: what is ruled out; nothing is said about the rest.
+        spectra: of every layer and head.
+        structures: what holds for each layer by its architecture.
+        note: why no theorem speaks of this model; empty if some do.
+    """
+
+    claims: tuple[Claim, ...]
+    spectra: tuple[Spectrum, ...]
+    structures: tuple[Structure | None, ...]
+    note: str = ""
+
+    def rules_out(self, capability: Capability) -> bool:
+        return any(claim.capability == capability for claim in self.claims)
+
+    def data(self) -> dict[str, Any]:
+        """As JSON has it; a horizon without end is the string "inf"."""
+        data = asdict(self)
+        for spectrum in data["spectra"]:
+            if spectrum["horizon"] == math.inf:
+                spectrum["horizon"] = "inf"
+        return data
+
+    def __str__(self) -> str:
+        lines = [f"{claim.sentence} [{claim.scope}; {claim.theorem}; {claim.assumption}]" for claim in self.claims]
+        lines = lines or [self.note or "no theorem here rules anything out"]
+        for s in self.spectra:
+            of = "a token" if s.tokens == 1 else f"{s.tokens} tokens"
+            parts = [
+                f"layer {s.layer} head {s.head}, {of} ({s.scope}): real parts from {s.lowest:.6f}",
+                f"moduli up to {s.largest:.6f}",
+                f"imaginary parts up to {s.imaginary:.4f}",
+            ]
+            if s.horizon is not None:
+                lasts = "for ever" if s.horizon == math.inf else f"{s.horizon:,.0f} applications"
+                parts.append(f"what flips or turns lasts {lasts}")
+            if s.beta_gap is not None:
+                parts.append(f"beta stays {s.beta_gap:.2g} from 2")
+            lines.append(", ".join(parts))
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def certify(
+    model: LanguageModel, data: Tensor | None = None, *, seed: int = 0, words: int = 4, length: int = 32
+) -> Certificate:
+    """Certifies a model, trained or compiled, with any mixer.
+
+    Args:
+        model: the model, on the CPU.
+        data: token ids [B, T] on which spectra are measured; None for random words.
+        seed: of the random words.
+        words: how many.
+        length: their length.
+
+    Raises:
+        ValueError: if the data are no token ids of the model.
+    """
+    if data is None:
+        random = seeds.generator("certificate", seed)
+        data = torch.randint(model.config.vocab_size, (words, length), generator=random)
+    measured = model.transitions(data)
+    structures = tuple(None if t is None else structure(t, model.config.mixer) for t in measured)
+    spectra: list[Spectrum] = []
+    vocabulary = _vocabulary_transition(model)
+    if vocabulary is not None:
+        spectra += _spectra(vocabulary, 0, "vocabulary, exact", structures[0], products=(1,))
+    for layer, transition in enumerate(measured):
+        if transition is not None:
+            spectra += _spectra(transition, layer, "measured", structures[layer], products=_PRODUCTS)
+    known = [s for s in structures if s is not None]
+    if len(known) < len(structures):
+        note = "no theorem here speaks of models with layers that have no state-transition matrix, such as attention"
+        return Certificate((), tuple(spectra), structures, note)
+    return Certificate(tuple(_claims(model, known, spectra)), tuple(spectra), structures)
+
+
+@singledispatch
+def structure(transition: Transition, config: MixerConfig) -> Structure:
+    """What holds for all matrices of this kind under a config; nothing for kinds that are not registered here."""
+    return Structure()
+
+
+@structure.register
+def _(transition: Householder, config: MixerConfig) -> Structure:
+    factors = _range(config, "eigenvalue_range")
+    decays = _range(config, "decay_range") if transition.decay is not None else EigenvalueRange(0, 1)
+    if factors is None or decays is None or not transition.normalize:
+        return Structure()  # keys of any length, or a range that nobody declared
+    count = transition.k.shape[2]
+    matrices = count + int(transition.decay is not None and transition.decay.ndim == 4)
+    positive = factors.lo >= 0 and decays.lo >= 0
+    # A product of two positive semidefinite matrices has eigenvalues of 0 or above; one of three need not.
+    nonnegative = positive and matrices <= 2
+    one = count == 1 and (decays.lo >= 0 or matrices == 1)
+    return Structure(
+        contraction=True,
+        real=nonnegative or one,
+        nonnegative=nonnegative,
+        real_products=transition.k.shape[-1] == 1,
+        rests=positive,
+    )
+
+
+@structure.register(Diagonal)
+@structure.register(Discretized)
+def _(transition: Diagonal | Discretized, config: MixerConfig) -> Structure:
+    declared = config.spectrum()
+    if declared is None:
+        return Structure(real=True, real_products=True)
+    positive = declared.lo >= 0
+    return Structure(contraction=True, real=True, nonnegative=positive, real_products=True, rests=positive)
+
+
+def _range(config: MixerConfig, name: str) -> EigenvalueRange | None:
+    """What the config says that gates may reach, a lower end that is learned included."""
+    value = getattr(config, name, None)
+    if isinstance(config, WidenedMixerConfig) and name == "eigenvalue_range":
+        value = config.gate_range()
+    return value if isinstance(value, EigenvalueRange) else None
+
+
+def _vocabulary_transition(model: LanguageModel) -> Transition | None:
+    """The first layer's matrices for every token, [1, vocabulary, ...]; None if it sees more than the current token."""
+    block = model._blocks()[0]
+    if set(block.mixer.init_state(1)) != {"recurrence"}:
+        return None  # a short convolution, or something else that remembers tokens
+    return block.mixer.transition(block.mixer_norm(model.embedding.weight.unsqueeze(0)))
+
+
+def _claims(model: LanguageModel, structures: list[Structure], spectra: list[Spectrum]) -> list[Claim]:
+    claims = []
+    layers = len(structures)
+    every = f"finite precision, answers that stay apart by a margin, {layers} layer{'s' * (layers > 1)}"
+    exact = [s for s in spectra if s.scope == "vocabulary, exact"]
+    if all(s.nonnegative for s in structures):
+        claims.append(
+            Claim(
+                "parity", "architecture", "T1", every, "cannot solve parity: no eigenvalue lies below 0 or off the axis"
+            )
+        )
+    elif all(s.nonnegative or s.rests for s in structures):
+        claims.append(
+            Claim(
+                "parity",
+                "architecture",
+                "unit modulus (ours)",
+                every,
+                "cannot solve parity: eigenvalues may lie below 0, but none of modulus 1 does, and what flips fades",
+            )
+        )
+    elif layers == 1 and exact and all(s.lowest >= 0 and s.imaginary <= REAL for s in exact):
+        claims.append(
+            Claim("parity", "vocabulary, exact", "T1", every, "cannot solve parity: no token has an eigenvalue below 0")
+        )
+    if all(s.rests for s in structures):
+        claims.append(
+            Claim(
+                "counting modulo m",
+                "architecture",
+                "unit modulus (ours)",
+                every,
+                "cannot count how often a letter is repeated modulo any m above 1: what repeats comes to rest",
+            )
+        )
+    elif all(s.real_products for s in structures):
+        claims.append(
+            Claim(
+                "counting modulo m",
+                "architecture",
+                "T2",
+                every,
+                f"cannot count how often a letter is repeated modulo m unless m divides {2**layers}: all products have "
+                "real eigenvalues",
+            )
+        )
+    elif layers == 1 and structures[0].real:
+        claims.append(
+            Claim(
+                "counting modulo m",
+                "architecture",
+                "T2",
+                every,
+                "cannot count how often a letter is repeated modulo any m above 2: one layer, real eigenvalues",
+            )
+        )
+    # A head that also reads the state before the update sees one letter more, as a convolution does.
+    before = getattr(model.config.mixer, "read_before", False)
+    if layers == 1 and structures[0].contraction and not before and _vocabulary_transition(model) is not None:
+        claims.append(
+            Claim(
+                "first letter",
+                "architecture",
+                "O2 (ours)",
+                every + ", the current token alone, norms of at most 1",
+                "cannot tell the first letter of a word, nor a*b*, exactly: one layer without a short convolution",
+            )
+        )
+    return claims
+
+
+def _spectra(
+    transition: Transition, layer: int, scope: Scope, known: Structure | None, products: tuple[int, ...]
+) -> list[Spectrum]:
+    found = []
+    gaps = None
+    if isinstance(transition, Householder):
+        along = transition.effective_beta * transition.k.to(transition.effective_beta.dtype).square().sum(-1)
+        gaps = (2 - along).abs().amin((0, 1, 2))
+    for tokens in products:
+        if transition.batch_shape[1] < tokens:
+            continue
+        values = _product_eigenvalues(transition, tokens, diagonal=known is not None and known.real_products)
+        for head in range(values.shape[2]):
+            of_head = values[:, :, head].flatten()
+            moving = of_head[(of_head.real < -REAL) | (of_head.imag.abs() > REAL)].abs()
+            horizon = None
+            if len(moving):
+                rho = float(moving.max())
+                horizon = math.inf if rho >= 1 - 1e-12 else 0.0 if rho == 0 else math.log(FADED) / math.log(rho)
+            found.append(
+                Spectrum(
+                    layer=layer,
+                    head=head,
+                    scope=scope,
+                    tokens=tokens,
+                    lowest=float(of_head.real.min()),
+                    largest=float(of_head.abs().max()),
+                    imaginary=float(of_head.imag.abs().max()),
+                    horizon=horizon,
+                    beta_gap=float(gaps[head]) if gaps is not None and tokens == 1 else None,
+                    values=_some(of_head),
+                )
+            )
+    return found
+
+
+def _product_eigenvalues(transition: Transition, tokens: int, *, diagonal: bool) -> Tensor:
+    """Eigenvalues of the products of consecutive tokens' matrices: complex128 [B, T - tokens + 1, H, ...]."""
+    values = transition.eigenvalues()
+    if tokens == 1:
+        return values
+    count = values.shape[1] - tokens + 1
+    if diagonal:
+        return torch.stack([values[:, i : i + count] for i in range(tokens)]).prod(0)
+    dense = transition.dense().double()
+    product = dense[:, :count]
+    for i in range(1, tokens):
+        product = dense[:, i : i + count] @ product
+    return torch.linalg.eigvals(product)
+
+
+def _some(values: Tensor, most: int = 400) -> tuple[tuple[float, float], ...]:
+    pairs = torch.view_as_real(values).mul(1e4).round().div(1e4).unique(dim=0)
+    if len(pairs) > most:
+        pairs = pairs[torch.linspace(0, len(pairs) - 1, most).long()]
+    return tuple((x, y) for x, y in pairs.tolist())

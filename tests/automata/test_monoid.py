@@ -1,0 +1,144 @@
+"""Transition monoids against GAP's numbers and the closed forms of full transformation monoids."""
+
+import pytest
+import torch
+from automaton_examples import dyck, full
+
+from statetrack.automata import Automaton, automaton_from_json, automaton_to_json, group_automaton, read_automaton
+from statetrack.automata.monoid import image_groups, transition_monoid
+from statetrack.automata.representations import smallest_representation
+
+
+@pytest.mark.parametrize(
+    ("automaton", "elements", "d", "h", "idempotents"),
+    [(full(3), 27, 3, 13, 10), (full(4), 256, 4, 71, 41), (dyck(4), 56, 6, 56, 16)],
+)
+def test_gap_counts_the_same(automaton, elements, d, h, idempotents):
+    monoid = transition_monoid(automaton)
+    assert len(monoid) == elements
+    assert monoid.green.d_class.max() + 1 == d
+    assert monoid.green.h_class.max() + 1 == h
+    assert len(monoid.idempotents) == idempotents
+
+
+def test_words_products_and_the_left_graph_are_the_definition():
+    automaton = full(3)
+    monoid = transition_monoid(automaton)
+    for element in range(len(monoid)):
+        word = torch.tensor([monoid.word(element)], dtype=torch.int64)
+        for state in range(3):
+            reached = automaton.run(word, state)[0, -1] if word.numel() else state
+            assert reached == monoid.elements[element, state]
+        for letter in range(3):
+            number = monoid.right[0, letter]
+            assert monoid.left[element, letter] == monoid.products[number, element]
+            assert monoid.right[element, letter] == monoid.products[element, number]
+
+
+def test_beyond_the_limit_there_is_no_monoid_but_there_are_the_groups_on_images():
+    assert transition_monoid(full(5), limit=3124) is None
+    assert len(transition_monoid(full(5), limit=3125)) == 3125
+    assert [len(group.states) for group in image_groups(full(5))] == [5, 4, 3, 2]
+    with pytest.raises(ValueError, match="more than 3 sets"):
+        image_groups(full(5), limit=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "reflections"),
+    [
+        ("Z2", [1], 1),
+        ("Z4", [2], 2),
+        ("Z8", [4], 4),
+        ("Z60", [2, 3, 5], 4),
+        ("S3", [3], 2),
+        ("S4", [3], 2),
+        ("Q8", [4], 4),
+        ("S5", [5], 4),
+        ("A5xZ9", [5, 9], 8),
+    ],
+)
+def test_small_representations_are_homomorphisms_and_faithful(name, degrees, reflections):
+    products = group_automaton(name).transitions.numpy()
+    letters = range(len(products))
+    found = smallest_representation(products, list(letters))
+    assert sorted(r.degree for r in found) == degrees
+    assert max(r.reflections(list(letters)) for r in found) == reflections
+    assert frozenset.intersection(*(r.kernel for r in found)) == {0}
+    for r in found:
+        for g, h in torch.randint(len(products), (30, 2), generator=torch.Generator().manual_seed(0)).tolist():
+            assert (r.images[h][r.images[g]] == r.images[products[g, h]]).all()
+            assert (r.signs[g] * r.signs[h][r.images[g]] == r.signs[products[g, h]]).all()
+
+
+# Where automata come from
+
+
+@pytest.mark.parametrize("expression", ["(ab)*", "a*b*", "(a|b)*abb", "((a|b)(a|b)(a|b))*", "a(b|ab)*b?"])
+def test_minimal_automata_have_the_size_of_automata_libs(expression):
+    from automata.fa.dfa import DFA
+    from automata.fa.nfa import NFA
+
+    dfa = DFA.from_nfa(NFA.from_regex(expression), minify=True)
+    automaton = Automaton.from_regex(expression)
+    assert automaton.num_states == len(dfa.to_complete().minify().states)
+    for word in ["", "ab", "abab", "aabb", "babb", "aba", "bbb"]:
+        assert automaton.accepts(word) == dfa.accepts_input(word)
+
+
+def test_minimizing_merges_what_no_word_tells_apart_and_drops_what_no_word_reaches():
+    automaton = Automaton(torch.tensor([[1, 2], [0, 2], [2, 0], [0, 0]]), 0, torch.tensor([1, 1, 0, 1]), ("a", "b"))
+    small = automaton.minimized()
+    assert small.num_states == 2
+    words = torch.randint(2, (5, 40), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(small.labels(words), automaton.labels(words))
+    assert small.minimized() == small
+
+
+@pytest.mark.parametrize(
+    ("expression", "alphabet", "message"),
+    [("(ab", None, "can't be read"), ("ab", "", "single characters"), ("ab", ["ab"], "single characters")],
+)
+def test_what_is_no_expression_is_refused(expression, alphabet, message):
+    with pytest.raises(ValueError, match=message):
+        Automaton.from_regex(expression, alphabet)
+
+
+def test_json_of_both_kinds_is_read(tmp_path):
+    automaton = Automaton.from_regex("a*b*")
+    assert automaton_from_json(automaton_to_json(automaton)) == automaton
+    file = tmp_path / "dfa.json"
+    file.write_text(
+        '{"states": ["p", "q"], "input_symbols": ["a"], "transitions": {"p": {"a": "q"}}, '
+        '"initial_state": "p", "final_states": ["q"]}'
+    )
+    assert read_automaton(file).transitions.tolist() == [[1], [2], [2]]
+    assert automaton_from_json('{"transitions": [[1], [0]], "accepting": [1]}').outputs.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "an automaton is a JSON object"),
+        ('{"transitions": [[0]], "outputs": [0], "alphabet": "a"}', "unknown key alphabet"),
+        ('{"transitions": [[0]]}', "needs transitions, and either outputs or accepting"),
+        ('{"transitions": [[0], [1, 1]], "outputs": [0, 0]}', "transitions must be a list of lists of integers"),
+        ('{"transitions": [[0]], "accepting": [3]}', "accepting must list states from 0 to 0"),
+        ('{"initial_state": "p"}', "a DFA needs"),
+    ],
+)
+def test_json_of_no_automaton_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        automaton_from_json(text)
+
+
+def test_generators_are_read_in_cycle_notation():
+    automaton = group_automaton("S5", "(1 2),(1 2 3 4 5)")
+    assert automaton.letter_names == ("(1 2)", "(1 2 3 4 5)")
+    # Written from 0 they are SymPy's generators of S5, in the other order.
+    assert torch.equal(automaton.transitions.flip(1), group_automaton("S5", "generators").transitions)
+    assert group_automaton("(1 2),(1 2 3)").num_states == 6
+    with pytest.raises(ValueError, match="have no point in common"):
+        group_automaton("S3", "(1 2)(2 3)")
+    with pytest.raises(ValueError, match="is not an element of A5"):
+        group_automaton("A5", "(1 2)")

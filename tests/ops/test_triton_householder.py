@@ -1,0 +1,201 @@
+"""The Triton kernels: under Triton's interpreter with TRITON_INTERPRET=1, and on a GPU (marked `gpu`).
+
+The interpreter can't multiply bfloat16; `split` runs the path of bfloat16 with halves in float32 there.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, check_against_reference, relative_error
+from test_householder import make_case, one_key, parity_bits
+
+from statetrack.ops import available_backends, linear_recurrence, triton_householder
+
+interpreted = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs triton and TRITON_INTERPRET=1",
+)
+FLOAT32 = {"dtype": torch.float32}
+
+
+@pytest.fixture(autouse=True)
+def interpreter():
+    """Mends triton 3.6's interpreter for numpy 2.4, where an array of one element is no index any more."""
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    module = importlib.import_module("triton.runtime.interpreter")
+    original = module._patch_lang_tensor
+
+    def patch(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    module._patch_lang_tensor = patch
+    yield
+    module._patch_lang_tensor = original
+
+
+@pytest.fixture(params=["whole", "split", "segments"])
+def path(request, monkeypatch):
+    """float32 operands; the same in two halves; and that with segments scanned at once."""
+    if request.param != "whole":
+        monkeypatch.setattr(triton_householder, "_operands", lambda dtypes: (torch.float32, True))
+    if request.param == "segments":
+        monkeypatch.setattr(triton_householder, "_processors", lambda device: 100)
+        monkeypatch.setattr(triton_householder, "_FEWEST_SEGMENTS", 2)
+        monkeypatch.setattr(triton_householder, "_SHORTEST_SEGMENT", 2)
+
+
+def test_without_a_gpu_the_backend_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    case = make_case(**FLOAT32)
+    assert "triton" not in available_backends(case.transition)
+    with pytest.raises(ValueError, match=r"backend 'triton' can't serve Householder: .*(CUDA device|not installed)"):
+        case.run("triton")
+
+
+def test_without_triton_the_backend_says_why(monkeypatch):
+    monkeypatch.setattr(triton_householder, "_has_triton", lambda: False)
+    case = make_case(**FLOAT32)
+    with pytest.raises(ValueError, match="the package triton is not installed"):
+        case.run("triton")
+    assert case.run("auto")[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"dtype": torch.float64}, "does not serve float64"),
+        ({"decay": "channel", **FLOAT32}, "one decay for each head"),
+        ({"k": 257, **FLOAT32}, "up to 256 channels, not 257"),
+        ({"n": 65, "t": 2, **FLOAT32}, "up to 64 factors a token, not 65"),
+    ],
+)
+def test_what_is_not_served_is_said(arguments, reason, monkeypatch):
+    monkeypatch.setattr(triton_householder, "_has_triton", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert reason in (triton_householder.supports(make_case(**arguments).transition) or "")
+
+
+@interpreted
+@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("t", [1, 63, 64, 65, 300])
+def test_lengths_around_the_chunk_agree_with_the_reference(t, n, decay, path):
+    check_against_reference(make_case(1, t, n, 1, 8, 5, decay=decay, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("n", "k", "v"), [(1, 1, 1), (2, 40, 72), (16, 17, 33), (5, 130, 20)])
+def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(n, k, v, normalize, path):
+    check_against_reference(make_case(2, 30, n, 2, k, v, decay="head", normalize=normalize, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("normalize", [True, False])
+def test_zero_keys_do_nothing(normalize, path):
+    case = make_case(1, 70, 2, normalize=normalize, **FLOAT32)
+    keys = case.transition.k.clone()
+    keys[:, ::3] = 0
+    check_against_reference(replace(case, transition=replace(case.transition, k=keys)), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("cu_seqlens", [[0, 40], [0, 0, 3, 3, 20, 21, 40, 40]], ids=str)
+def test_packed_sequences_agree_with_the_reference(cu_seqlens):
+    check_against_reference(make_case(1, 40, 2, decay="head", cu_seqlens=cu_seqlens, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("t", [1, 4])
+def test_decoding_agrees_with_the_reference(t):
+    case = make_case(t=t, n=2, decay="head", **FLOAT32)
+    o, state = case.run("triton")
+    expected, end = case.run("reference")
+    assert relative_error(o, expected) < 1e-6
+    assert relative_error(state, end) < 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize("beta", [2.0, 1.9, parity_bits], ids=["beta=2", "beta=1.9", "parity bits"])
+def test_one_key_repeated(beta, path):
+    check_against_reference(one_key(1024, beta, k=16), "triton", 2e-5)
+
+
+def on_gpu(case) -> Case:
+    return case.with_tensors({name: x.cuda() for name, x in case.tensors().items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize(("n", "k", "v"), [(1, 128, 128), (2, 64, 64), (3, 40, 72), (1, 256, 256), (16, 32, 32)])
+def test_values_and_gradients_on_a_gpu(n, k, v, decay, dtype):
+    check_on_gpu(make_case(2, 150, n, 2, k, v, decay=decay, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("beta", [2.0, 1.9, parity_bits], ids=["beta=2", "beta=1.9", "parity bits"])
+@pytest.mark.parametrize("t", [256, 2048])
+def test_one_key_repeated_on_a_gpu(t, beta):
+    check_on_gpu(one_key(t, beta, dtype=torch.bfloat16, k=128), 1e-2)
+
+
+@pytest.mark.gpu
+def test_compiled_on_a_gpu_in_one_graph():
+    case = on_gpu(make_case(1, 200, 2, 2, 32, 32, decay="head", dtype=torch.bfloat16))
+    leaves = [x.requires_grad_() for x in case.tensors().values()]
+
+    def loss(*tensors):
+        o, state = case.with_tensors(dict(zip(case.tensors(), tensors, strict=True))).run("triton")
+        return o.float().square().sum() + state.square().sum()
+
+    eager = torch.autograd.grad(loss(*leaves), leaves)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(*leaves), leaves)
+    assert all(relative_error(a, e) < 1e-2 for a, e in zip(compiled, eager, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_second_length_and_batch_compile_nothing_anew():
+    module = importlib.import_module("statetrack.ops.kernels.householder")
+
+    def run(b, t):
+        case = on_gpu(make_case(b, t, 1, 2, 32, 32, dtype=torch.bfloat16))
+        with torch.no_grad():
+            linear_recurrence(case.transition, case.q, case.v, backend="triton")
+        return sum(len(cache[0]) for cache in module.scan_forward.device_caches.values())
+
+    before = run(1, 100)
+    assert run(2, 333) == run(3, 64) == before
+
+
+def check_on_gpu(case, tolerance=None):
+    """As `check_against_reference`, whose weights are made on the CPU: o, the final state and every gradient."""
+    case = on_gpu(case)
+    limit = tolerance or {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 2e-5}[case.v.dtype]
+    computed = gpu_results(case, "triton")
+    exact = gpu_results(case.with_tensors({name: x.double() for name, x in case.tensors().items()}), "reference")
+    errors = {name: relative_error(computed[name], expected) for name, expected in exact.items()}
+    wrong = {name: error for name, error in errors.items() if not error <= limit}
+    assert not wrong, f"relative errors above {limit:g}: {wrong}"
+
+
+def gpu_results(case, backend):
+    inputs = {name: x.detach().clone().requires_grad_() for name, x in case.tensors().items()}
+    o, state = case.with_tensors(inputs).run(backend)
+    generator = torch.Generator("cuda").manual_seed(0)
+    weights = [torch.randn(x.shape, generator=generator, device="cuda").bfloat16().to(x.dtype) for x in (o, state)]
+    gradients = torch.autograd.grad([o, state], list(inputs.values()), weights)
+    return {"o": o.detach(), "final state": state.detach(), **dict(zip(inputs, gradients, strict=True))}
+
+
+def test_importing_the_package_imports_no_triton():
+    code = "import sys, statetrack.ops; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

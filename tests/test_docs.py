@@ -1,0 +1,22 @@
+"""The pages in docs/ that teach run as they stand, each from top to bottom."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = [page for page in sorted(DOCS.glob("*.md")) if "```python" in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run_in_order(page, capsys):
+    text = page.read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for code in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(code, page.name, "exec"), names)
+    assert capsys.readouterr().out
+
+
+def test_there_is_a_page_on_theory():
+    assert "theory" in [page.stem for page in PAGES]

@@ -1,0 +1,100 @@
+"""The commands about theory as a person uses them."""
+
+import json
+import shlex
+
+import pytest
+
+from statetrack.cli import main
+from statetrack.theory.commands import Language, bare_json
+
+
+def run(text):
+    try:
+        return main(shlex.split(text))
+    except SystemExit as end:
+        return end.code
+
+
+def test_analyze_says_what_a_language_needs_and_how_to_go_on(capsys):
+    assert run("analyze --group S5 --generators two") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "S5 (120)" in text
+    assert "T3" in text
+    assert "statetrack train group:S5:two" in text
+    assert "statetrack compile group:S5:two" in text
+
+
+def test_analyze_writes_json_to_standard_output_or_a_file(tmp_path, capsys):
+    assert run("analyze --regex '(ab)*' --alphabet abc --json") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["states"], data["aperiodic"], data["one_layer_obstruction"]) == (3, True, None)
+    assert run(f"analyze parity --json {tmp_path}/parity.json") == 0
+    assert json.loads((tmp_path / "parity.json").read_text())["primes"] == [2]
+    assert bare_json(["verify", "run", "--json", "--seed", "1"]) == ["verify", "run", "--json", "-", "--seed", "1"]
+
+
+@pytest.mark.parametrize(
+    "language",
+    [
+        "--group S3 --generators '(1 2),(1 2 3)'",
+        "--generators '(1 2),(1 2 3)'",
+        "--regex 'a*b*'",
+        "--automaton FILE",
+        "parity",
+    ],
+)
+def test_compile_verify_evaluate_certify(language, tmp_path, capsys):
+    file, out = tmp_path / "automaton.json", tmp_path / "run"
+    file.write_text('{"transitions": [[1, 0], [2, 0], [2, 1]], "outputs": [0, 1, 1]}')
+    language = language.replace("FILE", str(file))
+    assert run(f"compile {language} --out {out}") == 0
+    file.unlink()  # a run directory holds all that it needs
+    assert run(f"verify {out} --tokens 100 --json {tmp_path}/proof.json") == 0
+    proof = json.loads((tmp_path / "proof.json").read_text())
+    assert (proof["exact"], proof["mode"], proof["token_errors"]) == (True, "exhaustive", 0)
+    assert run(f"evaluate {out} --lengths 20 --sequences 4") == 0
+    assert run(f"certify {out} --json {tmp_path}/certificate.json") == 0
+    claims = json.loads((tmp_path / "certificate.json").read_text())["claims"]
+    assert all(claim["capability"] != "parity" for claim in claims)
+    assert "exact at every length" in capsys.readouterr().out
+
+
+def test_verify_finds_that_a_model_is_of_another_language(tmp_path, capsys):
+    assert run(f"compile --regex '(ab)*' --out {tmp_path}/run") == 0
+    assert run(f"verify {tmp_path}/run --regex '(ab)*' --dtype bfloat16") == 0
+    assert run(f"verify {tmp_path}/run --regex 'a*b*'") == 1
+    assert "first wrong answer after" in capsys.readouterr().out
+
+
+def test_train_takes_the_same_names_of_languages(tmp_path):
+    small = "--d-model 8 --num-layers 1 --batch-size 4 --steps 1 --max-length 8 --num-heads 2"
+    assert run(f"train --regex '(ab)*' --out {tmp_path}/run {small}") == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["task"] == "regex:(ab)*"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("analyze", "name one language"),
+        ("analyze parity --group S3", "got 2 of them"),
+        ("analyze parity --alphabet ab", "--alphabet goes with --regex"),
+        ("analyze --regex '(ab'", "can't be read"),
+        ("analyze --group S99", "more than 5,040"),
+        ("analyze --automaton /no/where.json", "no such file"),
+        ("compile --regex 'a*b*' --strategy one_layer --out OUT", "the exclusion cascade has 2 layers"),
+        ("compile --regex 'a*b*' --keys pair --out OUT", "use raw keys"),
+        ("verify OUT", "there is no run directory"),
+        ("certify OUT", "there is no run directory"),
+    ],
+)
+def test_bad_input_is_refused_with_status_2(command, message, tmp_path, capsys):
+    assert run(command.replace("OUT", str(tmp_path / "out"))) == 2
+    error = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_languages():
+    assert Language(regex="a", alphabet="ab").task_name() == "regex:a over ab"
+    assert Language(group="S5", generators="(1 2),(1 2 3 4 5)").task_name() == "group:S5:(1 2),(1 2 3 4 5)"
