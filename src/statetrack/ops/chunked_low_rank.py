@@ -541,7 +541,7 @@ class _Pairs:
 
 
 def _blocks(weights: Tensor, size: int) -> Tensor:
-    """Of all pairs of blocks of tokens the later's rows, the earlier's columns: a view [h, c / (2 size), size R, size C].
+    """Of all pairs of blocks the later's rows, the earlier's columns: a view [h, c / (2 size), size R, size C].
 
     For size 0 those of every token with itself, [h, c, R, C].
     """
