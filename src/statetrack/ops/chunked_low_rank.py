@@ -230,7 +230,8 @@ def _forward_chunk(
     if chunk.separate:
         given.zero_()
         chunk.real(given).copy_(v)
-        torch.baddbmm(read[:, :, 0], weights[:, :, 0, :, 1], given.squeeze(2), beta=-1, alpha=-1, out=chunk.error)
+        torch.bmm(weights[:, :, 0, :, 1].contiguous(), given.squeeze(2), out=chunk.error)
+        chunk.error.add_(read[:, :, 0]).neg_()
     else:
         error = chunk.error.view(solved.shape).zero_()
         chunk.real(error).copy_(v)
@@ -277,8 +278,8 @@ def _backward_chunk(
     torch.neg(d_error.view(d_solved.shape), out=d_read[:, :, :-1])
     d_read[:, :, -1] = d_out
     if chunk.separate:
-        d_given = torch.baddbmm(d_given.squeeze(2), weights[:, :, 0, :, 1].mT, d_error, alpha=-1)
-        d_v.copy_(chunk.real(d_given.unsqueeze(2)))
+        d_given.sub_(torch.bmm(weights[:, :, 0, :, 1].contiguous().mT, d_error).unsqueeze(2))
+        d_v.copy_(chunk.real(d_given))
     else:
         d_v.copy_(chunk.real(d_error.view(d_solved.shape)))
 
@@ -481,15 +482,14 @@ class _Pairs:
             The products of rows and columns, [h, c, N + 1, c, C], 0 for columns that a row does not see.
         """
         x, y = (x.flatten(0, 1) for x in self.rows)
-        _blocks(self.weights, 0).copy_(
-            (torch.bmm(x, y.mT) * self.within).view(*self.decay.shape[:2], *self.within.shape)
-        )
+        within = _product(x, y.mT).mul_(self.within)
+        _blocks(self.weights, 0).copy_(within.view(*self.decay.shape[:2], *self.within.shape))
         self.x[:, :, self.decayed].mul_(self.decay.unsqueeze(2))
         across = self.decay
         for size in self.sizes:
             later, earlier, across = self._halves(self.x, self.y, across, size)
             target = _blocks(self.weights, size)
-            target.copy_(torch.bmm(later, earlier.mT).view(target.shape))
+            target.copy_(_product(later, earlier.mT).view(target.shape))
             later.mul_(across[:, :1])
             earlier.mul_(across[:, 1:])
             across = across.prod(1)
@@ -521,15 +521,15 @@ class _Pairs:
             d_halves = torch.stack([(d_later * later).sum(1), (d_earlier * earlier).sum(1)], 1)
             d_halves.addcmul_(d_across.view(-1, 1, d_halves.shape[-1]), across.flip(1))
             d_block = _blocks(d_weights, size).reshape(-1, later.shape[1], earlier.shape[1])
-            d_later.mul_(across[:, :1]).add_(d_block @ earlier)
-            d_earlier.mul_(across[:, 1:]).add_(d_block.mT @ later)
+            d_later.mul_(across[:, :1]).add_(_product(d_block, earlier))
+            d_earlier.mul_(across[:, 1:]).add_(_product(d_block.mT, later))
             d_across = d_halves
         torch.sum(self.d_x[:, :, self.decayed] * self.raw_x[:, :, self.decayed], 2, out=self.d_decay)
         self.d_decay.add_(d_across.view(self.d_decay.shape))
         self.d_x[:, :, self.decayed].mul_(self.decay.unsqueeze(2))
         d_within = (_blocks(d_weights, 0) * self.within).flatten(0, 1)
-        self.d_x.flatten(0, 1).add_(d_within @ self.raw_y.flatten(0, 1))
-        self.d_y.flatten(0, 1).add_(d_within.mT @ self.raw_x.flatten(0, 1))
+        self.d_x.flatten(0, 1).add_(_product(d_within, self.raw_y.flatten(0, 1)))
+        self.d_y.flatten(0, 1).add_(_product(d_within.mT, self.raw_x.flatten(0, 1)))
 
     @staticmethod
     def _halves(x: Tensor, y: Tensor, across: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -538,6 +538,15 @@ class _Pairs:
         later = x.view(-1, 2, size * x.shape[2], dim)[:, 1]
         earlier = y.view(-1, 2, size * y.shape[2], dim)[:, 0]
         return later, earlier, across.view(-1, 2, dim)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Batched matrix product, [n, i, j] and [n, j, k]; for the smallest ones `torch.bmm` is a scalar loop."""
+    if a.shape[1] * a.shape[2] * b.shape[2] >= 400:
+        return torch.bmm(a, b)
+    if b.shape[2] <= a.shape[2]:
+        return torch.mul(a.unsqueeze(2), b.mT.unsqueeze(1)).sum(3)
+    return torch.mul(a.unsqueeze(3), b.unsqueeze(1)).sum(2)
 
 
 def _blocks(weights: Tensor, size: int) -> Tensor:
