@@ -52,12 +52,13 @@ def make_case(
 FAST = [name for name in available_backends(make_case().transition) if name != "reference"]
 
 
-def one_key(t, beta, *, dtype=torch.float32, normalize=True, k=64) -> Any:
-    """One key repeated for ever; `beta` is a number or a function of the number of tokens."""
+def one_key(t, beta, *, dtype=torch.float32, normalize=True, k=64, decay="none") -> Any:
+    """One key repeated for ever; `beta` is a number or a function of the number of tokens. All decays are 1."""
     case = make_case(1, t, 1, 2, k, k, dtype=dtype, normalize=normalize)
     keys = case.transition.k[:, :1].expand_as(case.transition.k).contiguous()
     betas = torch.full((1, t, 1, 2), beta) if isinstance(beta, float) else beta(t)
-    return replace(case, transition=replace(case.transition, k=keys, beta=betas))
+    decays = {"none": None, "channel": torch.ones(1, t, 2, k)}[decay]
+    return replace(case, transition=replace(case.transition, k=keys, beta=betas, decay=decays))
 
 
 def parity_bits(t):
@@ -65,7 +66,7 @@ def parity_bits(t):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("t", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 97])
 def test_every_length_agrees_with_the_reference(t, n, decay, backend):
@@ -73,37 +74,39 @@ def test_every_length_agrees_with_the_reference(t, n, decay, backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
 def test_a_thousand_tokens_agree_with_the_reference(decay, backend):
     check_against_reference(make_case(1, 1000, 2, 1, decay=decay), backend)
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("decay", ["head", "channel"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize(("b", "h", "k", "v"), [(1, 1, 1, 1), (3, 2, 3, 33), (1, 4, 65, 12), (5, 1, 64, 64)])
-def test_every_shape_agrees_with_the_reference(b, h, k, v, n, normalize, backend):
-    check_against_reference(make_case(b, CHUNK + 3, n, h, k, v, decay="head", normalize=normalize), backend)
+def test_every_shape_agrees_with_the_reference(b, h, k, v, n, normalize, decay, backend):
+    check_against_reference(make_case(b, CHUNK + 3, n, h, k, v, decay=decay, normalize=normalize), backend)
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_every_dtype_agrees_with_the_reference(dtype, decay, backend):
     check_against_reference(make_case(t=150, n=2, decay=decay, dtype=dtype), backend)
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("decay", ["none", "channel"])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_zero_keys_do_nothing(normalize, backend):
-    case = make_case(t=40, n=2, normalize=normalize)
+def test_zero_keys_do_nothing(normalize, decay, backend):
+    case = make_case(t=40, n=2, decay=decay, normalize=normalize)
     keys = case.transition.k.clone()
     keys[:, ::3] = 0
     check_against_reference(replace(case, transition=replace(case.transition, k=keys)), backend)
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
 @pytest.mark.parametrize(
     "cu_seqlens", [[0, 40], [0, 0, 3, 3, 20, 21, 40, 40], [0, *range(1, 41)], [0, 38, 40]], ids=str
 )
@@ -112,9 +115,10 @@ def test_packed_sequences_agree_with_the_reference(cu_seqlens, decay, backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("decay", ["head", "channel"])
 @pytest.mark.parametrize("split", [1, 15, 16, 17, 39])
-def test_a_sequence_can_be_split_with_its_state_handed_on(split, backend):
-    case = make_case(t=40, n=2, decay="head")
+def test_a_sequence_can_be_split_with_its_state_handed_on(split, decay, backend):
+    case = make_case(t=40, n=2, decay=decay)
     o, state = case.run(backend)
     handed, pieces = case.initial_state, []
     for part in (slice(None, split), slice(split, None)):
@@ -137,7 +141,7 @@ def test_no_initial_state_is_a_state_of_zeros(backend):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
 def test_gradients_agree_with_finite_differences(decay, backend):
     case = make_case(1, 7, 2, 2, 3, 2, decay=decay)
     names, tensors = zip(*case.tensors().items(), strict=True)
@@ -151,28 +155,32 @@ def test_gradients_agree_with_finite_differences(decay, backend):
 @settings(max_examples=25, deadline=None)
 def test_anything_agrees_with_the_reference(t, n, k, v, seed):
     for backend in FAST:
-        check_against_reference(make_case(1, t, n, 2, k, v, decay="head", seed=seed), backend, 1e-9)
+        for decay in ("head", "channel"):
+            check_against_reference(make_case(1, t, n, 2, k, v, decay=decay, seed=seed), backend, 1e-9)
 
 
 # The property that this project is about: at the eigenvalue -1 nothing grows and nothing fades.
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("decay", ["none", "channel"])
 @pytest.mark.parametrize("beta", [2.0, 1.9, parity_bits], ids=["beta=2", "beta=1.9", "parity bits"])
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw unit keys"])
-def test_one_key_repeated_in_float32(beta, normalize, backend):
-    check_against_reference(one_key(2048, beta, normalize=normalize), backend, 2e-5)
+def test_one_key_repeated_in_float32(beta, normalize, decay, backend):
+    check_against_reference(one_key(2048, beta, normalize=normalize, decay=decay), backend, 2e-5)
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("decay", ["none", "channel"])
 @pytest.mark.parametrize("beta", [2.0, 1.9, parity_bits], ids=["beta=2", "beta=1.9", "parity bits"])
-def test_one_key_repeated_with_bfloat16_inputs(beta, backend):
-    check_against_reference(one_key(2048, beta, dtype=torch.bfloat16), backend, 1e-2)
+def test_one_key_repeated_with_bfloat16_inputs(beta, decay, backend):
+    check_against_reference(one_key(2048, beta, dtype=torch.bfloat16, decay=decay), backend, 1e-2)
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_reflections_by_bfloat16_keys_keep_the_norm_of_the_state(backend):
-    case = one_key(8192, 2.0, dtype=torch.bfloat16)
+@pytest.mark.parametrize("decay", ["none", "channel"])
+def test_reflections_by_bfloat16_keys_keep_the_norm_of_the_state(decay, backend):
+    case = one_key(8192, 2.0, dtype=torch.bfloat16, decay=decay)
     state = replace(case, v=torch.zeros_like(case.v)).run(backend)[1]
     assert relative_error(state, case.initial_state) < 2e-3
     # A key of squared norm 1 + e has the eigenvalue -1 - 2e without normalization: the state explodes or fades.
@@ -230,15 +238,6 @@ def test_the_gated_delta_rule_of_transformers(gated, largest_beta, backend):
         weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(0))
         for a, e in zip(*(torch.autograd.grad((o * weights).sum(), leaves) for o in (ours, theirs)), strict=True):
             assert relative_error(a, e) < 1e-4
-
-
-def test_a_decay_for_each_channel_is_left_to_the_reference():
-    case = make_case(decay="channel")
-    assert available_backends(case.transition) == ["reference"]
-    with pytest.raises(ValueError, match=r"backend 'chunked' can't serve Householder: .*one decay for each head"):
-        case.run("chunked")
-    o, _ = case.run("auto")
-    assert torch.equal(o, case.run("reference")[0])
 
 
 def test_memory_grows_with_the_chunks_and_not_with_the_states():
@@ -319,7 +318,7 @@ def test_results_helper_sees_a_wrong_gradient():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("decay", ["none", "head", "channel"])
 @pytest.mark.parametrize("n", [1, 3])
 def test_on_a_gpu_as_on_a_cpu(n, decay):
     case = make_case(t=150, n=n, decay=decay, k=16, v=16, dtype=torch.float32)
