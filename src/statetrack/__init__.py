@@ -1,7 +1,14 @@
 """Linear RNNs that track state: eigenvalue ranges from [0, 1] to [-1, 1] for every model, on CPU and GPU."""
 
 from statetrack.mixers import Mixer, MixerConfig, mixer_config, mixer_configs
-from statetrack.mixers.deltanet import DeltaNet, DeltaNetConfig, DeltaProductConfig, GatedDeltaNetConfig
+from statetrack.mixers.deltanet import (
+    DeltaNet,
+    DeltaNetConfig,
+    DeltaProductConfig,
+    GatedDeltaNetConfig,
+    GatedDeltaProductConfig,
+    KimiDeltaAttentionConfig,
+)
 from statetrack.mixers.mamba import Mamba, MambaConfig
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
@@ -17,7 +24,9 @@ __all__ = [
     "Discretized",
     "EigenvalueRange",
     "GatedDeltaNetConfig",
+    "GatedDeltaProductConfig",
     "Householder",
+    "KimiDeltaAttentionConfig",
     "LanguageModel",
     "LowRank",
     "Mamba",
