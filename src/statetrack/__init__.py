@@ -3,6 +3,7 @@
 from statetrack.mixers import Mixer, MixerConfig, mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNet, DeltaNetConfig, DeltaProductConfig, GatedDeltaNetConfig
 from statetrack.mixers.mamba import Mamba, MambaConfig
+from statetrack.mixers.mamba2 import Mamba2, Mamba2Config
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
@@ -21,6 +22,8 @@ __all__ = [
     "LanguageModel",
     "LowRank",
     "Mamba",
+    "Mamba2",
+    "Mamba2Config",
     "MambaConfig",
     "Mixer",
     "MixerConfig",
