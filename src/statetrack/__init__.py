@@ -10,6 +10,7 @@ from statetrack.mixers.deltanet import (
     KimiDeltaAttentionConfig,
 )
 from statetrack.mixers.mamba import Mamba, MambaConfig
+from statetrack.mixers.mamba2 import Mamba2, Mamba2Config
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
@@ -30,6 +31,8 @@ __all__ = [
     "LanguageModel",
     "LowRank",
     "Mamba",
+    "Mamba2",
+    "Mamba2Config",
     "MambaConfig",
     "Mixer",
     "MixerConfig",

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import dacite
 
 from statetrack.mixers import MixerConfig, mixer_config
+from statetrack.mixers.mixer import refuse_absent
 from statetrack.model import Mixers, ModelConfig, NormPlacements
 from statetrack.tasks import Task, get_task
 from statetrack.transition import EigenvalueRange
@@ -148,7 +149,9 @@ def read_mixer(data: Any) -> MixerConfig:
         return data
     if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
         raise ValueError(f"a mixer is a table with a name, for example {{name = 'deltanet'}}; got {data!r}")
-    return from_data(mixer_config(data["name"]), {key: value for key, value in data.items() if key != "name"})
+    kind, options = mixer_config(data["name"]), {key: value for key, value in data.items() if key != "name"}
+    refuse_absent(kind, options)
+    return from_data(kind, options)
 
 
 def read_mixers(data: Any) -> Mixers:
