@@ -124,7 +124,9 @@ def test_a_pattern_of_mixers_is_repeated_over_the_layers():
     assert [type(transition).__name__ for transition in transitions] == ["Householder", "Discretized"] * 2
 
 
-def test_a_pattern_of_one_mixer_is_that_mixer():
+def test_patterns_that_say_the_same_are_the_same_config():
+    whole, short = (ModelConfig(vocab_size=7, num_layers=4, mixer=mixer) for mixer in (HYBRID * 2, HYBRID))
+    assert whole == short
     assert ModelConfig(vocab_size=7, mixer=(HYBRID[0],) * 2) == ModelConfig(vocab_size=7, mixer=HYBRID[0])
 
 

@@ -13,6 +13,7 @@ from statetrack.mixers.mamba import Mamba, MambaConfig
 from statetrack.mixers.mamba2 import Mamba2, Mamba2Config
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
+from statetrack.pretrained import from_pretrained
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "Transition",
     "available_backends",
+    "from_pretrained",
     "linear_recurrence",
     "mixer_config",
     "mixer_configs",

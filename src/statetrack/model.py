@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -87,9 +88,9 @@ class ModelConfig:
                     f"a pattern of {len(pattern)} values for {name} can't be repeated over num_layers = "
                     f"{self.num_layers}; its length must divide the number of layers"
                 )
-            # Patterns that say the same thing are the same config.
-            same = all(value == pattern[0] for value in pattern)
-            object.__setattr__(self, name, pattern[0] if same else tuple(pattern))
+            # Patterns that say the same thing are the same config: the shortest of them.
+            length = next(n for n in range(1, len(pattern) + 1) if _repeats(pattern, n))
+            object.__setattr__(self, name, pattern[0] if length == 1 else tuple(pattern[:length]))
         for mixer in self.layer_mixers():
             if not isinstance(mixer, MixerConfig):
                 raise ValueError(f"mixer must be the config of a mixer or a tuple of configs, got {mixer!r}")
@@ -121,6 +122,12 @@ class ModelConfig:
         if self.mlp_size is not None:
             return self.mlp_size
         return max(1, round(self.mlp_ratio * self.d_model)) if self.mlp_ratio else 0
+
+
+def _repeats(pattern: Sequence[object], length: int) -> bool:
+    """Whether a pattern is its first `length` values again and again."""
+    whole, rest = divmod(len(pattern), length)
+    return not rest and list(pattern) == list(pattern[:length]) * whole
 
 
 class Block(nn.Module):

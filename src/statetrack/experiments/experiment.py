@@ -14,8 +14,8 @@
     sweep = [ { eigenvalue_range = [0, 1], explanation = "..." }, { eigenvalue_range = [-1, 1], explanation = "..." } ]
 
 Every entry of a sweep is the run with those options of its mixer replaced; every seed is a run of its own. A hybrid has
-a list of mixers, `mixer = [ { name = "deltanet" }, { name = "mamba" } ]`, which is the pattern of its layers. An entry of
-a sweep may also replace the mixer or the list as a whole, with `mixer = ...`.
+a list of mixers, `mixer = [ { name = "deltanet" }, { name = "mamba" } ]`, which is the pattern of its layers. An entry
+of a sweep may also replace the mixer or the list as a whole, with `mixer = ...`.
 """
 
 from __future__ import annotations
