@@ -3,6 +3,8 @@
 from statetrack.mixers import Mixer, MixerConfig, mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNet, DeltaNetConfig, DeltaProductConfig, GatedDeltaNetConfig
 from statetrack.mixers.mamba import Mamba, MambaConfig
+from statetrack.mixers.rwkv6 import RWKV6, RWKV6Config
+from statetrack.mixers.rwkv7 import RWKV7, RWKV7Config
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
@@ -10,6 +12,8 @@ from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Househ
 __version__ = "0.1.0"
 
 __all__ = [
+    "RWKV6",
+    "RWKV7",
     "DeltaNet",
     "DeltaNetConfig",
     "DeltaProductConfig",
@@ -25,6 +29,8 @@ __all__ = [
     "Mixer",
     "MixerConfig",
     "ModelConfig",
+    "RWKV6Config",
+    "RWKV7Config",
     "Transition",
     "available_backends",
     "linear_recurrence",
