@@ -1,7 +1,9 @@
 """Linear RNNs that track state: eigenvalue ranges from [0, 1] to [-1, 1] for every model, on CPU and GPU."""
 
 from statetrack.mixers import Mixer, MixerConfig, mixer_config, mixer_configs
+from statetrack.mixers.attention import Attention, AttentionConfig
 from statetrack.mixers.deltanet import DeltaNet, DeltaNetConfig, DeltaProductConfig, GatedDeltaNetConfig
+from statetrack.mixers.lstm import LSTM, LSTMConfig
 from statetrack.mixers.mamba import Mamba, MambaConfig
 from statetrack.mixers.rwkv6 import RWKV6, RWKV6Config
 from statetrack.mixers.rwkv7 import RWKV7, RWKV7Config
@@ -12,8 +14,11 @@ from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Househ
 __version__ = "0.1.0"
 
 __all__ = [
+    "LSTM",
     "RWKV6",
     "RWKV7",
+    "Attention",
+    "AttentionConfig",
     "DeltaNet",
     "DeltaNetConfig",
     "DeltaProductConfig",
@@ -22,6 +27,7 @@ __all__ = [
     "EigenvalueRange",
     "GatedDeltaNetConfig",
     "Householder",
+    "LSTMConfig",
     "LanguageModel",
     "LowRank",
     "Mamba",

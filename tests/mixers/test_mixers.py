@@ -21,6 +21,8 @@ OTHERS = {
     "beta_gain": [8.0],
     "state_size": [3],
     "dt_rank": [2],
+    "num_key_value_heads": [2],
+    "window": [4],
 }
 
 
