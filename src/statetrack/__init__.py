@@ -1,6 +1,7 @@
 """Linear RNNs that track state: eigenvalue ranges from [0, 1] to [-1, 1] for every model, on CPU and GPU."""
 
 from statetrack.mixers import Mixer, MixerConfig, mixer_config, mixer_configs
+from statetrack.mixers.attention import Attention, AttentionConfig
 from statetrack.mixers.deltanet import (
     DeltaNet,
     DeltaNetConfig,
@@ -9,8 +10,11 @@ from statetrack.mixers.deltanet import (
     GatedDeltaProductConfig,
     KimiDeltaAttentionConfig,
 )
+from statetrack.mixers.lstm import LSTM, LSTMConfig
 from statetrack.mixers.mamba import Mamba, MambaConfig
 from statetrack.mixers.mamba2 import Mamba2, Mamba2Config
+from statetrack.mixers.rwkv6 import RWKV6, RWKV6Config
+from statetrack.mixers.rwkv7 import RWKV7, RWKV7Config
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
 from statetrack.pretrained import from_pretrained
@@ -19,6 +23,11 @@ from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Househ
 __version__ = "0.1.0"
 
 __all__ = [
+    "LSTM",
+    "RWKV6",
+    "RWKV7",
+    "Attention",
+    "AttentionConfig",
     "DeltaNet",
     "DeltaNetConfig",
     "DeltaProductConfig",
@@ -29,6 +38,7 @@ __all__ = [
     "GatedDeltaProductConfig",
     "Householder",
     "KimiDeltaAttentionConfig",
+    "LSTMConfig",
     "LanguageModel",
     "LowRank",
     "Mamba",
@@ -38,6 +48,8 @@ __all__ = [
     "Mixer",
     "MixerConfig",
     "ModelConfig",
+    "RWKV6Config",
+    "RWKV7Config",
     "Transition",
     "available_backends",
     "from_pretrained",

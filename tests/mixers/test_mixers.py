@@ -29,6 +29,8 @@ OTHERS = {
     "gate_gain": [4.0],
     "gate_normalizer": [1.0],
     "rank": [3],
+    "num_key_value_heads": [2],
+    "window": [4],
 }
 
 

@@ -111,6 +111,10 @@ class Widening(nn.Module):
         """`beta` from gates [..., H] in [0, 1]."""
         return self.range.householder_beta(gate, self.current_lower_end())
 
+    def removal(self, gate: Tensor, decay: float) -> Tensor:
+        """What is taken from decays in [decay, 1], from gates [..., H] in [0, 1]; see `EigenvalueRange.removal`."""
+        return self.range.removal(gate, decay, self.current_lower_end())
+
 
 Config = TypeVar("Config", bound=MixerConfig)
 
@@ -214,3 +218,23 @@ def require_positive_number(config: MixerConfig, *names: str) -> None:
         value = getattr(config, name)
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def require_gain(config: MixerConfig, name: str) -> None:
+    """Raises ValueError unless the named option is a positive number."""
+    value = getattr(config, name)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def split_heads(config: Any, d_model: int) -> int:
+    """`head_dim` of a config with `num_heads` and `head_dim`, which is d_model / num_heads where it is None.
+
+    Raises:
+        ValueError: if it is None and num_heads doesn't divide d_model.
+    """
+    if config.head_dim is None and d_model % config.num_heads:
+        raise ValueError(
+            f"num_heads = {config.num_heads} must divide d_model = {d_model}, or head_dim must be given beside it"
+        )
+    return config.head_dim or d_model // config.num_heads
