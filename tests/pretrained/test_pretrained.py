@@ -13,7 +13,7 @@ from transformers import MambaConfig, MambaForCausalLM
 import statetrack
 from statetrack import EigenvalueRange, from_pretrained
 from statetrack.mixers.mixer import Widening
-from statetrack.pretrained import CheckpointError, Rows, sources
+from statetrack.pretrained import CheckpointError, sources
 
 
 @pytest.fixture
@@ -188,8 +188,3 @@ def test_wrong_arguments_are_refused(checkpoint, options, message):
 def test_the_registry_finds_the_sources():
     assert {"delta_net", "gated_deltanet", "gated_deltaproduct", "mamba", "mamba2"} <= sources().keys()
     assert statetrack.from_pretrained is from_pretrained
-
-
-def test_rows_are_joined_or_split_but_not_both():
-    with pytest.raises(ValueError, match="one of theirs and ours must be one name"):
-        Rows(("a", "b"), ("c", "d"))

@@ -31,7 +31,9 @@ class AttentionConfig(MixerConfig):
         num_key_value_heads: heads of keys and values, a divisor of num_heads; num_heads if None.
         head_dim: K, even; d_model / num_heads if None.
         rope_theta: base of the wavelengths of the rotary positions.
+        rotary: rotate queries and keys by their positions; without it attention knows no order but causality.
         qk_norm: RMS-normalize all queries of a token together, and all its keys.
+        norm_eps: added to the mean square inside that normalization.
         window: how many tokens a token sees, itself included; None for all before it.
     """
 
@@ -43,13 +45,16 @@ class AttentionConfig(MixerConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     rope_theta: float = 10000.0
+    rotary: bool = True
     qk_norm: bool = False
+    norm_eps: float = 1e-5
     window: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "num_heads", "num_key_value_heads", "head_dim", "window")
         require_gain(self, "rope_theta")
+        require_gain(self, "norm_eps")
         if self.num_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_key_value_heads = {self.num_key_value_heads} must divide num_heads = {self.num_heads}"
@@ -74,7 +79,7 @@ class Attention(Mixer):
         super().__init__()
         self.config = config = with_options(AttentionConfig, config, options)
         self.head_dim = split_heads(config, d_model)
-        if self.head_dim % 2:
+        if config.rotary and self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
         self.key_heads = config.num_key_value_heads or config.num_heads
         q_size, k_size = config.num_heads * self.head_dim, self.key_heads * self.head_dim
@@ -82,8 +87,8 @@ class Attention(Mixer):
         self.k_proj = nn.Linear(d_model, k_size, bias=False)
         self.v_proj = nn.Linear(d_model, k_size, bias=False)
         self.o_proj = nn.Linear(q_size, d_model, bias=False)
-        self.q_norm = RMSNorm(q_size, eps=1e-5) if config.qk_norm else None
-        self.k_norm = RMSNorm(k_size, eps=1e-5) if config.qk_norm else None
+        self.q_norm = RMSNorm(q_size, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(k_size, eps=config.norm_eps) if config.qk_norm else None
 
     def init_state(self, batch_size: int) -> State:
         weight = self.k_proj.weight
@@ -111,7 +116,8 @@ class Attention(Mixer):
         q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in (q, k, v))
         before = torch.zeros(b, dtype=torch.long, device=x.device) if state is None else state["length"]
         positions = before.unsqueeze(1) + torch.arange(t, device=x.device)
-        q, k = self._rotate(q, positions), self._rotate(k, positions)
+        if self.config.rotary:
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
         if state is not None:
             # A row's keys lie at their positions, so a shorter row's new keys overwrite its padding.
             past = state["k"].shape[1]

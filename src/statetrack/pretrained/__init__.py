@@ -16,7 +16,7 @@ from torch import Tensor
 from statetrack.mixers.mixer import MixerConfig, WidenedMixerConfig
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.pretrained.files import read_config, read_weights
-from statetrack.pretrained.source import CheckpointError, Options, Rows, Source
+from statetrack.pretrained.source import CheckpointError, Options, Rows, Source, chunk_lengths
 from statetrack.transition import EigenvalueRange, EigenvalueRangeLike
 from statetrack.weights import misfit
 
@@ -72,7 +72,7 @@ def from_pretrained(
     source = _source(data.get("model_type"), directory)
     weights = read_weights(directory)
     options = Options(data, f"{directory / 'config.json'}")
-    config = source.config(options, weights.keys())
+    config = source.config(options, weights)
     options.refuse_others(frozenset(source.ignored))
     model = LanguageModel(_widened(config, wanted, widening))
     _load(model, weights, source, directory)
@@ -104,7 +104,7 @@ def _widened(config: ModelConfig, wanted: EigenvalueRange | None, widening: Wide
 
 def _load(model: LanguageModel, weights: dict[str, Tensor], source: Source, directory: Path) -> None:
     config = model.config
-    rows = source.rows(config, weights.keys())
+    rows = source.rows(config, weights)
     if not config.tie_embeddings:
         rows = [*rows, Rows((source.head,), ("head.weight",))]
     # Lower ends that are learned are no checkpoint's; they start where their config says.
@@ -115,9 +115,11 @@ def _load(model: LanguageModel, weights: dict[str, Tensor], source: Source, dire
 
     expected: dict[str, tuple[int, ...]] = {}
     for row in rows:
-        length, *rest = (sum(len(ours[name]) for name in row.ours), *ours[row.ours[0]].shape[1:])
-        expected |= dict.fromkeys(row.theirs, (length // len(row.theirs), *rest))
-    found = {name: tensor for name, tensor in weights.items() if name not in source.unused(config, weights.keys())}
+        lengths = chunk_lengths(sum(len(ours[name]) for name in row.ours), len(row.theirs))
+        rest = ours[row.ours[0]].shape[1:]
+        expected |= {name: (length, *rest) for name, length in zip(row.theirs, lengths, strict=True)}
+    unused = source.unused(config, weights)
+    found = {name: tensor for name, tensor in weights.items() if name not in unused}
     if config.tie_embeddings and source.head in found:
         (embedding,) = (row.theirs[0] for row in rows if row.ours == ("embedding.weight",))
         head = found.pop(source.head)

@@ -7,7 +7,9 @@ and so on), and that of the code of its paper's time, with a list of projections
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from statetrack.mixers.deltanet import (
     DeltaNetConfig,
@@ -36,7 +38,7 @@ class _FLASource(Source):
     def mixer(self, options: Options, d_model: int, norm_eps: float) -> DeltaNetConfig:
         """The mixer of every layer."""
 
-    def config(self, options: Options, names: Collection[str]) -> ModelConfig:
+    def config(self, options: Options, weights: Mapping[str, Tensor]) -> ModelConfig:
         if options.get("attn", None) is not None:
             raise CheckpointError(
                 f"{options.source}: attn = {options.data['attn']!r} puts attention between the layers, which is not "
@@ -54,17 +56,17 @@ class _FLASource(Source):
             mixer=self.mixer(options, d_model, norm_eps),
         )
 
-    def rows(self, config: ModelConfig, names: Collection[str]) -> list[Rows]:
+    def rows(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> list[Rows]:
         rows = renamed("model.", "", {"embeddings.weight": "embedding.weight", "norm.weight": "norm.weight"})
         block = {"attn_norm.weight": "mixer_norm.weight", "mlp_norm.weight": "mlp_norm.weight"}
         block |= {name: name for name in (f"mlp.{part}_proj.weight" for part in ("gate", "up", "down"))}
         for layer in range(config.num_layers):
             theirs, ours = f"model.layers.{layer}.", f"blocks.{layer}."
             rows += renamed(theirs, ours, block)
-            rows += self.mixer_rows(config.layer_mixers()[layer], f"{theirs}attn.", f"{ours}mixer.", names)  # type: ignore[arg-type]
+            rows += self.mixer_rows(config.layer_mixers()[layer], f"{theirs}attn.", f"{ours}mixer.", weights)  # type: ignore[arg-type]
         return rows
 
-    def mixer_rows(self, mixer: DeltaNetConfig, theirs: str, ours: str, names: Collection[str]) -> list[Rows]:
+    def mixer_rows(self, mixer: DeltaNetConfig, theirs: str, ours: str, weights: Mapping[str, Tensor]) -> list[Rows]:
         """The rows of a layer's mixer, whose names begin so in the checkpoint and here."""
         parts = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "b_proj.weight", "o_proj.weight", "o_norm.weight"]
         parts += ["g_proj.weight"] if mixer.output_gate else []
@@ -155,9 +157,9 @@ class GatedDeltaProductSource(_FLASource):
             **_shared(options, norm_eps),  # type: ignore[arg-type]
         )
 
-    def mixer_rows(self, mixer: DeltaNetConfig, theirs: str, ours: str, names: Collection[str]) -> list[Rows]:
-        rows = super().mixer_rows(mixer, theirs, ours, names)
-        if not _is_old(names):
+    def mixer_rows(self, mixer: DeltaNetConfig, theirs: str, ours: str, weights: Mapping[str, Tensor]) -> list[Rows]:
+        rows = super().mixer_rows(mixer, theirs, ours, weights)
+        if not _is_old(weights):
             return rows
         lists = {f"{theirs}{x}_proj.weight": f"{theirs}{x}_projs.{{}}.weight" for x in "kvb"}
         lists |= {f"{theirs}{x}_conv1d.weight": f"{theirs}{x}_conv1ds.{{}}.weight" for x in "kv"}
@@ -172,16 +174,16 @@ class GatedDeltaProductSource(_FLASource):
 
         return [old(row) for row in rows]
 
-    def unused(self, config: ModelConfig, names: Collection[str]) -> set[str]:
-        if not _is_old(names):
+    def unused(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> set[str]:
+        if not _is_old(weights):
             return set()
         factors = max(getattr(mixer, "num_householder", 1) for mixer in config.mixer_pattern)
         prefixes = [f"model.layers.{layer}.attn.q_conv1ds." for layer in range(config.num_layers)]
         return {f"{prefix}{factor}.weight" for prefix in prefixes for factor in range(1, factors)}
 
 
-def _is_old(names: Collection[str]) -> bool:
-    return any(".k_projs." in name for name in names)
+def _is_old(weights: Mapping[str, Tensor]) -> bool:
+    return any(".k_projs." in name for name in weights)
 
 
 SOURCES = (DeltaNetSource, GatedDeltaNetSource, GatedDeltaProductSource)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
+
+from torch import Tensor
 
 from statetrack.mixers.mamba import MambaConfig
 from statetrack.mixers.mamba2 import Mamba2Config
@@ -40,11 +42,11 @@ class _MambaSource(Source):
         options.require("use_conv_bias", (True,), True)
         options.require("hidden_act", ("silu", "swish"), "silu")
 
-    def layers(self, config: ModelConfig, names: Collection[str], mixer: tuple[str, ...]) -> list[Rows]:
+    def layers(self, config: ModelConfig, weights: Mapping[str, Tensor], mixer: tuple[str, ...]) -> list[Rows]:
         # The first published checkpoints say embedding for embeddings.
         old = "backbone.embedding.weight"
         rows = [
-            Rows((old if old in names else "backbone.embeddings.weight",), ("embedding.weight",)),
+            Rows((old if old in weights else "backbone.embeddings.weight",), ("embedding.weight",)),
             Rows(("backbone.norm_f.weight",), ("norm.weight",)),
         ]
         for layer in range(config.num_layers):
@@ -59,7 +61,7 @@ class MambaSource(_MambaSource):
     model_type = "mamba"
     ignored = (*_IGNORED, "use_associative_scan", "use_mambapy")
 
-    def config(self, options: Options, names: Collection[str]) -> ModelConfig:
+    def config(self, options: Options, weights: Mapping[str, Tensor]) -> ModelConfig:
         self.require_plain(options)
         rank = options.get("time_step_rank", "auto")
         mixer = MambaConfig(
@@ -71,16 +73,16 @@ class MambaSource(_MambaSource):
         )
         return self.model(options, mixer, tied=True)
 
-    def rows(self, config: ModelConfig, names: Collection[str]) -> list[Rows]:
+    def rows(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> list[Rows]:
         linear = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "out_proj.weight")
-        return self.layers(config, names, (*linear, "conv1d.weight", "conv1d.bias", "A_log", "D"))
+        return self.layers(config, weights, (*linear, "conv1d.weight", "conv1d.bias", "A_log", "D"))
 
 
 class Mamba2Source(_MambaSource):
     model_type = "mamba2"
     ignored = (*_IGNORED, "chunk_size", "time_step_rank")
 
-    def config(self, options: Options, names: Collection[str]) -> ModelConfig:
+    def config(self, options: Options, weights: Mapping[str, Tensor]) -> ModelConfig:
         self.require_plain(options)
         # The norm inside the mixer has the epsilon of the others in transformers, and 1e-5 here.
         options.require("layer_norm_epsilon", (1e-5,), 1e-5)
@@ -98,7 +100,7 @@ class Mamba2Source(_MambaSource):
         )
         return self.model(options, mixer, tied=False)
 
-    def rows(self, config: ModelConfig, names: Collection[str]) -> list[Rows]:
+    def rows(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> list[Rows]:
         mixer = (
             "in_proj.weight",
             "conv1d.weight",
@@ -109,7 +111,7 @@ class Mamba2Source(_MambaSource):
             "norm.weight",
             "out_proj.weight",
         )
-        return self.layers(config, names, mixer)
+        return self.layers(config, weights, mixer)
 
     def _limits(self, options: Options) -> tuple[float, float]:
         limits = options.get("time_step_limit", (0.0, math.inf))

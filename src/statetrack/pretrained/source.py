@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from statetrack.model import ModelConfig
 
 
@@ -87,22 +89,21 @@ class Options:
 
 @dataclass(frozen=True)
 class Rows:
-    """Tensors of a checkpoint that together have the rows of tensors of the model.
-
-    Both, one below the other along the first axis, are the same matrix. Where both are several, or neither, is an
-    error.
+    """Tensors of a checkpoint that together have the rows of tensors of the model: one below the other they are equal.
 
     Attributes:
-        theirs: names in the checkpoint; of several, all have the same shape.
+        theirs: names in the checkpoint; several share the rows as `chunk_lengths` says.
         ours: names in the model.
     """
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        if min(len(self.theirs), len(self.ours)) != 1:
-            raise ValueError(f"one of theirs and ours must be one name, got {self.theirs} and {self.ours}")
+
+def chunk_lengths(length: int, chunks: int) -> list[int]:
+    """The lengths into which `torch.chunk` cuts: equal ones, but for the last where that doesn't work out."""
+    size = -(-length // chunks)
+    return [max(0, min(size, length - size * chunk)) for chunk in range(chunks)]
 
 
 def renamed(theirs: str, ours: str, names: Mapping[str, str]) -> list[Rows]:
@@ -129,22 +130,22 @@ class Source(ABC):
     """The output layer in the checkpoint; with tied embeddings it is left out, or equal to the embedding."""
 
     @abstractmethod
-    def config(self, options: Options, names: Collection[str]) -> ModelConfig:
+    def config(self, options: Options, weights: Mapping[str, Tensor]) -> ModelConfig:
         """The model.
 
         Args:
             options: the config of the checkpoint.
-            names: the names of its tensors, for layouts that the config does not tell.
+            weights: its tensors, for layouts that the config does not tell.
 
         Raises:
             CheckpointError: naming an option whose value is not supported.
         """
 
     @abstractmethod
-    def rows(self, config: ModelConfig, names: Collection[str]) -> list[Rows]:
+    def rows(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> list[Rows]:
         """Where each parameter comes from, the output layer left out, for the model that `config` returned."""
 
-    def unused(self, config: ModelConfig, names: Collection[str]) -> set[str]:
+    def unused(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> set[str]:
         """Names of tensors that checkpoints have and their own code doesn't use."""
         return set()
 
