@@ -8,7 +8,7 @@ from statetrack import LanguageModel, ModelConfig, mixer_config, mixer_configs
 
 def make(name="deltanet", **options):
     torch.manual_seed(0)
-    config = ModelConfig(vocab_size=7, d_model=12, mixer=mixer_config(name)(), **{"mlp_ratio": 2.0, **options})
+    config = ModelConfig(vocab_size=7, d_model=16, mixer=mixer_config(name)(), **{"mlp_ratio": 2.0, **options})
     return LanguageModel(config).double()
 
 
@@ -132,7 +132,7 @@ def test_patterns_that_say_the_same_are_the_same_config():
 
 def test_the_mlp_may_have_a_size_of_its_own():
     model = make(mlp_ratio=0.0, mlp_size=5)
-    assert model.blocks[0].mlp.up_proj.weight.shape == (5, 12)
+    assert model.blocks[0].mlp.up_proj.weight.shape == (5, 16)
 
 
 def test_norms_after_the_parts_normalize_what_they_add():
