@@ -116,7 +116,7 @@ class DeltaNetConfig(WidenedMixerConfig):
         lo = self.gate_range().lo
         if self.num_householder == 1 or (self.num_householder == 2 and lo >= 0):
             # A product of two symmetric matrices with eigenvalues in [0, 1] has such eigenvalues too (proposition 1 of
-            # arXiv 2411.12537), and its inverse one no larger than the product of their largest.
+            # arXiv 2411.12537). It shortens no vector by more than lo for each of its factors.
             return EigenvalueRange(lo**self.num_householder, 1)
         return None
 
