@@ -42,7 +42,7 @@ def qwen3_next_options(config):
         "head_dim": config.linear_key_head_dim,
         "value_dim": config.linear_value_head_dim,
         "conv_size": config.linear_conv_kernel_dim,
-        "norm_eps": config.rms_norm_eps,
+        "output_norm_eps": config.rms_norm_eps,
         "eigenvalue_range": (0, 1),
         "normalize": False,
     }
@@ -68,7 +68,7 @@ def qwen3_next_weights(theirs, config):
 def olmo_hybrid_options(config):
     return {
         **qwen3_next_options(config),
-        "norm_eps": 1e-5,
+        "output_norm_eps": 1e-5,
         "eigenvalue_range": range_of(config.linear_allow_neg_eigval),
     }
 
@@ -86,7 +86,7 @@ def kimi_linear_options(config):
         "num_heads": config.linear_num_heads,
         "head_dim": config.linear_head_dim,
         "conv_size": config.linear_conv_kernel_dim,
-        "norm_eps": config.rms_norm_eps,
+        "output_norm_eps": config.rms_norm_eps,
         "eigenvalue_range": (0, 1),
         "normalize": False,
     }
@@ -217,7 +217,7 @@ def fla_config(layer, arguments):
         "num_heads": arguments["num_heads"],
         "conv_size": arguments.get("conv_size", 4),
         "conv_bias": arguments.get("conv_bias", False),
-        "norm_eps": arguments.get("norm_eps", 1e-5),
+        "output_norm_eps": arguments.get("norm_eps", 1e-5),
         "normalize": False,
     }
     if layer == "DeltaNet":
@@ -362,7 +362,7 @@ def test_the_spectrum_is_the_interval_that_can_be_proved(config, expected):
     ("make_wrong", "message"),
     [
         (lambda: DeltaNetConfig(num_heads=4, num_value_heads=6), "must be a multiple of num_heads = 4, got 6"),
-        (lambda: DeltaNetConfig(norm_eps=-1.0), "norm_eps must be a number of at least 0"),
+        (lambda: DeltaNetConfig(output_norm_eps=-1.0), "output_norm_eps must be a number of at least 0"),
         (lambda: DeltaNetConfig(gate_activation="relu"), "gate_activation must be silu or sigmoid, got 'relu'"),
         (lambda: KimiDeltaAttentionConfig(decay_rank=0), "decay_rank of kda must be a positive integer, got 0"),
         (lambda: GatedDeltaNetConfig(decay_range=(-2, 1)), "-1 <= lo < hi <= 1"),
