@@ -63,7 +63,7 @@ class DeltaNetConfig(WidenedMixerConfig):
             exact reflection whatever the dtype and the length of the key. The originals don't: theirs is False, and
             differs where a key before its normalization is so short that the 1e-6 in its norm counts.
         output_norm: RMS-normalize what each head reads from its state.
-        norm_eps: added to the mean square inside that normalization.
+        output_norm_eps: added to the mean square inside that normalization.
         output_gate: multiply the normalized output by the activation of a gate computed from the input.
         gate_activation: of the output gate.
         backend: how the recurrence is computed, "auto" or a name from `statetrack.ops.available_backends()`.
@@ -84,7 +84,7 @@ class DeltaNetConfig(WidenedMixerConfig):
     activation: Literal["silu", "identity"] = "silu"
     normalize: bool = True
     output_norm: bool = True
-    norm_eps: float = 1e-5
+    output_norm_eps: float = 1e-5
     output_gate: bool = False
     gate_activation: Literal["silu", "sigmoid"] = "silu"
     backend: str = "auto"
@@ -102,8 +102,8 @@ class DeltaNetConfig(WidenedMixerConfig):
             raise ValueError(f"beta_gain must be a positive number, got {self.beta_gain}")
         if self.activation not in ("silu", "identity"):
             raise ValueError(f"activation must be silu or identity, got {self.activation!r}")
-        if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0):
-            raise ValueError(f"norm_eps must be a number of at least 0, got {self.norm_eps}")
+        if not (math.isfinite(self.output_norm_eps) and self.output_norm_eps >= 0):
+            raise ValueError(f"output_norm_eps must be a number of at least 0, got {self.output_norm_eps}")
         if self.gate_activation not in ("silu", "sigmoid"):
             raise ValueError(f"gate_activation must be silu or sigmoid, got {self.gate_activation!r}")
 
@@ -116,7 +116,7 @@ class DeltaNetConfig(WidenedMixerConfig):
         lo = self.gate_range().lo
         if self.num_householder == 1 or (self.num_householder == 2 and lo >= 0):
             # A product of two symmetric matrices with eigenvalues in [0, 1] has such eigenvalues too (proposition 1 of
-            # arXiv 2411.12537), and its inverse one no larger than the product of their largest.
+            # arXiv 2411.12537). It shortens no vector by more than lo for each of its factors.
             return EigenvalueRange(lo**self.num_householder, 1)
         return None
 
@@ -247,7 +247,7 @@ class DeltaNet(Mixer):
             self.g_proj = nn.Linear(d_model, o_size, bias=False)
         else:
             self.g_proj = _low_rank(d_model, kda.gate_rank or self.value_dim, o_size, bias=kda.gate_bias)
-        self.o_norm = RMSNorm(self.value_dim, eps=config.norm_eps) if config.output_norm else None
+        self.o_norm = RMSNorm(self.value_dim, eps=config.output_norm_eps) if config.output_norm else None
         sizes = {"q": q_size, "k": k_size, "v": v_size} if config.conv_size else {}
         self.convolutions = nn.ModuleDict(
             {name: ShortConvolution(size, config.conv_size, bias=config.conv_bias) for name, size in sizes.items()}
