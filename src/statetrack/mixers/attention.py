@@ -33,7 +33,7 @@ class AttentionConfig(MixerConfig):
         rope_theta: base of the wavelengths of the rotary positions.
         rotary: rotate queries and keys by their positions; without it attention knows no order but causality.
         qk_norm: RMS-normalize all queries of a token together, and all its keys.
-        norm_eps: added to the mean square inside that normalization.
+        qk_norm_eps: added to the mean square inside that normalization.
         window: how many tokens a token sees, itself included; None for all before it.
     """
 
@@ -47,14 +47,14 @@ class AttentionConfig(MixerConfig):
     rope_theta: float = 10000.0
     rotary: bool = True
     qk_norm: bool = False
-    norm_eps: float = 1e-5
+    qk_norm_eps: float = 1e-5
     window: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "num_heads", "num_key_value_heads", "head_dim", "window")
         require_gain(self, "rope_theta")
-        require_gain(self, "norm_eps")
+        require_gain(self, "qk_norm_eps")
         if self.num_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_key_value_heads = {self.num_key_value_heads} must divide num_heads = {self.num_heads}"
@@ -87,8 +87,8 @@ class Attention(Mixer):
         self.k_proj = nn.Linear(d_model, k_size, bias=False)
         self.v_proj = nn.Linear(d_model, k_size, bias=False)
         self.o_proj = nn.Linear(q_size, d_model, bias=False)
-        self.q_norm = RMSNorm(q_size, eps=config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(k_size, eps=config.norm_eps) if config.qk_norm else None
+        self.q_norm = RMSNorm(q_size, eps=config.qk_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(k_size, eps=config.qk_norm_eps) if config.qk_norm else None
 
     def init_state(self, batch_size: int) -> State:
         weight = self.k_proj.weight

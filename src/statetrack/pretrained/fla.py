@@ -89,7 +89,7 @@ def _shared(options: Options, norm_eps: float) -> dict[str, object]:
     return {
         "eigenvalue_range": EigenvalueRange(-1 if options.require("allow_neg_eigval", _SWITCH, False) else 0, 1),
         "conv_size": size if short else 0,
-        "norm_eps": norm_eps,
+        "output_norm_eps": norm_eps,
         # FLA doesn't divide beta by the squared norm of the key.
         "normalize": False,
     }

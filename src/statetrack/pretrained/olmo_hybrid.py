@@ -118,7 +118,7 @@ class OlmoHybridSource(Source):
             head_dim=key_dim,
             value_dim=self._size(options, "linear_value_head_dim", 2 * key_dim),
             conv_size=options.size("linear_conv_kernel_dim", 4),
-            norm_eps=1e-5,  # that of FLA, whatever rms_norm_eps is
+            output_norm_eps=1e-5,  # that of FLA, whatever rms_norm_eps is
             normalize=False,
             output_gate=True,
         )
@@ -132,7 +132,7 @@ class OlmoHybridSource(Source):
             head_dim=None if head_dim is None else options.size("head_dim"),
             rotary=theta is not None,
             qk_norm=True,
-            norm_eps=norm_eps,
+            qk_norm_eps=norm_eps,
             **({} if theta is None else {"rope_theta": theta}),
         )
 
