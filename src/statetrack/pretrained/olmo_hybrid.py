@@ -133,7 +133,7 @@ class OlmoHybridSource(Source):
             rotary=theta is not None,
             qk_norm=True,
             qk_norm_eps=norm_eps,
-            **({} if theta is None else {"rope_theta": theta}),
+            rope_theta=AttentionConfig.rope_theta if theta is None else theta,
         )
 
     def _rope_theta(self, options: Options) -> float | None:
