@@ -14,7 +14,7 @@ from torch import Tensor
 from statetrack.mixers.attention import AttentionConfig
 from statetrack.mixers.deltanet import GatedDeltaNetConfig
 from statetrack.mixers.mixer import MixerConfig
-from statetrack.model import ModelConfig
+from statetrack.model import ModelConfig, NormPlacement
 from statetrack.pretrained.source import CheckpointError, Options, Rows, Source, chunk_lengths, renamed
 from statetrack.transition import EigenvalueRange
 
@@ -42,13 +42,14 @@ class OlmoHybridSource(Source):
             _LINEAR: self._linear(options),
             _FULL: self._attention(options, norm_eps),
         }
+        placements: dict[str, NormPlacement] = {_LINEAR: "before", _FULL: "after"}
         return ModelConfig(
             vocab_size=options.size("vocab_size", 100352),
             d_model=options.size("hidden_size", 3840),
             num_layers=layers,
             mlp_size=options.size("intermediate_size", 11008),
             norm_eps=norm_eps,
-            norm_placement=tuple("before" if kind == _LINEAR else "after" for kind in kinds),
+            norm_placement=tuple(placements[kind] for kind in kinds),
             tie_embeddings=options.require("tie_word_embeddings", (True, False), False),
             mixer=tuple(mixers[kind] for kind in kinds),
         )
