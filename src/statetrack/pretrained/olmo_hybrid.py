@@ -42,14 +42,14 @@ class OlmoHybridSource(Source):
             _LINEAR: self._linear(options),
             _FULL: self._attention(options, norm_eps),
         }
-        placements: dict[str, NormPlacement] = {_LINEAR: "before", _FULL: "after"}
+        placements: list[NormPlacement] = ["before" if kind == _LINEAR else "after" for kind in kinds]
         return ModelConfig(
             vocab_size=options.size("vocab_size", 100352),
             d_model=options.size("hidden_size", 3840),
             num_layers=layers,
             mlp_size=options.size("intermediate_size", 11008),
             norm_eps=norm_eps,
-            norm_placement=tuple(placements[kind] for kind in kinds),
+            norm_placement=tuple(placements),
             tie_embeddings=options.require("tie_word_embeddings", (True, False), False),
             mixer=tuple(mixers[kind] for kind in kinds),
         )
