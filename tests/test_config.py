@@ -1,6 +1,7 @@
 """Configs as plain data, read strictly."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -15,6 +16,17 @@ def make(**training):
 def test_a_run_survives_plain_data():
     config = make(steps=7, learning_rate=0.5)
     assert from_data(RunConfig, to_data(config)) == config
+
+
+def test_a_hybrid_is_a_list_of_tables():
+    mixers = (mixer_config("deltanet")(num_heads=2), mixer_config("mamba")())
+    options = {"d_model": 16, "num_layers": 4, "norm_placement": ["before", "after"]}
+    config = run_config("parity", mixers, options, TrainingConfig())
+    data = to_data(config)
+    assert [table["name"] for table in data["model"]["mixer"]] == ["deltanet", "mamba"]
+    assert json.loads(json.dumps(data)) == data
+    assert from_data(RunConfig, data) == config
+    assert config.model.layer_mixers() == mixers * 2
 
 
 def test_whole_numbers_do_for_numbers():
@@ -55,6 +67,9 @@ def changed(path, value):
         ("training.z_loss", -1, "z_loss must be 0 or positive"),
         ("training.seed", -1, "seed must lie in"),
         ("model.mixer", "deltanet", "a mixer is a table with a name"),
+        ("model.mixer", ["deltanet"], "a mixer is a table with a name"),
+        ("model.mixer", [{"name": "deltanet"}, {"name": "mamba"}, {"name": "mamba"}], "3 values for mixer"),
+        ("model.norm_placement", "inside", "norm_placement"),
         ("model.mixer.name", "deltanut", "did you mean 'deltanet'"),
         ("model.mixer.heads", 4, "unknown key heads"),
         ("model.mixer.eigenvalue_range", [1, -1], "-1 <= lo < hi <= 1"),

@@ -5,6 +5,7 @@ import pytest
 from statetrack import EigenvalueRange
 from statetrack.experiments import load_experiment, run_experiment
 from statetrack.experiments.experiment import read_experiment
+from statetrack.report.record import group
 
 SMALL = {
     "title": "small",
@@ -27,6 +28,9 @@ SMALL = {
 }
 
 
+HYBRID = [{"name": "deltanet", "num_heads": 2}, {"name": "mamba", "eigenvalue_range": [0, 1]}]
+
+
 def test_a_sweep_makes_a_run_for_every_entry_and_seed():
     experiment = read_experiment(SMALL)
     mixers = [run.config.model.mixer for run in experiment.runs]
@@ -44,11 +48,37 @@ def test_a_sweep_makes_a_run_for_every_entry_and_seed():
         ({"run": [{"task": "parity", "mixer": {"name": "deltanet"}}]}, "lengths"),
         ({"run": [{"task": "parity", "lengths": [4], "mixer": {"name": "nothing"}}]}, "unknown mixer 'nothing'"),
         ({"run": [{"task": "parity", "lengths": [4], "mixer": {"name": "mamba", "heads": 1}}]}, "unknown key heads"),
+        ({"run": [{"task": "parity", "lengths": [4], "mixer": HYBRID, "sweep": [{"num_heads": 1}]}]}, "which mixer"),
     ],
 )
 def test_a_wrong_file_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         read_experiment({**SMALL, **change})
+
+
+def test_a_hybrid_runs_and_is_named_after_its_pattern(tmp_path):
+    table = SMALL["run"][0]
+    run = {**table, "mixer": HYBRID, "model": {"d_model": 8, "num_layers": 2}, "sweep": [{}]}
+    experiment = read_experiment({**SMALL, "run": [run]}, [3])
+    assert [run.name for run in experiment.runs] == ["parity-deltanet[-1,1]n1+mamba[0,1]-seed3"]
+    records = run_experiment(experiment, tmp_path, workers=1)
+    assert records is not None
+    (record,) = records
+    assert (record.mixer, record.eigenvalue_range, record.num_householder) == ("deltanet+mamba", None, 1)
+    assert record.variant == "2 layers, eigenvalues in [-1,1] and [0,1]"
+    (of_it,) = group(records)
+    assert of_it.model == "DeltaNet + Mamba, 2 layers, eigenvalues in [-1,1] and [0,1]"
+    spectrum = [x for values in record.token_eigenvalues.values() for x, _ in values]
+    assert min(spectrum) >= -1
+    assert max(spectrum) <= 1
+    # A run that is finished is found again under the same config.
+    assert run_experiment(experiment, tmp_path, workers=1) == records
+
+
+def test_a_sweep_may_replace_the_mixers_of_a_hybrid_as_a_whole():
+    run = {**SMALL["run"][0], "model": {"num_layers": 2}, "sweep": [{"mixer": HYBRID}, {"mixer": HYBRID[1]}]}
+    experiment = read_experiment({**SMALL, "run": [run]}, [3])
+    assert [run.config.model.mixer_name for run in experiment.runs] == ["deltanet+mamba", "mamba"]
 
 
 def test_a_grid_runs_stops_and_goes_on(tmp_path):

@@ -1,15 +1,33 @@
 """Linear RNNs that track state: eigenvalue ranges from [0, 1] to [-1, 1] for every model, on CPU and GPU."""
 
 from statetrack.mixers import Mixer, MixerConfig, mixer_config, mixer_configs
-from statetrack.mixers.deltanet import DeltaNet, DeltaNetConfig, DeltaProductConfig, GatedDeltaNetConfig
+from statetrack.mixers.attention import Attention, AttentionConfig
+from statetrack.mixers.deltanet import (
+    DeltaNet,
+    DeltaNetConfig,
+    DeltaProductConfig,
+    GatedDeltaNetConfig,
+    GatedDeltaProductConfig,
+    KimiDeltaAttentionConfig,
+)
+from statetrack.mixers.lstm import LSTM, LSTMConfig
 from statetrack.mixers.mamba import Mamba, MambaConfig
+from statetrack.mixers.mamba2 import Mamba2, Mamba2Config
+from statetrack.mixers.rwkv6 import RWKV6, RWKV6Config
+from statetrack.mixers.rwkv7 import RWKV7, RWKV7Config
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
+from statetrack.pretrained import from_pretrained
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LSTM",
+    "RWKV6",
+    "RWKV7",
+    "Attention",
+    "AttentionConfig",
     "DeltaNet",
     "DeltaNetConfig",
     "DeltaProductConfig",
@@ -17,16 +35,24 @@ __all__ = [
     "Discretized",
     "EigenvalueRange",
     "GatedDeltaNetConfig",
+    "GatedDeltaProductConfig",
     "Householder",
+    "KimiDeltaAttentionConfig",
+    "LSTMConfig",
     "LanguageModel",
     "LowRank",
     "Mamba",
+    "Mamba2",
+    "Mamba2Config",
     "MambaConfig",
     "Mixer",
     "MixerConfig",
     "ModelConfig",
+    "RWKV6Config",
+    "RWKV7Config",
     "Transition",
     "available_backends",
+    "from_pretrained",
     "linear_recurrence",
     "mixer_config",
     "mixer_configs",

@@ -248,7 +248,7 @@ def _train_command(words: Sequence[str]) -> type:
         elif word == "--mixer" and words[index + 1 :]:  # without a value, the parser itself will complain
             mixer = words[index + 1]
     options = _options(mixer_config(mixer))
-    model = _options(ModelConfig, without=("vocab_size", "output_size", "mixer"))
+    model = _options(ModelConfig, without=("vocab_size", "output_size", "mixer", "norm_placement"))
     flat = tyro.conf.arg(name="")
 
     def run(self: Any) -> int:
@@ -279,7 +279,8 @@ def _train_command(words: Sequence[str]) -> type:
     Attributes:
         task: the task, as `statetrack tasks` lists them; or name a language by one of the options for it.
         out: the run directory to make, or to go on with.
-        mixer: the token mixer, one of {", ".join(mixer_configs())}.
+        mixer: the token mixer of every layer, one of {", ".join(mixer_configs())}; a hybrid of several is made in
+            Python or in an experiment file, where `mixer` is a list.
         device: cpu or cuda; if left out, cuda where there is one.
     """
     return command

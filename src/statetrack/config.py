@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeVar
 import dacite
 
 from statetrack.mixers import MixerConfig, mixer_config
-from statetrack.model import ModelConfig
+from statetrack.mixers.mixer import refuse_absent
+from statetrack.model import Mixers, ModelConfig, NormPlacements
 from statetrack.tasks import Task, get_task
 from statetrack.transition import EigenvalueRange
 
@@ -115,6 +116,8 @@ def to_data(config: Any) -> Any:
     if is_dataclass(config):
         name = {"name": config.name} if isinstance(config, MixerConfig) else {}
         return name | {f.name: to_data(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, tuple):
+        return [to_data(value) for value in config]
     return config
 
 
@@ -124,7 +127,13 @@ def from_data(kind: type[Config], data: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: for unknown, missing or ill-typed keys and for values that a config refuses, in one sentence.
     """
-    hooks = {EigenvalueRange: EigenvalueRange.of, MixerConfig: read_mixer, float: _read_float, int: _read_int}
+    hooks = {
+        EigenvalueRange: EigenvalueRange.of,
+        Mixers: read_mixers,
+        NormPlacements: lambda data: tuple(data) if isinstance(data, list) else data,
+        float: _read_float,
+        int: _read_int,
+    }
     try:
         return dacite.from_dict(kind, data, dacite.Config(strict=True, type_hooks=hooks))  # type: ignore[type-var]
     except dacite.UnexpectedDataError as error:
@@ -140,15 +149,22 @@ def read_mixer(data: Any) -> MixerConfig:
         return data
     if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
         raise ValueError(f"a mixer is a table with a name, for example {{name = 'deltanet'}}; got {data!r}")
-    return from_data(mixer_config(data["name"]), {key: value for key, value in data.items() if key != "name"})
+    kind, options = mixer_config(data["name"]), {key: value for key, value in data.items() if key != "name"}
+    refuse_absent(kind, options)
+    return from_data(kind, options)
 
 
-def run_config(task: str, mixer: MixerConfig, model: Mapping[str, Any], training: TrainingConfig) -> RunConfig:
+def read_mixers(data: Any) -> Mixers:
+    """A mixer's config from plain data, as `read_mixer` reads it; or a list of them, the pattern of a hybrid."""
+    return tuple(map(read_mixer, data)) if isinstance(data, (list, tuple)) else read_mixer(data)
+
+
+def run_config(task: str, mixer: Mixers, model: Mapping[str, Any], training: TrainingConfig) -> RunConfig:
     """A `RunConfig` whose model has the vocabulary and the outputs of its task.
 
     Args:
         task: the task's name.
-        mixer: the token mixer.
+        mixer: the token mixer, or the pattern of a hybrid.
         model: other fields of `ModelConfig`.
         training: the training.
     """

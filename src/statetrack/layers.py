@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -120,3 +121,78 @@ def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(|x|^2 + eps)` along the last axis, computed in float32 or better, in the dtype of `x`."""
     wide = accumulated(x)
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def token_shift(x: Tensor, state: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Every token's predecessor [B, T, D] (RWKV), and the last token [B, D], which is the state.
+
+    Args:
+        x: [B, T, D].
+        state: the token before the first, [B, D], or [S, D] for S packed sequences; zeros at the start.
+        cu_seqlens: boundaries [S + 1] of sequences packed along T (then B = 1); none sees a token of another.
+    """
+    state = state.to(x.dtype)
+    if cu_seqlens is None:
+        return torch.cat([state.unsqueeze(1), x[:, :-1]], 1), x[:, -1]
+    shifted = F.pad(x[:, :-1], (0, 0, 1, 0))
+    filled = cu_seqlens.diff() > 0  # an empty sequence keeps its state
+    shifted = shifted.index_copy(1, cu_seqlens[:-1][filled], state[filled].unsqueeze(0))
+    last = x[0].index_select(0, (cu_seqlens[1:] - 1).clamp(min=0))
+    return shifted, torch.where(filled.unsqueeze(1), last, state)
+
+
+class LowRankMap(nn.Module):
+    """`up(activation(down(x))) + bias`, [..., D] -> [..., C] through `rank` channels ("LoRA" in RWKV's papers).
+
+    The result is float32 or better: it is what decays and gates are made of.
+
+    Args:
+        d_model: D.
+        rank: channels in between.
+        size: C.
+        activation: applied in between; None for none.
+        bias: add a bias.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        rank: int,
+        size: int,
+        activation: Callable[[Tensor], Tensor] | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.down = nn.Linear(d_model, rank, bias=False)
+        self.up = nn.Linear(rank, size, bias=False)
+        self.bias = nn.Parameter(torch.zeros(size)) if bias else None
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.down(x)
+        y = accumulated(self.up(low if self.activation is None else self.activation(low)))
+        return y if self.bias is None else y + accumulated(self.bias)
+
+
+class HeadNorm(nn.Module):
+    """Layer norm of what each head reads, with a weight and a bias for each channel: [B, T, H, V] -> [B, T, H V].
+
+    It is `torch.nn.GroupNorm` with one group a head, computed in float32 or better, in the dtype of the input.
+
+    Args:
+        heads: H.
+        size: V.
+        eps: added to the variance.
+    """
+
+    def __init__(self, heads: int, size: int, eps: float) -> None:
+        super().__init__()
+        self.heads, self.eps = heads, eps
+        self.weight = nn.Parameter(torch.ones(heads * size))
+        self.bias = nn.Parameter(torch.zeros(heads * size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, weight, bias = accumulated(x).flatten(0, 1).flatten(1), accumulated(self.weight), accumulated(self.bias)
+        y = F.group_norm(wide, self.heads, weight, bias, self.eps)
+        return y.unflatten(0, x.shape[:2]).to(x.dtype)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from statetrack.layers import GatedMLP, ReLUMLP, RMSNorm
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.mixers.mixer import Mixer, MixerConfig, State
-from statetrack.transition import Transition
+from statetrack.ops.packing import pack, unpack
+from statetrack.transition import Transition, accumulated
 
 ModelState = list[State]
 """The memory of a model between two calls: the state of each layer's mixer."""
+
+Mixers = MixerConfig | tuple[MixerConfig, ...]
+"""One mixer for every layer, or a pattern of mixers that is repeated over the layers."""
+
+NormPlacement = Literal["before", "after", "none"]
+"""Whether a block normalizes what its mixer and its MLP read, or what they add to the residual stream, or nothing."""
+
+NormPlacements = NormPlacement | tuple[NormPlacement, ...]
+"""One placement for every layer, or a pattern that is repeated over the layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +39,18 @@ class ModelConfig:
         d_model: D, the model dimension.
         num_layers: blocks.
         mlp_ratio: hidden width of each block's MLP over d_model; 0 leaves the MLPs out.
+        mlp_size: that hidden width itself, in place of mlp_ratio; None for mlp_ratio.
         mlp: the kind of MLP: "gated" (SwiGLU) or "relu".
         mlp_depth: hidden layers of a relu MLP; a gated one has one.
-        block_norm: RMS-normalize what each mixer and each MLP reads. Compiled models, whose activations are exact
-            integers, go without.
         final_norm: RMS-normalize what the output layer reads.
         norm_eps: epsilon of the RMS norms.
-        mixer: the token mixer of every block.
+        norm_placement: RMS-normalize what the mixers and MLPs read ("before"), what they return ("after"), or neither
+            ("none": compiled models, whose activations are exact integers); a tuple is a pattern that is repeated over
+            the layers, as with `mixer`.
+        residual_in_float32: keep the sum over the blocks in float32 where the weights have fewer bits.
+        tie_embeddings: the output layer is the transposed embedding; output_size must then be vocab_size.
+        mixer: the token mixer of every block; or a tuple of them, a hybrid: the pattern is repeated over the layers,
+            and its length divides num_layers.
     """
 
     vocab_size: int
@@ -41,15 +58,18 @@ class ModelConfig:
     d_model: int = 128
     num_layers: int = 2
     mlp_ratio: float = 0.0
+    mlp_size: int | None = None
     mlp: Literal["gated", "relu"] = "gated"
     mlp_depth: int = 1
-    block_norm: bool = True
     final_norm: bool = True
     norm_eps: float = 1e-5
-    mixer: MixerConfig = field(default_factory=DeltaNetConfig)
+    norm_placement: NormPlacements = "before"
+    residual_in_float32: bool = False
+    tie_embeddings: bool = False
+    mixer: Mixers = field(default_factory=DeltaNetConfig)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "output_size", "d_model", "num_layers", "mlp_depth"):
+        for name in ("vocab_size", "output_size", "d_model", "num_layers", "mlp_size", "mlp_depth"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
@@ -61,30 +81,110 @@ class ModelConfig:
             raise ValueError(f"mlp_depth = {self.mlp_depth} needs mlp = relu; a gated MLP has one hidden layer")
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a small positive number, got {self.norm_eps}")
+        if self.mlp_size is not None and self.mlp_ratio:
+            raise ValueError(f"give mlp_ratio or mlp_size, not both; got {self.mlp_ratio} and {self.mlp_size}")
+        if self.tie_embeddings and self.output_size not in (None, self.vocab_size):
+            raise ValueError(
+                f"tied embeddings need output_size = vocab_size = {self.vocab_size}, got output_size = "
+                f"{self.output_size}"
+            )
+        for name in ("mixer", "norm_placement"):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, (tuple, list)):
+                continue
+            if not pattern or self.num_layers % len(pattern):
+                raise ValueError(
+                    f"a pattern of {len(pattern)} values for {name} can't be repeated over num_layers = "
+                    f"{self.num_layers}; its length must divide the number of layers"
+                )
+            # Patterns that say the same thing are the same config: the shortest of them.
+            length = next(n for n in range(1, len(pattern) + 1) if _repeats(pattern, n))
+            object.__setattr__(self, name, pattern[0] if length == 1 else tuple(pattern[:length]))
+        for mixer in self.layer_mixers():
+            if not isinstance(mixer, MixerConfig):
+                raise ValueError(f"mixer must be the config of a mixer or a tuple of configs, got {mixer!r}")
+        for placement in self.layer_norm_placements():
+            if placement not in get_args(NormPlacement):
+                raise ValueError(f"norm_placement must be before, after or none, got {placement!r}")
+            if placement == "none" and self.residual_in_float32:
+                raise ValueError(
+                    "residual_in_float32 needs norms: they bring what a mixer reads to the dtype of its weights"
+                )
+
+    @property
+    def mixer_pattern(self) -> tuple[MixerConfig, ...]:
+        """The mixers of a pattern, in order; of one element where every layer has the same."""
+        return self.mixer if isinstance(self.mixer, tuple) else (self.mixer,)
+
+    @property
+    def mixer_name(self) -> str:
+        """The name of the mixer, or those of the pattern: `deltanet+attention`."""
+        return "+".join(mixer.name for mixer in self.mixer_pattern)
+
+    def layer_mixers(self) -> tuple[MixerConfig, ...]:
+        """The mixer of each layer."""
+        return self.mixer_pattern * (self.num_layers // len(self.mixer_pattern))
+
+    def layer_norm_placements(self) -> tuple[NormPlacement, ...]:
+        """The placement of the norms of each layer."""
+        placements = self.norm_placement if isinstance(self.norm_placement, tuple) else (self.norm_placement,)
+        return placements * (self.num_layers // len(placements))
+
+    def mlp_hidden_size(self) -> int:
+        """The hidden width of each block's MLP; 0 for none."""
+        if self.mlp_size is not None:
+            return self.mlp_size
+        return max(1, round(self.mlp_ratio * self.d_model)) if self.mlp_ratio else 0
+
+
+def _repeats(pattern: Sequence[object], length: int) -> bool:
+    """Whether a pattern is its first `length` values again and again."""
+    whole, rest = divmod(len(pattern), length)
+    return not rest and list(pattern) == list(pattern[:length]) * whole
 
 
 class Block(nn.Module):
-    """`x + mixer(norm(x))`, then `x + mlp(norm(x))` where there is an MLP."""
+    """`x + mixer(norm(x))`, then `x + mlp(norm(x))` where there is an MLP; with norms "after", `x + norm(mixer(x))`.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: the model's config.
+        layer: number of the block, from 0.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.mixer_norm = _norm(config, config.block_norm)
-        self.mixer: Mixer = config.mixer.build(config.d_model)
+        placement = config.layer_norm_placements()[layer]
+        self.norm_after = placement == "after"
+        self.residual_in_float32 = config.residual_in_float32
+        self.mixer_norm = _norm(config, placement != "none")
+        self.mixer: Mixer = config.layer_mixers()[layer].build(config.d_model)
         self.mlp = None
-        if config.mlp_ratio:
-            self.mlp_norm = _norm(config, config.block_norm)
-            hidden_size = max(1, round(config.mlp_ratio * config.d_model))
+        if size := config.mlp_hidden_size():
+            self.mlp_norm = _norm(config, placement != "none")
             if config.mlp == "gated":
-                self.mlp = GatedMLP(config.d_model, hidden_size)
+                self.mlp = GatedMLP(config.d_model, size)
             else:
-                self.mlp = ReLUMLP(config.d_model, hidden_size, config.mlp_depth)
+                self.mlp = ReLUMLP(config.d_model, size, config.mlp_depth)
 
     def forward(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
-        y, state = self.mixer.scan(self.mixer_norm(x), state, cu_seqlens)
-        x = x + y
+        y, state = self.mixer.scan(self.mixer_input(x), state, cu_seqlens)
+        x = self._add(x, self.mixer_norm(y) if self.norm_after else y)
         if self.mlp is not None:
-            x = x + self.mlp(self.mlp_norm(x))
+            y = self.mlp(self._read(self.mlp_norm, x))
+            x = self._add(x, self.mlp_norm(y) if self.norm_after else y)
         return x, state
+
+    def mixer_input(self, x: Tensor) -> Tensor:
+        """What the mixer reads of the residual stream."""
+        return self._read(self.mixer_norm, x)
+
+    def _read(self, norm: nn.Module, x: Tensor) -> Tensor:
+        if self.residual_in_float32 and isinstance(norm, RMSNorm):
+            x = x.to(norm.weight.dtype)
+        return x if self.norm_after else norm(x)
+
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        return (accumulated(x) if self.residual_in_float32 else x) + y
 
 
 def _norm(config: ModelConfig, present: bool) -> nn.Module:
@@ -102,16 +202,18 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = _norm(config, config.final_norm)
-        self.head = nn.Linear(config.d_model, config.output_size or config.vocab_size, bias=False)
+        # Tied embeddings are one parameter with one name, so that checkpoints hold it once.
+        self.head = None if config.tie_embeddings else nn.Linear(config.d_model, self.output_size, bias=False)
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token."""
         return [block.mixer.init_state(batch_size) for block in self._blocks()]
 
-    def forward(self, ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self.scan(ids, None, cu_seqlens)[0]
+    def forward(self, ids: Tensor, cu_seqlens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Logits [B, T, output_size]; the arguments are those of `scan`."""
+        return self.scan(ids, None, cu_seqlens, mask=mask)[0]
 
     def scan(
         self,
@@ -119,6 +221,7 @@ class LanguageModel(nn.Module):
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Logits and the state after the last token.
 
@@ -127,35 +230,64 @@ class LanguageModel(nn.Module):
             state: the state after the tokens before; None at the start of a sequence.
             cu_seqlens: integer boundaries [S + 1] of S sequences packed along T; then B = 1 and states have S rows.
             positions: compute the logits at these positions [P] only (integers in 0..T-1); None for all of them.
+            mask: bool [B, T], True at tokens and False at padding, which may be anywhere and hold any integers. Padding
+                has the logits 0, no token sees it, and the state is the one after the last token of each row.
 
         Raises:
-            ValueError: if ids is not an integer tensor [B, T] with B, T >= 1 and entries in 0..vocab_size-1.
+            ValueError: if ids is not an integer tensor [B, T] with B, T >= 1 and entries in 0..vocab_size-1; if the
+                mask does not fit, has no token at all, or comes with cu_seqlens.
         """
-        self._check(ids)
+        self._check_shape(ids)
+        if mask is not None:
+            if cu_seqlens is not None:
+                raise ValueError("give cu_seqlens for packed sequences or a mask for padded ones, not both")
+            ids, cu_seqlens = pack(ids, mask)
+        self._check_entries(ids)
         x = self.embedding(ids)
         after: ModelState = []
         for index, block in enumerate(self._blocks()):
             x, layer_state = block(x, None if state is None else state[index], cu_seqlens)
             after.append(layer_state)
-        if positions is not None:
-            x = x[:, positions]
-        return self.head(self.norm(x)), after
+        if positions is None:
+            logits = self._logits(x)
+            return (logits if mask is None else unpack(logits, mask)), after
+        if mask is not None:
+            x = unpack(x, mask)  # norm and output layer have no bias: the logits of 0 are 0
+        return self._logits(x[:, positions]), after
 
-    def step(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """One token: ids [B] -> logits [B, output_size] and the next state."""
-        logits, state = self.scan(ids.unsqueeze(-1), state)
+    def step(self, ids: Tensor, state: ModelState, mask: Tensor | None = None) -> tuple[Tensor, ModelState]:
+        """One token: ids [B] -> logits [B, output_size] and the next state.
+
+        Args:
+            ids: token ids [B].
+            state: the state after the tokens before.
+            mask: bool [B]; rows where it is False have the logits 0 and keep their state.
+        """
+        if mask is not None:
+            if mask.shape != ids.shape:
+                raise ValueError(f"the mask of a step must be [B] = {tuple(ids.shape)}, got {tuple(mask.shape)}")
+            if mask.dtype == torch.bool and not mask.any():
+                return self.embedding.weight.new_zeros(len(ids), self.output_size), state
+            mask = mask.unsqueeze(-1)
+        logits, state = self.scan(ids.unsqueeze(-1), state, mask=mask)
         return logits.squeeze(1), state
 
     @torch.no_grad()
     def transitions(self, ids: Tensor) -> list[Transition | None]:
         """The state-transition matrices of every layer on the sequences ids [B, T]; None for a layer without any."""
-        self._check(ids)
+        self._check_shape(ids)
+        self._check_entries(ids)
         x = self.embedding(ids)
         transitions = []
         for block in self._blocks():
-            transitions.append(block.mixer.transition(block.mixer_norm(x)))
+            transitions.append(block.mixer.transition(block.mixer_input(x)))
             x, _ = block(x, None, None)
         return transitions
+
+    @property
+    def output_size(self) -> int:
+        """Number of output classes."""
+        return self.config.output_size or self.config.vocab_size
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -163,9 +295,16 @@ class LanguageModel(nn.Module):
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
 
-    def _check(self, ids: Tensor) -> None:
+    def _logits(self, x: Tensor) -> Tensor:
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        x = self.norm(x)
+        return F.linear(x.to(weight.dtype) if self.config.residual_in_float32 else x, weight)
+
+    def _check_shape(self, ids: Tensor) -> None:
         if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"ids must be an integer tensor [B, T] with B, T >= 1, got {ids.dtype} {tuple(ids.shape)}")
+
+    def _check_entries(self, ids: Tensor) -> None:
         # On a GPU the check would wait for the device at every call; there the embedding itself refuses with an
         # assertion.
         if ids.device.type == "cpu" and not torch.compiler.is_compiling():

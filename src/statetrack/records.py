@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from statetrack.config import RunConfig
 from statetrack.evaluation import measure_eigenvalues, solved
+from statetrack.mixers import MixerConfig
 from statetrack.model import LanguageModel
 from statetrack.report import Record
 from statetrack.report.record import HistoryPoint
@@ -54,16 +56,25 @@ def _history(directory: RunDirectory) -> tuple[HistoryPoint, ...]:
 
 
 def _facts(config: RunConfig) -> dict[str, Any]:
-    mixer, training = config.model.mixer, config.training
+    mixers, training = config.model.mixer_pattern, config.training
+    ranges = _different(mixers, "eigenvalue_range")
     layers = config.model.num_layers
+    variant = ["" if layers == 1 else f"{layers} layers"]
+    if len(ranges) > 1:
+        variant.append("eigenvalues in " + " and ".join(f"[{range_}]" for range_ in ranges))
     return {
         "task": config.task,
-        "mixer": mixer.name,
-        "eigenvalue_range": getattr(mixer, "eigenvalue_range", None),
-        "num_householder": getattr(mixer, "num_householder", None),
+        "mixer": config.model.mixer_name,
+        "eigenvalue_range": ranges[0] if len(ranges) == 1 else None,
+        "num_householder": max(_different(mixers, "num_householder"), default=None),
         "seed": training.seed,
         "steps": training.steps,
         "chance": get_task(config.task).chance,
         "train_lengths": (training.min_length, training.max_length),
-        "variant": "" if layers == 1 else f"{layers} layers",
+        "variant": ", ".join(filter(None, variant)),
     }
+
+
+def _different(mixers: Iterable[MixerConfig], option: str) -> list[Any]:
+    """The values of an option, each once, among the mixers that have it."""
+    return list(dict.fromkeys(getattr(mixer, option) for mixer in mixers if hasattr(mixer, option)))

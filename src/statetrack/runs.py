@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from statetrack import weights
 from statetrack.config import RunConfig, from_data, to_data
 from statetrack.files import atomic_write
 from statetrack.model import LanguageModel
@@ -102,11 +102,11 @@ class RunDirectory:
 
     def save_checkpoint(self, model: nn.Module, optimizer: Mapping[str, Tensor], progress: Mapping[str, str]) -> None:
         """Replaces the training state, then the weights, each atomically."""
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        state = {f"model.{name}": tensor for name, tensor in weights.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        state = {f"model.{name}": tensor for name, tensor in tensors.items()}
         state |= {f"optimizer.{name}": tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}
         atomic_write(self.state_file, save(state, dict(progress)))
-        atomic_write(self.model_file, save(weights, dict(progress)))
+        atomic_write(self.model_file, save(tensors, dict(progress)))
 
     def save_weights(self, model: nn.Module, facts: Mapping[str, str]) -> None:
         """Writes weights that no training made, such as those of a compiled model, atomically."""
@@ -172,41 +172,26 @@ class RunDirectory:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file.
+    """The tensors and the metadata of a safetensors file of a run.
 
     Raises:
         RunError: if the file is cut short or is not one.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()  # the handle itself can't be iterated over
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
-    except SafetensorError as error:
-        raise RunError(f"{path} is damaged or cut short ({error}); restore it or train again") from None
+        return weights.read_tensors(path)
+    except weights.WeightsError as error:
+        raise RunError(f"{error}; restore it or train again") from None
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Loads weights that must fit exactly.
 
     Raises:
         RunError: naming every missing, extra or misshapen tensor.
     """
-    expected = model.state_dict()
-    missing = sorted(expected.keys() - weights.keys())
-    extra = sorted(weights.keys() - expected.keys())
-    misshapen = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    problems = [
-        f"{kind} {', '.join(names)}"
-        for kind, names in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
-        raise RunError(f"{source} does not fit the model of its config: {'; '.join(problems)}")
-    model.load_state_dict(dict(weights))
+    if problems := weights.misfit({name: tensor.shape for name, tensor in model.state_dict().items()}, tensors):
+        raise RunError(f"{source} does not fit the model of its config: {problems}")
+    model.load_state_dict(dict(tensors))
 
 
 def _complete_records(text: str) -> Iterator[dict[str, Any]]:

@@ -227,6 +227,15 @@ def _difference(there: Any, here: Any, prefix: str = "") -> str:
         for field in fields(there):
             if (a := getattr(there, field.name)) != (b := getattr(here, field.name)):
                 return _difference(a, b, f"{prefix}.{field.name}" if prefix else field.name)
-    if isinstance(there, MixerConfig):
-        there, here = there.name, here.name
+    if isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here):
+        index = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
+        return _difference(there[index], here[index], f"{prefix}[{index}]")
+    there, here = (_written(value) for value in (there, here))
     return f"{prefix} is {there} there, not {here}"
+
+
+def _written(value: Any) -> Any:
+    """A value of a config as a message has it: mixers by their names."""
+    if isinstance(value, tuple):
+        return "+".join(str(_written(part)) for part in value)
+    return value.name if isinstance(value, MixerConfig) else value

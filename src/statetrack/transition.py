@@ -84,6 +84,33 @@ class EigenvalueRange:
             return (1 - lo) * gate
         return gate if self.lo == 0 else (1 - self.lo) * gate
 
+    def removal(self, gate: Tensor, decay: float, lo: Tensor | None = None) -> Tensor:
+        """Maps a gate in [0, 1] onto what is taken from a decay along one direction: `decay - removal` ends at lo.
+
+        It is `(decay - lo) gate`. For `diag(w) - s k k^T` (RWKV-7) with entries of w in [decay, 1], |k| = 1 and
+        s = removal(gate, decay), the number `k^T A k = k^T diag(w) k - s` lies in [lo, 1]. `householder_beta` is the
+        case decay = 1.
+
+        Args:
+            gate: any shape.
+            decay: the lower end of the decays.
+            lo: as in `widen`.
+
+        Raises:
+            ValueError: if hi is not 1, as the removal is 0 at gate 0 and decays come up to 1; or if lo is not below
+                `decay`.
+        """
+        if self.hi != 1:
+            raise ValueError(
+                f"the eigenvalue range of a decay minus a matrix of rank one ends at 1; got ({self.lo:g}, {self.hi:g})"
+            )
+        if self.lo >= decay:
+            raise ValueError(
+                f"the eigenvalue range of a decay minus a matrix of rank one starts below the smallest decay, "
+                f"{decay:.4g}; got ({self.lo:g}, {self.hi:g})"
+            )
+        return (decay - (self.lo if lo is None else lo)) * gate
+
     def __str__(self) -> str:
         return f"{self.lo:g},{self.hi:g}"
 
@@ -350,7 +377,11 @@ def accumulated(x: Tensor) -> Tensor:
 
 
 def _eigvals(matrices: Tensor) -> Tensor:
-    return torch.linalg.eigvals(_finite(matrices).to(torch.float64))
+    matrices = _finite(matrices).to(torch.float64)
+    # Where decays reach 1e-100 the balancing inside LAPACK scales rows by as much, and its iteration may not converge.
+    # An entry that far below the largest is smaller than the rounding of the others.
+    largest = matrices.abs().amax((-2, -1), keepdim=True)
+    return torch.linalg.eigvals(torch.where(matrices.abs() < 1e-30 * largest, 0, matrices))
 
 
 def _finite(matrices: Tensor) -> Tensor:

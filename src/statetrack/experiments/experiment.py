@@ -13,7 +13,9 @@
     training = { steps = 300 }
     sweep = [ { eigenvalue_range = [0, 1], explanation = "..." }, { eigenvalue_range = [-1, 1], explanation = "..." } ]
 
-Every entry of a sweep is the run with those options of its mixer replaced; every seed is a run of its own.
+Every entry of a sweep is the run with those options of its mixer replaced; every seed is a run of its own. A hybrid has
+a list of mixers, `mixer = [ { name = "deltanet" }, { name = "mamba" } ]`, which is the pattern of its layers. An entry
+of a sweep may also replace the mixer or the list as a whole, with `mixer = ...`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any
 
-from statetrack.config import RunConfig, TrainingConfig, from_data, read_mixer, run_config
+from statetrack.config import RunConfig, TrainingConfig, from_data, read_mixers, run_config
+from statetrack.mixers import MixerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,16 +48,9 @@ class ExperimentRun:
 
     @property
     def name(self) -> str:
-        """A name for directories and progress lines: `parity-deltanet[-1,1]n1-seed0`."""
-        mixer, training = self.config.model.mixer, self.config.training
-        factors = getattr(mixer, "num_householder", None)
-        range_ = getattr(mixer, "eigenvalue_range", None)
-        parts = [
-            self.config.task.replace(":", "_"),
-            mixer.name + (f"[{range_}]" if range_ else "") + (f"n{factors}" if factors else ""),
-            f"seed{training.seed}",
-        ]
-        return "-".join(parts)
+        """A name for directories and progress lines: `parity-deltanet[-1,1]n1-seed0`, or `...+attention-seed0`."""
+        mixers = "+".join(_mixer_name(mixer) for mixer in self.config.model.mixer_pattern)
+        return "-".join([self.config.task.replace(":", "_"), mixers, f"seed{self.config.training.seed}"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +66,7 @@ class _RunTable:
     """A `[[run]]` of an experiment file."""
 
     task: str
-    mixer: dict[str, Any]
+    mixer: dict[str, Any] | list[dict[str, Any]]
     lengths: list[int]
     winner_lengths: list[int] = field(default_factory=list)
     explanation: str = ""
@@ -110,8 +106,8 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None) -> 
 
 def _expand(table: _RunTable, seeds: list[int]) -> Iterator[ExperimentRun]:
     for changes in table.sweep:
-        options = {key: value for key, value in changes.items() if key != "explanation"}
-        mixer = read_mixer(table.mixer | options)
+        options = {key: value for key, value in changes.items() if key not in ("explanation", "mixer")}
+        mixer = read_mixers(_with_options(changes.get("mixer", table.mixer), options))
         for seed in seeds:
             yield ExperimentRun(
                 config=run_config(table.task, mixer, table.model, replace(table.training, seed=seed)),
@@ -119,3 +115,19 @@ def _expand(table: _RunTable, seeds: list[int]) -> Iterator[ExperimentRun]:
                 winner_lengths=tuple(table.winner_lengths),
                 explanation=changes.get("explanation", table.explanation),
             )
+
+
+def _with_options(mixer: Any, options: Mapping[str, Any]) -> Any:
+    if not options:
+        return mixer
+    if not isinstance(mixer, Mapping):
+        raise ValueError(
+            f"a sweep can't say which mixer of a hybrid has the option {', '.join(options)}; give the whole list of "
+            "mixers instead"
+        )
+    return {**mixer, **options}
+
+
+def _mixer_name(mixer: MixerConfig) -> str:
+    range_, factors = getattr(mixer, "eigenvalue_range", None), getattr(mixer, "num_householder", None)
+    return mixer.name + (f"[{range_}]" if range_ else "") + (f"n{factors}" if factors else "")

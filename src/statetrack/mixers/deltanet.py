@@ -1,14 +1,20 @@
-"""DeltaNet, Gated DeltaNet, DeltaProduct: one module whose transition is a product of generalized Householder matrices.
+"""The DeltaNet family: one module whose transition is a product of generalized Householder matrices.
 
-    H_t = (I - beta_N k_N k_N^T) ... (I - beta_1 k_1 k_1^T) a_t H_{t-1} + what the N factors write,      |k_j| = 1
+    H_t = (I - beta_N k_N k_N^T) ... (I - beta_1 k_1 k_1^T) diag(a_t) H_{t-1} + what the N factors write,    |k_j| = 1
 
-| mixer | from | N | decay a_t | native eigenvalues along k | with `eigenvalue_range=(-1, 1)` |
+With s = sigmoid, every gate computed from the input, and the decay d_t = exp(-exp(A_log) softplus(.)):
+
+| mixer | from | N | native beta, decay | native eigenvalues | with `eigenvalue_range=(-1, 1)` |
 |---|---|---|---|---|---|
-| deltanet | arXiv 2406.06484 | 1 | none | 1 - beta in [0, 1], beta = sigmoid | [-1, 1], beta = 2 sigmoid |
-| gated_deltanet | arXiv 2412.06464 | 1 | exp(-exp(A_log) softplus(.)) | a_t (1 - beta) in [0, 1] | [-1, 1] |
-| deltaproduct | arXiv 2502.10297 | 2 | none | of a product: in [0, 1] for N <= 2 | also rotations |
+| deltanet | arXiv 2406.06484 | 1 | s(.), none | 1 - beta, in [0, 1] | 2 s(.): in [-1, 1] |
+| gated_deltanet | arXiv 2412.06464 | 1 | s(.), d_t for each head | d_t, d_t (1 - beta): [0, 1] | 2 s(.): in [-1, 1] |
+| kda | arXiv 2510.26692 | 1 | s(.), d_t for each key channel | real, in [0, 1] | 2 s(.): real, in [-1, 1] |
+| deltaproduct | arXiv 2502.10297 | 2 | s(.), none | real, in [0, 1] (N <= 2) | 2 s(.): complex, rotations |
+| gated_deltaproduct | arXiv 2502.10297 | 2 | s(.), d_t for each head | real, in [0, 1] (N <= 2) | 2 s(.): complex |
 
-The widening is that of arXiv 2411.12537. The decay of gated_deltanet has its own range, `decay_range`, native (0, 1).
+The widening is that of arXiv 2411.12537; for a lower end lo it is beta = (1 - lo) s(.). The decay has a range of its
+own, `decay_range`, native (0, 1): widened it is a_t = lo + (hi - lo) d_t, so 2 d_t - 1 for (-1, 1). The eigenvalues of
+kda are real unless both ranges are signed.
 """
 
 from __future__ import annotations
@@ -34,22 +40,32 @@ from statetrack.mixers.mixer import (
 from statetrack.ops import check_packing, linear_recurrence
 from statetrack.transition import EigenvalueRange, Householder, accumulated, accumulation_dtype
 
+_ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid, "identity": lambda x: x}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaNetConfig(WidenedMixerConfig):
     """Options of DeltaNet; `eigenvalue_range` is that of each factor along its key, (lo, 1).
 
     Attributes:
-        num_heads: H.
+        num_heads: heads of queries and keys, and of values unless `num_value_heads` says otherwise.
         head_dim: K, the size of queries and keys in each head; d_model / num_heads if None.
         value_dim: V, the size of values in each head; head_dim if None.
+        num_value_heads: H, heads of values, gates and states, a multiple of num_heads; num_heads if None. Each head of
+            queries and keys then serves num_value_heads / num_heads consecutive heads of values.
         num_householder: N, generalized Householder factors for each token.
         beta_gain: factor on the logit of beta. Above 1 it lets beta saturate at the ends of its range early in
             training.
         conv_size: width of the short convolutions on queries, keys and values; 0 leaves them out.
-        activation: applied to queries, keys and values before the keys are normalized.
+        conv_bias: give the short convolutions a bias.
+        activation: applied to queries, keys and values before queries and keys are normalized.
+        normalize: divide beta by the squared norm of the key as rounded (see `Householder`), which makes beta = 2 an
+            exact reflection whatever the dtype and the length of the key. The originals don't: theirs is False, and
+            differs where a key before its normalization is so short that the 1e-6 in its norm counts.
         output_norm: RMS-normalize what each head reads from its state.
-        output_gate: multiply the normalized output by silu of a gate computed from the input.
+        output_norm_eps: added to the mean square inside that normalization.
+        output_gate: multiply the normalized output by the activation of a gate computed from the input.
+        gate_activation: of the output gate.
         backend: how the recurrence is computed, "auto" or a name from `statetrack.ops.available_backends()`.
     """
 
@@ -60,30 +76,48 @@ class DeltaNetConfig(WidenedMixerConfig):
     num_heads: int = 4
     head_dim: int | None = None
     value_dim: int | None = None
+    num_value_heads: int | None = None
     num_householder: int = 1
     beta_gain: float = 1.0
     conv_size: int = 4
+    conv_bias: bool = False
     activation: Literal["silu", "identity"] = "silu"
+    normalize: bool = True
     output_norm: bool = True
+    output_norm_eps: float = 1e-5
     output_gate: bool = False
+    gate_activation: Literal["silu", "sigmoid"] = "silu"
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "num_heads", "head_dim", "value_dim", "num_householder")
+        require_positive(self, "num_heads", "head_dim", "value_dim", "num_value_heads", "num_householder")
+        if self.value_heads % self.num_heads:
+            raise ValueError(
+                f"num_value_heads must be a multiple of num_heads = {self.num_heads}, got {self.num_value_heads}"
+            )
         self.eigenvalue_range.householder_beta(torch.empty(0))  # refuses a range that no beta gives
         require_conv_size(self.conv_size)
         if not (math.isfinite(self.beta_gain) and self.beta_gain > 0):
             raise ValueError(f"beta_gain must be a positive number, got {self.beta_gain}")
         if self.activation not in ("silu", "identity"):
             raise ValueError(f"activation must be silu or identity, got {self.activation!r}")
+        if not (math.isfinite(self.output_norm_eps) and self.output_norm_eps >= 0):
+            raise ValueError(f"output_norm_eps must be a number of at least 0, got {self.output_norm_eps}")
+        if self.gate_activation not in ("silu", "sigmoid"):
+            raise ValueError(f"gate_activation must be silu or sigmoid, got {self.gate_activation!r}")
+
+    @property
+    def value_heads(self) -> int:
+        """H, the heads of the recurrence."""
+        return self.num_value_heads or self.num_heads
 
     def spectrum(self) -> EigenvalueRange | None:
         lo = self.gate_range().lo
         if self.num_householder == 1 or (self.num_householder == 2 and lo >= 0):
             # A product of two symmetric matrices with eigenvalues in [0, 1] has such eigenvalues too (proposition 1 of
-            # arXiv 2411.12537).
-            return EigenvalueRange(lo, 1)
+            # arXiv 2411.12537). It shortens no vector by more than lo for each of its factors.
+            return EigenvalueRange(lo**self.num_householder, 1)
         return None
 
     def head_sizes(self, d_model: int) -> tuple[int, int]:
@@ -104,9 +138,8 @@ class GatedDeltaNetConfig(DeltaNetConfig):
     """Options of Gated DeltaNet: those of DeltaNet and the range of its decay.
 
     Attributes:
-        decay_range: range of the scalar decay of each head; (0, 1) is the original. A signed decay beside a signed
-            beta is
-            possible: (-1, 1).
+        decay_range: range of the decay of each head, a number for the whole state; (0, 1) is the original. A signed
+            decay beside a signed beta is possible: (-1, 1).
     """
 
     name: ClassVar[str] = "gated_deltanet"
@@ -136,8 +169,52 @@ class DeltaProductConfig(DeltaNetConfig):
     num_householder: int = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaProductConfig(GatedDeltaNetConfig):
+    """Options of Gated DeltaProduct: those of Gated DeltaNet, with two Householder factors unless told otherwise."""
+
+    name: ClassVar[str] = "gated_deltaproduct"
+    title: ClassVar[str] = "Gated DeltaProduct"
+    summary: ClassVar[str] = "DeltaProduct with a decay of the whole state before the Householder factors"
+
+    num_householder: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class KimiDeltaAttentionConfig(GatedDeltaNetConfig):
+    """Options of Kimi Delta Attention: those of Gated DeltaNet, whose `decay_range` is now that of each key channel.
+
+    Decay and output gate are computed by two small matrices each instead of a large one.
+
+    Attributes:
+        decay_rank: numbers between the two matrices of the decay; V if None.
+        gate_rank: numbers between the two matrices of the output gate; V if None.
+        gate_bias: give the second matrix of the output gate a bias, as in FLA; the published model has none.
+    """
+
+    name: ClassVar[str] = "kda"
+    title: ClassVar[str] = "Kimi Delta Attention"
+    summary: ClassVar[str] = "Gated DeltaNet with a decay for each key channel"
+
+    gate_activation: Literal["silu", "sigmoid"] = "sigmoid"
+    decay_rank: int | None = None
+    gate_rank: int | None = None
+    gate_bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "decay_rank", "gate_rank")
+
+    def spectrum(self) -> EigenvalueRange | None:
+        if self.num_householder > 1 or (self.gate_range().lo < 0 and self.decay_range.lo < 0):
+            return None  # three factors, or two of which none is positive: complex eigenvalues are possible
+        # One of the two symmetric factors is positive, P, and the other, S, is symmetric: P S has the eigenvalues of
+        # sqrt(P) S sqrt(P), so that they are real, between the extreme products of the ends.
+        return super().spectrum()
+
+
 class DeltaNet(Mixer):
-    """DeltaNet, Gated DeltaNet or DeltaProduct, by its config; [B, T, D] -> [B, T, D].
+    """A member of the DeltaNet family, by its config; [B, T, D] -> [B, T, D].
 
         q, k_j, v_j = activation(conv(W x)),   q and k_j L2-normalized,   beta_j = (1 - lo) sigmoid(beta_gain W x)
         H <- a H, then for each factor j: H <- H - beta_j k_j (k_j^T H - v_j^T);   y = W_o norm(H^T q / sqrt(K))
@@ -152,28 +229,40 @@ class DeltaNet(Mixer):
     def __init__(self, d_model: int, config: DeltaNetConfig | None = None, **options: Any) -> None:
         super().__init__()
         self.config = config = with_options(DeltaNetConfig, config, options)
-        self.num_heads, self.num_householder = config.num_heads, config.num_householder
+        self.num_key_heads, self.num_heads = config.num_heads, config.value_heads
+        self.num_householder = config.num_householder
         self.key_dim, self.value_dim = config.head_sizes(d_model)
         h, n = self.num_heads, self.num_householder
-        q_size, k_size, v_size = h * self.key_dim, n * h * self.key_dim, n * h * self.value_dim
+        q_size = self.num_key_heads * self.key_dim
+        k_size, v_size, o_size = n * q_size, n * h * self.value_dim, h * self.value_dim
         self.q_proj = nn.Linear(d_model, q_size, bias=False)
         self.k_proj = nn.Linear(d_model, k_size, bias=False)
         self.v_proj = nn.Linear(d_model, v_size, bias=False)
         self.b_proj = nn.Linear(d_model, n * h, bias=False)
-        self.o_proj = nn.Linear(h * self.value_dim, d_model, bias=False)
-        self.g_proj = nn.Linear(d_model, h * self.value_dim, bias=False) if config.output_gate else None
-        self.o_norm = RMSNorm(self.value_dim, eps=1e-5) if config.output_norm else None
+        self.o_proj = nn.Linear(o_size, d_model, bias=False)
+        kda = config if isinstance(config, KimiDeltaAttentionConfig) else None
+        if not config.output_gate:
+            self.g_proj = None
+        elif kda is None:
+            self.g_proj = nn.Linear(d_model, o_size, bias=False)
+        else:
+            self.g_proj = _low_rank(d_model, kda.gate_rank or self.value_dim, o_size, bias=kda.gate_bias)
+        self.o_norm = RMSNorm(self.value_dim, eps=config.output_norm_eps) if config.output_norm else None
         sizes = {"q": q_size, "k": k_size, "v": v_size} if config.conv_size else {}
         self.convolutions = nn.ModuleDict(
-            {name: ShortConvolution(size, config.conv_size) for name, size in sizes.items()}
+            {name: ShortConvolution(size, config.conv_size, bias=config.conv_bias) for name, size in sizes.items()}
         )
         self.widening = Widening(config, h)
         self.decay_range = config.decay_range if isinstance(config, GatedDeltaNetConfig) else None
         if self.decay_range is not None:
-            self.a_proj = nn.Linear(d_model, h, bias=False)
+            self.decay_shape = (h,) if kda is None else (h, self.key_dim)
+            if kda is None:
+                self.a_proj = nn.Linear(d_model, h, bias=False)
+            else:
+                self.a_proj = _low_rank(d_model, kda.decay_rank or self.value_dim, h * self.key_dim)
             # Decays spread over time scales, as in Mamba-2: A uniform in 1..16, step sizes log-uniform in 0.001..0.1.
             self.A_log = nn.Parameter(torch.empty(h).uniform_(1, 16).log())
-            step = torch.empty(h).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+            step = torch.empty(self.decay_shape).uniform_(math.log(1e-3), math.log(1e-1)).exp()
             self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus(dt_bias) = step
 
     def init_state(self, batch_size: int) -> State:
@@ -186,16 +275,21 @@ class DeltaNet(Mixer):
         projected, after = self._project(x, state, cu_seqlens)
         transition = self._transition(x, projected["k"])
         b, t, _ = x.shape
-        q = l2_normalize(projected["q"].view(b, t, self.num_heads, self.key_dim)) * self.key_dim**-0.5
+        q = self._for_every_value_head(l2_normalize(projected["q"].view(b, t, self.num_key_heads, self.key_dim)))
         v = projected["v"].view(b, t, self.num_householder, self.num_heads, self.value_dim)
         initial = None if state is None else state["recurrence"]
         o, after["recurrence"] = linear_recurrence(
-            transition, q, v, initial_state=initial, cu_seqlens=cu_seqlens, backend=self.config.backend
+            transition,
+            q * self.key_dim**-0.5,
+            v,
+            initial_state=initial,
+            cu_seqlens=cu_seqlens,
+            backend=self.config.backend,
         )
         if self.o_norm is not None:
             o = self.o_norm(o)
         if self.g_proj is not None:
-            o = o * F.silu(self.g_proj(x)).view_as(o)
+            o = o * _ACTIVATIONS[self.config.gate_activation](self.g_proj(x)).view_as(o)
         return self.o_proj(o.flatten(2)), after
 
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Householder:
@@ -203,7 +297,7 @@ class DeltaNet(Mixer):
 
     def eigenvalue_parameters(self) -> list[Tensor]:
         gates: list[Tensor] = [self.b_proj.weight, *self.widening.parameters()]
-        return gates if self.decay_range is None else [*gates, self.a_proj.weight, self.A_log, self.dt_bias]
+        return gates if self.decay_range is None else [*gates, *self.a_proj.parameters(), self.A_log, self.dt_bias]
 
     def _convolutions(self) -> list[tuple[str, ShortConvolution]]:
         return [(name, conv) for name, conv in self.convolutions.items() if isinstance(conv, ShortConvolution)]
@@ -218,22 +312,38 @@ class DeltaNet(Mixer):
             state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         for name, conv in self._convolutions():
             projected[name], after[name] = conv(projected[name], state[name], cu_seqlens)
-        if self.config.activation == "silu":
-            projected = {name: F.silu(y) for name, y in projected.items()}
-        return projected, after
+        activation = _ACTIVATIONS[self.config.activation]
+        return {name: activation(y) for name, y in projected.items()}, after
+
+    def _for_every_value_head(self, x: Tensor) -> Tensor:
+        """[..., num_key_heads, K] -> [..., H, K]."""
+        return (
+            x.repeat_interleave(self.num_heads // self.num_key_heads, -2) if self.num_heads > self.num_key_heads else x
+        )
 
     def _transition(self, x: Tensor, k: Tensor) -> Householder:
         b, t, _ = x.shape
-        k = l2_normalize(k.view(b, t, self.num_householder, self.num_heads, self.key_dim))
+        k = l2_normalize(k.view(b, t, self.num_householder, self.num_key_heads, self.key_dim))
         logits = accumulated(self.b_proj(x)).view(b, t, self.num_householder, self.num_heads)
         beta = self.widening.householder_beta(torch.sigmoid(self.config.beta_gain * logits))
         decay = None
         if self.decay_range is not None:
-            step = F.softplus(accumulated(self.a_proj(x)) + accumulated(self.dt_bias))
-            decay = self.decay_range.widen(torch.exp(-accumulated(self.A_log).exp() * step))
+            rate = accumulated(self.A_log).exp().view(-1, *(1 for _ in self.decay_shape[1:]))
+            step = accumulated(self.a_proj(x)).view(b, t, *self.decay_shape) + accumulated(self.dt_bias)
+            decay = self.decay_range.widen(torch.exp(-rate * F.softplus(step)))
         # Keys in bf16 are a little longer or shorter than 1; dividing by their norm as rounded keeps beta = 2 a
         # reflection.
-        return Householder(k, beta, decay, normalize=True)
+        return Householder(self._for_every_value_head(k), beta, decay, normalize=self.config.normalize)
 
 
-MIXERS = (DeltaNetConfig, GatedDeltaNetConfig, DeltaProductConfig)
+def _low_rank(inputs: int, rank: int, outputs: int, *, bias: bool = False) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias))
+
+
+MIXERS = (
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    DeltaProductConfig,
+    GatedDeltaProductConfig,
+    KimiDeltaAttentionConfig,
+)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, get_type_hints
 
@@ -27,6 +29,8 @@ class MixerConfig(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     summary: ClassVar[str]
+    absent: ClassVar[Mapping[str, str]] = {}
+    """Options that one may look for here in vain, each with the sentence that says why there is none."""
 
     @abstractmethod
     def build(self, d_model: int) -> Mixer:
@@ -107,6 +111,10 @@ class Widening(nn.Module):
         """`beta` from gates [..., H] in [0, 1]."""
         return self.range.householder_beta(gate, self.current_lower_end())
 
+    def removal(self, gate: Tensor, decay: float) -> Tensor:
+        """What is taken from decays in [decay, 1], from gates [..., H] in [0, 1]; see `EigenvalueRange.removal`."""
+        return self.range.removal(gate, decay, self.current_lower_end())
+
 
 Config = TypeVar("Config", bound=MixerConfig)
 
@@ -178,8 +186,16 @@ def with_options(default: type[Config], config: Config | None, options: dict[str
     known = [field.name for field in fields(default)]
     unknown = sorted(set(options) - set(known))
     if unknown:
+        refuse_absent(default, options)
         raise ValueError(f"unknown option {', '.join(unknown)} for {default.name}; the options are {', '.join(known)}")
     return default(**options)
+
+
+def refuse_absent(config: type[MixerConfig], options: Iterable[str]) -> None:
+    """Raises ValueError, with the reason, if one of the options is among those that a config is known not to have."""
+    for option in options:
+        if option in config.absent:
+            raise ValueError(config.absent[option])
 
 
 def require_conv_size(size: int) -> None:
@@ -194,3 +210,31 @@ def require_positive(config: MixerConfig, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} of {config.name} must be a positive integer, got {value!r}")
+
+
+def require_positive_number(config: MixerConfig, *names: str) -> None:
+    """Raises ValueError unless the named options are finite numbers above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def require_gain(config: MixerConfig, name: str) -> None:
+    """Raises ValueError unless the named option is a positive number."""
+    value = getattr(config, name)
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a positive number, got {value}")
+
+
+def split_heads(config: Any, d_model: int) -> int:
+    """`head_dim` of a config with `num_heads` and `head_dim`, which is d_model / num_heads where it is None.
+
+    Raises:
+        ValueError: if it is None and num_heads doesn't divide d_model.
+    """
+    if config.head_dim is None and d_model % config.num_heads:
+        raise ValueError(
+            f"num_heads = {config.num_heads} must divide d_model = {d_model}, or head_dim must be given beside it"
+        )
+    return config.head_dim or d_model // config.num_heads

@@ -51,6 +51,13 @@ def unpack(x: Tensor, mask: Tensor) -> Tensor:
     return x.new_zeros(*mask.shape, *x.shape[2:]).index_put((mask,), x[0])
 
 
+def sequence_mask(cu_seqlens: Tensor) -> Tensor:
+    """The mask [S, L] of packed sequences as rows with padding at their end, where L is the longest: `unpack(x, mask)`
+    makes such rows, and `pack` packs them again."""
+    lengths = cu_seqlens.diff()
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)
+
+
 def run_packed(
     run_dense: RunDense,
     transition: Transition,

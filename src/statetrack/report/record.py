@@ -33,9 +33,10 @@ class Record:
 
     Attributes:
         task: name of the task.
-        mixer: name of the token mixer.
-        eigenvalue_range: range of the eigenvalues; None for a mixer without a transition matrix.
-        num_householder: Householder factors for each token; None for a mixer that has none.
+        mixer: name of the token mixer; of a hybrid the names of its pattern, `deltanet+attention`.
+        eigenvalue_range: range of the eigenvalues; None for a mixer without a transition matrix, and for a hybrid whose
+            mixers have different ones.
+        num_householder: Householder factors for each token, the most of a hybrid's; None for a mixer that has none.
         seed: seed of the run.
         steps: optimizer steps.
         num_parameters: of the model.
@@ -164,9 +165,9 @@ class Group:
 
     @property
     def mixer(self) -> str:
-        """The mixer as people write it."""
-        name, known = self.records[0].mixer, mixer_configs()
-        return known[name].title if name in known else name
+        """The mixer as people write it, or those of a hybrid with a plus between them."""
+        known = mixer_configs()
+        return " + ".join(known[name].title if name in known else name for name in self.records[0].mixer.split("+"))
 
     @property
     def eigenvalue_range(self) -> EigenvalueRange | None:

@@ -225,7 +225,7 @@ class _Construction:
             mlp="relu" if hidden else "gated",
             mlp_depth=depth if hidden else 1,
             final_norm=False,
-            block_norm=False,
+            norm_placement="none",
             mixer=mixer,
         )
 

@@ -1,0 +1,111 @@
+"""The LSTM (with forget gates, Gers et al. 2000): a baseline whose recurrence is not linear.
+
+    i, f, o = sigmoid(W x_t + U h_{t-1} + b),   g = tanh(W x_t + U h_{t-1} + b)
+    c_t = f * c_{t-1} + i * g,   h_t = o * tanh(c_t),   y_t = W_o h_t
+
+It has no state-transition matrix and so no eigenvalue range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
+from statetrack.ops import check_packing
+from statetrack.ops.packing import pack, sequence_mask, unpack
+
+
+@dataclass(frozen=True, kw_only=True)
+class LSTMConfig(MixerConfig):
+    """Options of the LSTM.
+
+    Attributes:
+        hidden_size: channels of the state; d_model if None.
+    """
+
+    name: ClassVar[str] = "lstm"
+    title: ClassVar[str] = "LSTM"
+    summary: ClassVar[str] = "the classical gated RNN; its recurrence is not linear"
+
+    hidden_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "hidden_size")
+
+    def build(self, d_model: int) -> LSTM:
+        return LSTM(d_model, self)
+
+
+class LSTM(Mixer):
+    """`torch.nn.LSTM` of one layer and a projection back to the model dimension, [B, T, D] -> [B, T, D].
+
+    The states `h` and `c` [B, hidden_size] have the dtype of the activations, as PyTorch's kernels want it.
+
+    Args:
+        d_model: D.
+        config: an `LSTMConfig`; or leave it out and give its fields as keyword options.
+    """
+
+    def __init__(self, d_model: int, config: LSTMConfig | None = None, **options: Any) -> None:
+        super().__init__()
+        self.config = config = with_options(LSTMConfig, config, options)
+        self.hidden_size = config.hidden_size or d_model
+        # The parameters of the module without the module, at which torch.compile would break its graph.
+        self.lstm = nn.ParameterDict(dict(nn.LSTM(d_model, self.hidden_size).named_parameters()))
+        self.o_proj = nn.Linear(self.hidden_size, d_model, bias=False)
+
+    def init_state(self, batch_size: int) -> State:
+        zeros = self.o_proj.weight.new_zeros(batch_size, self.hidden_size)
+        return {"h": zeros, "c": zeros.clone()}
+
+    def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+        if cu_seqlens is None:
+            state = self.init_state(x.shape[0]) if state is None else state
+            h, state = self._rows(x, state)
+            return self.o_proj(h), state
+        check_packing(x.shape[0], x.shape[1], cu_seqlens)
+        state = self.init_state(len(cu_seqlens) - 1) if state is None else state
+        mask = sequence_mask(cu_seqlens)
+        rows, outputs, after = unpack(x, mask), x.new_zeros(*mask.shape, self.hidden_size), dict(state)
+        lengths = mask.sum(1)
+        # Rows of one length at a time: the state after each row's last token is then the state after the whole batch.
+        for length in lengths.unique().tolist():
+            if length:
+                chosen = (lengths == length).nonzero().squeeze(1)
+                h, end = self._rows(rows[chosen, :length], {name: value[chosen] for name, value in state.items()})
+                outputs = outputs.to(h.dtype)
+                outputs = outputs.index_put((chosen,), nn.functional.pad(h, (0, 0, 0, mask.shape[1] - length)))
+                after = {name: after[name].to(value.dtype).index_put((chosen,), value) for name, value in end.items()}
+        return self.o_proj(pack(outputs, mask)[0]), after
+
+    def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> None:
+        return None
+
+    def _rows(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """The hidden states [B, T, hidden_size] of rows of equal length, and the state after them."""
+        weights = [self.lstm[f"{name}_l0"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        h, c = (state[name].to(x.dtype) for name in ("h", "c"))
+        if torch.compiler.is_compiling():
+            return _unrolled(x, h, c, weights)
+        output, h, c = torch.lstm(x, (h.unsqueeze(0), c.unsqueeze(0)), weights, True, 1, 0.0, False, False, True)
+        return output, {"h": h.squeeze(0), "c": c.squeeze(0)}
+
+
+def _unrolled(x: Tensor, h: Tensor, c: Tensor, weights: list[Tensor]) -> tuple[Tensor, State]:
+    """The same, written out for torch.compile, which can't trace the backward of PyTorch's CPU kernel."""
+    weight_x, weight_h, bias_x, bias_h = weights
+    outputs = []
+    for token in nn.functional.linear(x, weight_x, bias_x).unbind(1):
+        i, f, g, o = (token + nn.functional.linear(h, weight_h, bias_h)).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        outputs.append(h)
+    return torch.stack(outputs, 1), {"h": h, "c": c}
+
+
+MIXERS = (LSTMConfig,)

@@ -1,0 +1,45 @@
+"""Weights in safetensors files: how they are read, and whether they fit a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+class WeightsError(ValueError):
+    """A file of weights that can't be read, and why."""
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        WeightsError: if the file is cut short or is not one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()  # the handle itself can't be iterated over
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        raise WeightsError(f"{path} is damaged or cut short ({error})") from None
+
+
+def misfit(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -> str:
+    """Every missing, extra or misshapen tensor, in words; empty if the tensors are exactly the expected ones.
+
+    Args:
+        expected: shapes by name.
+        found: tensors by name.
+    """
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    misshapen = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name].shape) != tuple(shape)
+    ]
+    problems = (("missing", missing), ("extra", extra), ("misshapen", misshapen))
+    return "; ".join(f"{kind} {', '.join(names)}" for kind, names in problems if names)
