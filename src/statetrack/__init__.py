@@ -7,6 +7,7 @@ from statetrack.mixers.lstm import LSTM, LSTMConfig
 from statetrack.mixers.mamba import Mamba, MambaConfig
 from statetrack.mixers.rwkv6 import RWKV6, RWKV6Config
 from statetrack.mixers.rwkv7 import RWKV7, RWKV7Config
+from statetrack.mixers.slstm import SLSTM, SLSTMConfig
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
@@ -17,6 +18,7 @@ __all__ = [
     "LSTM",
     "RWKV6",
     "RWKV7",
+    "SLSTM",
     "Attention",
     "AttentionConfig",
     "DeltaNet",
@@ -37,6 +39,7 @@ __all__ = [
     "ModelConfig",
     "RWKV6Config",
     "RWKV7Config",
+    "SLSTMConfig",
     "Transition",
     "available_backends",
     "linear_recurrence",
