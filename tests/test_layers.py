@@ -86,6 +86,7 @@ def test_head_norm_is_a_group_norm_of_every_token():
 def test_low_rank_map_is_computed_in_float32():
     torch.manual_seed(0)
     layer, x = LowRankMap(6, 2, 5, torch.tanh).double(), torch.randn(3, 6, dtype=torch.float64)
+    assert layer.bias is not None
     with torch.no_grad():
         layer.bias.normal_()
     expected = torch.tanh(x @ layer.down.weight.T) @ layer.up.weight.T + layer.bias
