@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from statetrack.layers import GatedMLP, ReLUMLP, ShortConvolution, l2_normalize
+from statetrack.layers import GatedMLP, HeadNorm, LowRankMap, ReLUMLP, ShortConvolution, l2_normalize, token_shift
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -67,6 +67,39 @@ def test_a_relu_mlp_is_its_formula_at_any_depth():
     torch.manual_seed(0)
     mlp = ReLUMLP(5, 7, depth=2).double()
     x = torch.randn(3, 4, 5, dtype=torch.float64)
-    first, second = mlp.hidden
+    first, second = (layer for layer in mlp.hidden if isinstance(layer, torch.nn.Linear))
     hidden = torch.relu(torch.relu(x @ first.weight.T + first.bias) @ second.weight.T + second.bias)
     assert torch.allclose(mlp(x), hidden @ mlp.down_proj.weight.T)
+
+
+def test_token_shift_gives_predecessors_and_keeps_sequences_apart():
+    x, state = torch.arange(10.0).view(1, 5, 2), -torch.ones(3, 2)
+    shifted, last = token_shift(x, state[:1])
+    assert torch.equal(shifted[0], torch.cat([state[:1], x[0, :-1]]))
+    assert torch.equal(last, x[:, -1])
+    shifted, last = token_shift(x, state, torch.tensor([0, 2, 2, 5]))
+    assert torch.equal(shifted[0], torch.stack([state[0], x[0, 0], state[2], x[0, 2], x[0, 3]]))
+    assert torch.equal(last, torch.stack([x[0, 1], state[1], x[0, 4]]))
+
+
+def test_head_norm_is_a_group_norm_of_every_token():
+    torch.manual_seed(0)
+    layer, original, x = HeadNorm(3, 4, 1e-3), torch.nn.GroupNorm(3, 12, eps=1e-3), torch.randn(2, 5, 3, 4)
+    with torch.no_grad():
+        layer.weight.normal_()
+        layer.bias.normal_()
+    original.load_state_dict(layer.state_dict())
+    assert torch.allclose(layer(x), original(x.reshape(10, 12)).view(2, 5, 12), atol=1e-6)
+
+
+def test_low_rank_map_is_computed_in_float32():
+    torch.manual_seed(0)
+    layer, x = LowRankMap(6, 2, 5, torch.tanh).double(), torch.randn(3, 6, dtype=torch.float64)
+    assert layer.bias is not None
+    with torch.no_grad():
+        layer.bias.normal_()
+    expected = torch.tanh(x @ layer.down.weight.T) @ layer.up.weight.T + layer.bias
+    assert torch.allclose(layer(x), expected)
+    y = layer.bfloat16()(x.bfloat16())
+    assert y.dtype == torch.float32
+    assert torch.allclose(y.double(), expected, atol=0.05)

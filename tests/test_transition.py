@@ -137,3 +137,21 @@ def test_shapes_that_do_not_go_together_are_refused():
 def test_not_a_number_has_no_eigenvalues():
     with pytest.raises(ValueError, match="NaN or infinite"):
         Householder(torch.full((1, 1, 1, 1, 2), math.nan), torch.ones(1, 1, 1, 1)).eigenvalues()
+
+
+@pytest.mark.parametrize("lo", [-1.0, -0.4, 0.0, 0.3])
+def test_a_removal_takes_a_decay_down_to_the_lower_end(lo):
+    gate, decay = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), 0.6
+    removal = EigenvalueRange(lo, 1).removal(gate, decay)
+    assert (decay - removal).tolist() == pytest.approx([decay, (decay + lo) / 2, lo])
+    own_end = torch.tensor(lo, dtype=torch.float64)
+    assert torch.allclose(EigenvalueRange(0, 1).removal(gate, decay, own_end), removal)
+    assert torch.allclose(EigenvalueRange(lo, 1).removal(gate, 1.0), EigenvalueRange(lo, 1).householder_beta(gate))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"), [((-1, 0.5), "ends at 1"), ((0.6, 1), "starts below the smallest decay")]
+)
+def test_a_removal_that_no_gate_gives_is_refused(bounds, message):
+    with pytest.raises(ValueError, match=message):
+        EigenvalueRange(*bounds).removal(torch.zeros(1), 0.6)

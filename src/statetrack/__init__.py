@@ -15,6 +15,7 @@ from statetrack.mixers.mamba import Mamba, MambaConfig
 from statetrack.mixers.mamba2 import Mamba2, Mamba2Config
 from statetrack.mixers.rwkv6 import RWKV6, RWKV6Config
 from statetrack.mixers.rwkv7 import RWKV7, RWKV7Config
+from statetrack.mixers.slstm import SLSTM, SLSTMConfig
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
 from statetrack.pretrained import from_pretrained
@@ -26,6 +27,7 @@ __all__ = [
     "LSTM",
     "RWKV6",
     "RWKV7",
+    "SLSTM",
     "Attention",
     "AttentionConfig",
     "DeltaNet",
@@ -50,6 +52,7 @@ __all__ = [
     "ModelConfig",
     "RWKV6Config",
     "RWKV7Config",
+    "SLSTMConfig",
     "Transition",
     "available_backends",
     "from_pretrained",

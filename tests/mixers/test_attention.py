@@ -11,14 +11,16 @@ SIZES = {"hidden_size": 24, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
 
 
 def llama(key_heads):
-    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaRotaryEmbedding
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
     config = LlamaConfig(**SIZES, num_key_value_heads=key_heads, attn_implementation="eager")
     return LlamaAttention(config, layer_idx=0), LlamaRotaryEmbedding(config)
 
 
 def olmo2(key_heads):
-    from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2Config, Olmo2RotaryEmbedding
+    from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2Attention, Olmo2RotaryEmbedding
 
     config = Olmo2Config(**SIZES, num_key_value_heads=key_heads, attn_implementation="eager")
     return Olmo2Attention(config, layer_idx=0), Olmo2RotaryEmbedding(config)

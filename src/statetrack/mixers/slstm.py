@@ -1,0 +1,134 @@
+"""sLSTM (arXiv 2405.04517): an LSTM with exponential input gates and a normalizer; a baseline, not a linear recurrence.
+
+    c_t = sigmoid(f) c_{t-1} + exp(i) tanh(z),   n_t = sigmoid(f) n_{t-1} + exp(i),   h_t = sigmoid(o) c_t / n_t
+
+where each of z, i, f, o is W x_t + R h_{t-1} + b, with a matrix R for each head. The states are kept divided by
+exp(m_t), the largest weight so far, which changes no output. As the gates see h_{t-1}, there is no state-transition
+matrix and so no eigenvalue range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from statetrack.layers import HeadNorm, ShortConvolution
+from statetrack.mixers.mixer import (
+    Mixer,
+    MixerConfig,
+    State,
+    require_conv_size,
+    require_positive,
+    split_heads,
+    with_options,
+)
+from statetrack.ops import check_packing
+from statetrack.ops.packing import pack, sequence_mask, unpack
+from statetrack.ops.slstm import slstm
+from statetrack.transition import accumulated, accumulation_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLSTMConfig(MixerConfig):
+    """Options of sLSTM.
+
+    Attributes:
+        num_heads: H.
+        head_dim: N, the channels of each head; d_model / num_heads if None.
+        conv_size: width of the short convolution ahead of the input and forget gates; 0 leaves it out.
+        output_norm: normalize the output of each head.
+    """
+
+    name: ClassVar[str] = "slstm"
+    title: ClassVar[str] = "sLSTM"
+    summary: ClassVar[str] = "an LSTM with exponential gates and a normalizer; its recurrence is not linear"
+
+    num_heads: int = 4
+    head_dim: int | None = None
+    conv_size: int = 4
+    output_norm: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "num_heads", "head_dim")
+        require_conv_size(self.conv_size)
+
+    def build(self, d_model: int) -> SLSTM:
+        return SLSTM(d_model, self)
+
+
+class SLSTM(Mixer):
+    """sLSTM and a projection back to the model dimension, [B, T, D] -> [B, T, D].
+
+    The states `h`, `c`, `n` and `m` [B, H, N] and the gates are float32 or better whatever the dtype of the
+    activations.
+
+    Args:
+        d_model: D.
+        config: an `SLSTMConfig`; or leave it out and give its fields as keyword options.
+    """
+
+    def __init__(self, d_model: int, config: SLSTMConfig | None = None, **options: Any) -> None:
+        super().__init__()
+        self.config = config = with_options(SLSTMConfig, config, options)
+        self.num_heads = h = config.num_heads
+        self.head_dim = n = split_heads(config, d_model)
+        self.conv = ShortConvolution(d_model, config.conv_size, bias=True) if config.conv_size else None
+        self.z_proj = nn.Linear(d_model, h * n, bias=False)
+        self.i_proj = nn.Linear(d_model, h * n, bias=False)
+        self.f_proj = nn.Linear(d_model, h * n, bias=False)
+        self.g_proj = nn.Linear(d_model, h * n, bias=False)  # the gate o; o_proj is the way out
+        self.o_proj = nn.Linear(h * n, d_model, bias=False)
+        self.recurrent = nn.Parameter(torch.zeros(h, n, 4 * n))
+        bias = torch.zeros(h, 4, n)
+        bias[:, 2] = torch.linspace(3, 6, n)  # heads start with a long memory, each channel with another
+        self.bias = nn.Parameter(bias.flatten(1))
+        self.o_norm = HeadNorm(h, n, 1e-5) if config.output_norm else None
+
+    def init_state(self, batch_size: int) -> State:
+        shape = (batch_size, self.num_heads, self.head_dim)
+        zeros = torch.zeros(shape, dtype=accumulation_dtype(self.recurrent), device=self.recurrent.device)
+        state = {"h": zeros, "c": zeros.clone(), "n": zeros.clone(), "m": torch.full_like(zeros, -torch.inf)}
+        return state if self.conv is None else state | {"conv": self.conv.init_state(batch_size)}
+
+    def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+        if cu_seqlens is not None:
+            check_packing(x.shape[0], x.shape[1], cu_seqlens)
+        if state is None:
+            state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        gates, after = self._gates(x, state, cu_seqlens)
+        mask = None if cu_seqlens is None else sequence_mask(cu_seqlens)
+        rows = gates if mask is None else unpack(gates, mask)
+        names = ("h", "c", "n", "m")
+        before = [state[name].to(rows.dtype).transpose(0, 1) for name in names]
+        tokens = rows.permute(1, 2, 0, 3)  # [B, T, H, 4 N] -> [T, H, B, 4 N]
+        states = slstm(tokens, self.recurrent.to(rows.dtype), (before[0], before[1], before[2], before[3]))
+        h = states[0].permute(2, 0, 1, 3)
+        if mask is None:
+            after |= {name: values[-1].transpose(0, 1) for name, values in zip(names, states, strict=True)}
+        else:
+            h, lengths, row = pack(h, mask)[0], mask.sum(1), torch.arange(len(mask), device=x.device)
+            for name, start, values in zip(names, before, states, strict=True):
+                after[name] = torch.cat([start.unsqueeze(0), values])[lengths, :, row]
+        h = h.flatten(2) if self.o_norm is None else self.o_norm(h)
+        return self.o_proj(h.to(x.dtype)), after
+
+    def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> None:
+        return None
+
+    def _gates(self, x: Tensor, state: State, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+        """What the inputs say of z, i, f, o: [B, T, H, 4 N], float32 or better; and the state of the convolution."""
+        seen, after = x, {}
+        if self.conv is not None:
+            seen, after["conv"] = self.conv(x, state["conv"], cu_seqlens)
+            seen = F.silu(seen)
+        parts = (self.z_proj(x), self.i_proj(seen), self.f_proj(seen), self.g_proj(x))
+        heads = torch.cat([accumulated(part).unflatten(-1, (self.num_heads, self.head_dim)) for part in parts], -1)
+        return heads + accumulated(self.bias), after
+
+
+MIXERS = (SLSTMConfig,)
