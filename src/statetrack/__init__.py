@@ -2,8 +2,10 @@
 
 from statetrack.mixers import Mixer, MixerConfig, mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNet, DeltaNetConfig, DeltaProductConfig, GatedDeltaNetConfig
+from statetrack.mixers.gla import GLA, GLAConfig
 from statetrack.mixers.mamba import Mamba, MambaConfig
 from statetrack.mixers.mamba2 import Mamba2, Mamba2Config
+from statetrack.mixers.retnet import RetNet, RetNetConfig
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
@@ -11,12 +13,14 @@ from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Househ
 __version__ = "0.1.0"
 
 __all__ = [
+    "GLA",
     "DeltaNet",
     "DeltaNetConfig",
     "DeltaProductConfig",
     "Diagonal",
     "Discretized",
     "EigenvalueRange",
+    "GLAConfig",
     "GatedDeltaNetConfig",
     "Householder",
     "LanguageModel",
@@ -28,6 +32,8 @@ __all__ = [
     "Mixer",
     "MixerConfig",
     "ModelConfig",
+    "RetNet",
+    "RetNetConfig",
     "Transition",
     "available_backends",
     "linear_recurrence",
