@@ -5,6 +5,7 @@ from statetrack.mixers.deltanet import DeltaNet, DeltaNetConfig, DeltaProductCon
 from statetrack.mixers.gla import GLA, GLAConfig
 from statetrack.mixers.mamba import Mamba, MambaConfig
 from statetrack.mixers.mamba2 import Mamba2, Mamba2Config
+from statetrack.mixers.mlstm import MLSTM, MLSTMConfig
 from statetrack.mixers.retnet import RetNet, RetNetConfig
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import available_backends, linear_recurrence
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GLA",
+    "MLSTM",
     "DeltaNet",
     "DeltaNetConfig",
     "DeltaProductConfig",
@@ -25,6 +27,7 @@ __all__ = [
     "Householder",
     "LanguageModel",
     "LowRank",
+    "MLSTMConfig",
     "Mamba",
     "Mamba2",
     "Mamba2Config",

@@ -25,6 +25,7 @@ from statetrack.mixers.mixer import (
     State,
     WidenedMixerConfig,
     Widening,
+    half_head_sizes,
     require_positive,
     require_positive_number,
     with_options,
@@ -147,20 +148,6 @@ class GLA(Mixer):
 
     def eigenvalue_parameters(self) -> list[Tensor]:
         return [*self.gk_proj.parameters(), *self.widening.parameters()]
-
-
-def half_head_sizes(num_heads: int, head_dim: int | None, value_dim: int | None, d_model: int) -> tuple[int, int]:
-    """(K, V) for a model dimension D, where by default queries and keys have half the size of values, D / num_heads.
-
-    Raises:
-        ValueError: if num_heads doesn't divide the sizes that are left open.
-    """
-    if (head_dim is None and d_model % (2 * num_heads)) or (value_dim is None and d_model % num_heads):
-        raise ValueError(
-            f"2 num_heads = {2 * num_heads} must divide d_model = {d_model}, or head_dim and value_dim must be given "
-            "beside it"
-        )
-    return head_dim or d_model // (2 * num_heads), value_dim or d_model // num_heads
 
 
 MIXERS = (GLAConfig,)
