@@ -44,7 +44,10 @@ def test_the_widened_range_is_that_of_the_paper():
     ).double()
     x = torch.randn(1, 11, 6, dtype=torch.float64)
     q, k, v = mixer.q_proj(x[0]), mixer.k_proj(x[0]), mixer.v_proj(x[0])
-    g = torch.sigmoid(3 * (x[0] @ mixer.gk_proj[0].weight.T @ mixer.gk_proj[1].weight.T + mixer.gk_proj[1].bias))
+    assert mixer.g_norm is not None
+    assert mixer.g_proj is not None
+    down, up, bias = mixer.gk_proj.parameters()
+    g = torch.sigmoid(3 * (x[0] @ down.T @ up.T + bias))
     assert (2 * g - 1).min() < 0
     state, outputs = torch.zeros(4, 3, dtype=torch.float64), []
     for t in range(11):
