@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from multiprocessing import get_context
@@ -38,7 +38,7 @@ def environment(packages: list[str]) -> dict[str, Any]:
 
 
 def interleaved_cpu_times(
-    functions: dict[str, Callable[[], object]], *, rounds: int, warmup: int = 1
+    functions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1
 ) -> dict[str, dict[str, Any]]:
     """Times functions in turn, `rounds` times each, by the CPU time of this process.
 

@@ -231,7 +231,7 @@ def _layers(name: str, d_model: int) -> tuple[nn.Module, nn.Module]:
         from transformers.models.mamba2.configuration_mamba2 import Mamba2Config
         from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-        sizes = {"num_heads": d_model // 32, "head_dim": 64, "state_size": 64, "n_groups": 1}
+        sizes: dict[str, Any] = {"num_heads": d_model // 32, "head_dim": 64, "state_size": 64, "n_groups": 1}
         theirs = Mamba2Mixer(Mamba2Config(hidden_size=d_model, **sizes), 0)
         ours = Mamba2(d_model, eigenvalue_range=(0, 1), **sizes)
     ours.load_state_dict(theirs.state_dict())

@@ -25,7 +25,7 @@ class Oracle(LanguageModel):
         super().__init__(make().config)
         self.segments = []
 
-    def scan(self, ids, state=None, cu_seqlens=None, positions=None):
+    def scan(self, ids, state=None, cu_seqlens=None, positions=None, mask=None):
         self.segments.append(ids.shape[1])
         before = ids.new_zeros(len(ids)) if state is None else state[0]["sum"]
         sums = before[:, None] + ids.cumsum(1)

@@ -146,6 +146,7 @@ def test_norms_after_the_parts_normalize_what_they_add():
     x = x + first.mlp(first.mlp_norm(x))
     x = x + second.mixer_norm(second.mixer(x))
     x = x + second.mlp_norm(second.mlp(x))
+    assert model.head is not None
     assert torch.allclose(model(ids), model.head(model.norm(x)))
     assert model.transitions(ids)[1] is not None
 

@@ -10,9 +10,12 @@ from statetrack.mixers.deltanet import (
     GatedDeltaProductConfig,
     KimiDeltaAttentionConfig,
 )
+from statetrack.mixers.gla import GLA, GLAConfig
 from statetrack.mixers.lstm import LSTM, LSTMConfig
 from statetrack.mixers.mamba import Mamba, MambaConfig
 from statetrack.mixers.mamba2 import Mamba2, Mamba2Config
+from statetrack.mixers.mlstm import MLSTM, MLSTMConfig
+from statetrack.mixers.retnet import RetNet, RetNetConfig
 from statetrack.mixers.rwkv6 import RWKV6, RWKV6Config
 from statetrack.mixers.rwkv7 import RWKV7, RWKV7Config
 from statetrack.mixers.slstm import SLSTM, SLSTMConfig
@@ -24,7 +27,9 @@ from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Househ
 __version__ = "0.1.0"
 
 __all__ = [
+    "GLA",
     "LSTM",
+    "MLSTM",
     "RWKV6",
     "RWKV7",
     "SLSTM",
@@ -36,6 +41,7 @@ __all__ = [
     "Diagonal",
     "Discretized",
     "EigenvalueRange",
+    "GLAConfig",
     "GatedDeltaNetConfig",
     "GatedDeltaProductConfig",
     "Householder",
@@ -43,6 +49,7 @@ __all__ = [
     "LSTMConfig",
     "LanguageModel",
     "LowRank",
+    "MLSTMConfig",
     "Mamba",
     "Mamba2",
     "Mamba2Config",
@@ -52,6 +59,8 @@ __all__ = [
     "ModelConfig",
     "RWKV6Config",
     "RWKV7Config",
+    "RetNet",
+    "RetNetConfig",
     "SLSTMConfig",
     "Transition",
     "available_backends",

@@ -289,6 +289,11 @@ class LanguageModel(nn.Module):
         """Number of output classes."""
         return self.config.output_size or self.config.vocab_size
 
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix [output_size, D] of the output layer, the embedding's where the two are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
@@ -296,9 +301,8 @@ class LanguageModel(nn.Module):
         return [block for block in self.blocks if isinstance(block, Block)]
 
     def _logits(self, x: Tensor) -> Tensor:
-        weight = self.embedding.weight if self.head is None else self.head.weight
         x = self.norm(x)
-        return F.linear(x.to(weight.dtype) if self.config.residual_in_float32 else x, weight)
+        return F.linear(x.to(self.output_weight.dtype) if self.config.residual_in_float32 else x, self.output_weight)
 
     def _check_shape(self, ids: Tensor) -> None:
         if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:

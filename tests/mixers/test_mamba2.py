@@ -46,8 +46,10 @@ def test_outputs_and_gradients_equal_those_of_transformers(options):
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     assert gradients.keys() == {name for name, _ in ours.named_parameters()}
     for name, parameter in ours.named_parameters():
-        assert parameter.grad is not None, name
-        assert (parameter.grad - gradients[name]).norm() <= 1e-5 * gradients[name].norm(), name
+        actual, expected = parameter.grad, gradients[name]
+        assert actual is not None, name
+        assert expected is not None, name
+        assert (actual - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 def test_the_widened_range_is_that_of_the_paper():

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.layers import RMSNorm
-from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_gain, require_positive, split_heads, with_options
+from statetrack.mixers.mixer import (
+    Mixer,
+    MixerConfig,
+    State,
+    require_positive,
+    require_positive_number,
+    split_heads,
+    with_options,
+)
 from statetrack.ops import check_packing
 from statetrack.ops.packing import pack, sequence_mask, unpack
 from statetrack.transition import accumulation_dtype
@@ -53,8 +61,7 @@ class AttentionConfig(MixerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "num_heads", "num_key_value_heads", "head_dim", "window")
-        require_gain(self, "rope_theta")
-        require_gain(self, "qk_norm_eps")
+        require_positive_number(self, "rope_theta", "qk_norm_eps")
         if self.num_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_key_value_heads = {self.num_key_value_heads} must divide num_heads = {self.num_heads}"

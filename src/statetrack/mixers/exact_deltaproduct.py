@@ -57,6 +57,9 @@ class ExactDeltaProductConfig(MixerConfig):
         require_positive(self, "num_heads", "head_dim", "value_dim", "num_householder")
         self.eigenvalue_range.householder_beta(torch.empty(0))  # refuses a range that no beta gives
 
+    def reads_before_update(self) -> bool:
+        return self.read_before
+
     def build(self, d_model: int) -> ExactDeltaProduct:
         return ExactDeltaProduct(d_model, self)
 

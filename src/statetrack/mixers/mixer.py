@@ -31,6 +31,8 @@ class MixerConfig(ABC):
     summary: ClassVar[str]
     absent: ClassVar[Mapping[str, str]] = {}
     """Options that one may look for here in vain, each with the sentence that says why there is none."""
+    rotary_positions: ClassVar[bool] = False
+    """Whether queries and keys turn with the position, which is as if `A_t` turned the state."""
 
     @abstractmethod
     def build(self, d_model: int) -> Mixer:
@@ -43,6 +45,10 @@ class MixerConfig(ABC):
         measured.
         """
         return None
+
+    def reads_before_update(self) -> bool:
+        """Whether the output of a token depends on the state before its update as well as on the one after it."""
+        return False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -198,6 +204,20 @@ def refuse_absent(config: type[MixerConfig], options: Iterable[str]) -> None:
             raise ValueError(config.absent[option])
 
 
+def half_head_sizes(num_heads: int, head_dim: int | None, value_dim: int | None, d_model: int) -> tuple[int, int]:
+    """(K, V) for a model dimension D, where by default queries and keys have half the size of values, D / num_heads.
+
+    Raises:
+        ValueError: if num_heads doesn't divide the sizes that are left open.
+    """
+    if (head_dim is None and d_model % (2 * num_heads)) or (value_dim is None and d_model % num_heads):
+        raise ValueError(
+            f"2 num_heads = {2 * num_heads} must divide d_model = {d_model}, or head_dim and value_dim must be given "
+            "beside it"
+        )
+    return head_dim or d_model // (2 * num_heads), value_dim or d_model // num_heads
+
+
 def require_conv_size(size: int) -> None:
     """Raises ValueError unless a short convolution may have this size, or 0 for none."""
     if size != 0 and size < 2:
@@ -218,13 +238,6 @@ def require_positive_number(config: MixerConfig, *names: str) -> None:
         value = getattr(config, name)
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be a positive number, got {value}")
-
-
-def require_gain(config: MixerConfig, name: str) -> None:
-    """Raises ValueError unless the named option is a positive number."""
-    value = getattr(config, name)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be a positive number, got {value}")
 
 
 def split_heads(config: Any, d_model: int) -> int:

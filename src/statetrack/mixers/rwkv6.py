@@ -69,6 +69,9 @@ class RWKV6Config(WidenedMixerConfig):
     def spectrum(self) -> EigenvalueRange:
         return self.gate_range()
 
+    def reads_before_update(self) -> bool:
+        return True
+
     def build(self, d_model: int) -> RWKV6:
         return RWKV6(d_model, self)
 

@@ -29,8 +29,8 @@ from statetrack.mixers.mixer import (
     State,
     WidenedMixerConfig,
     Widening,
-    require_gain,
     require_positive,
+    require_positive_number,
     split_heads,
     with_options,
 )
@@ -81,7 +81,7 @@ class RWKV7Config(WidenedMixerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "num_heads", "head_dim", "decay_rank", "removal_rank", "gate_rank")
-        require_gain(self, "removal_gain")
+        require_positive_number(self, "removal_gain")
         self.eigenvalue_range.removal(torch.empty(0), SMALLEST_DECAY)  # refuses a range that no scale gives
 
     def build(self, d_model: int) -> RWKV7:

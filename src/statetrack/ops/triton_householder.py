@@ -66,7 +66,7 @@ def run(
         )
     if cu_seqlens is None:
         return _run_dense(transition, q, v, write, initial_state)
-    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens, can_pad=True)
+    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
 
 
 BACKEND = Backend(name="triton", supports=supports, run=run, priority=20)

@@ -171,7 +171,8 @@ def certify(
         random = seeds.generator("certificate", seed)
         data = torch.randint(model.config.vocab_size, (words, length), generator=random)
     measured = model.transitions(data)
-    structures = tuple(None if t is None else structure(t, model.config.mixer) for t in measured)
+    mixers = model.config.layer_mixers()
+    structures = tuple(None if t is None else structure(t, mixer) for t, mixer in zip(measured, mixers, strict=True))
     spectra: list[Spectrum] = []
     vocabulary = _vocabulary_transition(model)
     if vocabulary is not None:
@@ -219,6 +220,8 @@ def _(transition: Diagonal | Discretized, config: MixerConfig) -> Structure:
     declared = config.spectrum()
     if declared is None:
         return Structure(real=True, real_products=True)
+    if config.rotary_positions:  # seen from the rotating keys, the state turns as well as decays
+        return Structure(contraction=True, rests=declared.hi < 1)
     positive = declared.lo >= 0
     return Structure(contraction=True, real=True, nonnegative=positive, real_products=True, rests=positive)
 
@@ -236,7 +239,7 @@ def _vocabulary_transition(model: LanguageModel) -> Transition | None:
     block = model._blocks()[0]
     if set(block.mixer.init_state(1)) != {"recurrence"}:
         return None  # a short convolution, or something else that remembers tokens
-    return block.mixer.transition(block.mixer_norm(model.embedding.weight.unsqueeze(0)))
+    return block.mixer.transition(block.mixer_input(model.embedding.weight.unsqueeze(0)))
 
 
 def _claims(model: LanguageModel, structures: list[Structure], spectra: list[Spectrum]) -> list[Claim]:
@@ -296,7 +299,7 @@ def _claims(model: LanguageModel, structures: list[Structure], spectra: list[Spe
             )
         )
     # A head that also reads the state before the update sees one letter more, as a convolution does.
-    before = getattr(model.config.mixer, "read_before", False)
+    before = model.config.layer_mixers()[0].reads_before_update()
     if layers == 1 and structures[0].contraction and not before and _vocabulary_transition(model) is not None:
         claims.append(
             Claim(

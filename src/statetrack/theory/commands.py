@@ -142,7 +142,7 @@ class Compile:
         directory.create(RunConfig(task=task.name, model=model.config, training=TrainingConfig(steps=1)))
         directory.save_weights(model, {"compiled": self.strategy})
         chosen = construct.plan(automaton, self.strategy)
-        mixer = model.config.mixer
+        mixer = model.config.layer_mixers()[0]  # compiled models have the same in every layer
         print(
             f"compiled {_short(task.name)}: {automaton.num_states} states, {automaton.num_letters} letters\n"
             f"  {model.config.num_layers} layers of {mixer.title}, {chosen.num_heads} heads, state "

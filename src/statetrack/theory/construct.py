@@ -368,7 +368,7 @@ class _Product(_Construction):
             rows: list[Sum] = [{}] * self.num_classes
             for match, state in zip(matches, self.state_of, strict=True):
                 rows[self.outputs[state]] = match
-            model.head.weight.copy_(self.stream.matrix(rows))
+            model.output_weight.copy_(self.stream.matrix(rows))
             return
         # The element that matches reads `norm`, any other at least 1 less.
         units: dict[Name, Sum] = {
@@ -379,7 +379,7 @@ class _Product(_Construction):
             writes[("label", self.outputs[state])][("element", g)] = 1
         wire_mlp(_relu(block), self.stream, [units], writes)
         labels = self.stream.matrix([{name: 1} for name in self.label_names])
-        model.head.weight[: len(labels)] = labels
+        model.output_weight[: len(labels)] = labels
 
     def _write_mixer(self, block: Block) -> None:
         p, mixer = self.plan, block.mixer
@@ -520,7 +520,7 @@ class _States(_Construction):
             hinges["nothing"] = {"read": -1, ONE: 1 - offset}
             writes["state", self.zero] = {"nothing": 1}
         wire_mlp(_relu(block), self.stream, [hinges], writes)
-        model.head.weight.copy_(self.stream.matrix(self.label_rows(self.state_names)))
+        model.output_weight.copy_(self.stream.matrix(self.label_rows(self.state_names)))
 
 
 def _bumps(read: Name, offset: float, count: int) -> tuple[dict[Name, Sum], list[Sum]]:
@@ -645,7 +645,7 @@ class _Definite(_Construction):
             units["pattern", number] = total(seen, more, {ONE: 1.0 - len(pattern.last)})
             writes["state", pattern.state]["pattern", number] = 1
         wire_mlp(_relu(block), self.stream, [units], writes)
-        model.head.weight.copy_(self.stream.matrix(self.label_rows(self.state_names)))
+        model.output_weight.copy_(self.stream.matrix(self.label_rows(self.state_names)))
 
 
 @dataclass(frozen=True)
@@ -753,7 +753,7 @@ class _Exclusion(_Construction):
                 self._write_mixer(_exact(block), self.excluded_at_start[level])
                 layers, writes = self._mlp(level, last=level == len(blocks) - 1)
                 wire_mlp(_relu(block), self.stream, layers, writes)
-        model.head.weight.copy_(self.stream.matrix(self.label_rows(self.after)))
+        model.output_weight.copy_(self.stream.matrix(self.label_rows(self.after)))
 
     def _first_action(self, letter: int) -> Sum:
         """The buffers of the first level, whose action the letter alone decides: a permutation or a reset."""
