@@ -96,7 +96,7 @@ def test_wrong_ids_are_refused(ids, message):
         ({"mlp_size": 0}, "mlp_size must be a positive integer"),
         ({"mlp_size": 4, "mlp_ratio": 2.0}, "mlp_ratio or mlp_size, not both"),
         ({"tie_embeddings": True, "output_size": 3}, "output_size = vocab_size = 4, got output_size = 3"),
-        ({"norm_placement": "inside"}, "norm_placement must be before or after, got 'inside'"),
+        ({"norm_placement": "inside"}, "norm_placement must be before, after or none, got 'inside'"),
         ({"norm_placement": ("before",) * 3}, "a pattern of 3 values for norm_placement"),
         ({"mixer": (mixer_config("deltanet")(),) * 3}, "a pattern of 3 values for mixer .* num_layers = 2"),
         ({"mixer": ()}, "a pattern of 0 values for mixer"),

@@ -378,10 +378,20 @@ def accumulated(x: Tensor) -> Tensor:
 
 def _eigvals(matrices: Tensor) -> Tensor:
     matrices = _finite(matrices).to(torch.float64)
-    # Where decays reach 1e-100 the balancing inside LAPACK scales rows by as much, and its iteration may not converge.
-    # An entry that far below the largest is smaller than the rounding of the others.
-    largest = matrices.abs().amax((-2, -1), keepdim=True)
-    return torch.linalg.eigvals(torch.where(matrices.abs() < 1e-30 * largest, 0, matrices))
+    # LAPACK's iteration may not converge on numbers near the smallest there are, so the largest entry becomes 1.
+    largest = matrices.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(matrices.dtype).tiny)
+    matrices = matrices / largest
+    try:
+        values = torch.linalg.eigvals(matrices)
+    except torch.linalg.LinAlgError:
+        # Nor where entries differ by many orders of magnitude, as it scales rows to balance them. A rotation of the
+        # coordinates leaves the eigenvalues and makes all entries alike.
+        generator = torch.Generator().manual_seed(0)
+        size = matrices.shape[-1]
+        rotation = torch.linalg.qr(torch.randn(size, size, dtype=matrices.dtype, generator=generator))[0]
+        rotation = rotation.to(matrices.device)
+        values = torch.linalg.eigvals(rotation.mT @ matrices @ rotation)
+    return values * largest.squeeze(-1)
 
 
 def _finite(matrices: Tensor) -> Tensor:

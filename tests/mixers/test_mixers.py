@@ -19,7 +19,7 @@ OTHERS = {
     "conv_size": [0, 2],
     "value_dim": [5],
     "num_value_heads": [8],
-    "decay_rank": [3],
+    "decay_rank": [7],
     "gate_rank": [5],
     "beta_gain": [8.0],
     "state_size": [3],

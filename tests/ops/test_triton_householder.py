@@ -61,7 +61,7 @@ def test_without_a_gpu_the_backend_says_why(monkeypatch):
 
 
 def test_without_triton_the_backend_says_why(monkeypatch):
-    monkeypatch.setattr(triton_householder, "_has_triton", lambda: False)
+    monkeypatch.setattr(triton_householder, "_HAS_TRITON", False)
     case = make_case(**FLOAT32)
     with pytest.raises(ValueError, match="the package triton is not installed"):
         case.run("triton")
@@ -78,7 +78,7 @@ def test_without_triton_the_backend_says_why(monkeypatch):
     ],
 )
 def test_what_is_not_served_is_said(arguments, reason, monkeypatch):
-    monkeypatch.setattr(triton_householder, "_has_triton", lambda: True)
+    monkeypatch.setattr(triton_householder, "_HAS_TRITON", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert reason in (triton_householder.supports(make_case(**arguments).transition) or "")
 

@@ -60,9 +60,9 @@ def linear_recurrence(
             the transition.
     """
     _check(transition, q, v, write, initial_state, cu_seqlens)
-    if backend == "auto" and q.shape[1] == 1 and cu_seqlens is None:
-        return one_token(transition, q, v, write, initial_state)
     chosen = _choose(transition, q.shape[1], backend)
+    if backend == "auto" and q.shape[1] == 1 and cu_seqlens is None and not chosen.decodes:
+        return one_token(transition, q, v, write, initial_state)
     return chosen.run(transition, q, v, write, initial_state, cu_seqlens)
 
 

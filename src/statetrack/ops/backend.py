@@ -37,6 +37,7 @@ class Backend:
         run: the computation.
         priority: "auto" takes the highest among those that support the transition.
         min_length: "auto" leaves shorter sequences to others.
+        decodes: it has an algorithm of its own for a single token; "auto" takes the formula instead of those that don't.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Backend:
     run: Run
     priority: int = 0
     min_length: int = 1
+    decodes: bool = False
 
 
 def register_operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:

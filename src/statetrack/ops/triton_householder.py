@@ -21,6 +21,7 @@ from statetrack.ops.backend import Backend, register_operator
 from statetrack.ops.packing import run_packed
 from statetrack.transition import Householder, Transition
 
+_HAS_TRITON = find_spec("triton") is not None
 # The tensors that a state-free kernel leaves for the scans, and those that a forward scan leaves for the backward.
 _PREPARED = 6
 _LARGEST_KEY = 256
@@ -35,7 +36,7 @@ _SHORTEST_SEGMENT = 8
 def supports(transition: Transition) -> str | None:
     if not isinstance(transition, Householder):
         return "triton_householder serves Householder transitions"
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "the package triton is not installed"
     k = transition.k
     if k.device.type != "cuda" and not _interpreted():
@@ -69,7 +70,7 @@ def run(
     return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
 
 
-BACKEND = Backend(name="triton", supports=supports, run=run, priority=20)
+BACKEND = Backend(name="triton", supports=supports, run=run, priority=20, decodes=True)
 
 
 def _run_dense(
@@ -112,11 +113,6 @@ class _TritonHouseholder(torch.autograd.Function):
             None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype),
             None,
         )
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _interpreted() -> bool:
