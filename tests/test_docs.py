@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = [page for page in sorted(DOCS.glob("*.md")) if "```python" in page.read_text(encoding="utf-8")]
+ELSEWHERE = {"checkpoints": "needs a checkpoint, which tests/pretrained/test_checkpoints_page.py makes"}
+PAGES = [
+    page
+    for page in sorted(DOCS.glob("*.md"))
+    if page.stem not in ELSEWHERE and "```python" in page.read_text(encoding="utf-8")
+]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
