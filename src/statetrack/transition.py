@@ -383,7 +383,7 @@ def _eigvals(matrices: Tensor) -> Tensor:
     matrices = matrices / largest
     try:
         values = torch.linalg.eigvals(matrices)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         # Nor where entries differ by many orders of magnitude, as it scales rows to balance them. A rotation of the
         # coordinates leaves the eigenvalues and makes all entries alike.
         generator = torch.Generator().manual_seed(0)

@@ -37,7 +37,7 @@ class Backend:
         run: the computation.
         priority: "auto" takes the highest among those that support the transition.
         min_length: "auto" leaves shorter sequences to others.
-        decodes: it has an algorithm of its own for a single token; "auto" takes the formula instead of those that don't.
+        decodes: it has an algorithm of its own for one token; "auto" replaces those without by the plain formula.
     """
 
     name: str
