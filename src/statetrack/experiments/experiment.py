@@ -13,6 +13,9 @@
     training = { steps = 300 }
     sweep = [ { eigenvalue_range = [0, 1], explanation = "..." }, { eigenvalue_range = [-1, 1], explanation = "..." } ]
 
+What several runs have in common may stand once, in a table `[shared]` with the same keys; a run's own `model`, `mixer`
+and `training` are laid over those tables, key by key, and its other keys replace them.
+
 Every entry of a sweep is the run with those options of its mixer replaced; every seed is a run of its own. A hybrid has
 a list of mixers, `mixer = [ { name = "deltanet" }, { name = "mamba" } ]`, which is the pattern of its layers. An entry
 of a sweep may also replace the mixer or the list as a whole, with `mixer = ...`.
@@ -78,8 +81,9 @@ class _RunTable:
 @dataclass(frozen=True, kw_only=True)
 class _File:
     title: str
-    run: list[_RunTable]
+    run: list[dict[str, Any]]
     seeds: list[int] = field(default_factory=lambda: [0])
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 def load_experiment(name: str, seeds: list[int] | None = None) -> Experiment:
@@ -95,13 +99,23 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None) -> 
         ValueError: for unknown or missing keys and for options that a config refuses.
     """
     file = from_data(_File, data)
-    runs = [run for table in file.run for run in _expand(table, seeds or file.seeds)]
+    tables = [from_data(_RunTable, _laid_over(file.shared, table)) for table in file.run]
+    runs = [run for table in tables for run in _expand(table, seeds or file.seeds)]
     names = [run.name for run in runs]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
             f"two runs of an experiment have the name {repeated[0]}: repeated seeds, or models alike in name"
         )
     return Experiment(title=file.title, runs=tuple(runs))
+
+
+def _laid_over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own`, and what it leaves open from `shared`; tables are laid over tables."""
+    both = {**shared, **own}
+    for key in shared.keys() & own.keys():
+        if isinstance(shared[key], Mapping) and isinstance(own[key], Mapping):
+            both[key] = {**shared[key], **own[key]}
+    return both
 
 
 def _expand(table: _RunTable, seeds: list[int]) -> Iterator[ExperimentRun]:
