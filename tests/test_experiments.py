@@ -46,9 +46,8 @@ def test_what_runs_share_stands_once():
     shared = {key: value for key, value in run.items() if key not in ("training", "mixer")}
     shared |= {"training": {**run["training"], "steps": 9}, "mixer": run["mixer"]}
     own = {"training": {"steps": 4}, "mixer": {"num_heads": 2}}
-    assert read_experiment({"title": "small", "seeds": [3, 4], "shared": shared, "run": [own]}) == read_experiment(
-        SMALL
-    )
+    file = {"title": "small", "seeds": [3, 4], "shared": shared, "run": [own]}
+    assert read_experiment(file) == read_experiment(SMALL)
 
 
 def test_the_parity_experiment_has_every_family_at_both_ranges():
