@@ -26,6 +26,7 @@ import statetrack
 from statetrack.config import RunConfig, TrainingConfig, run_config
 from statetrack.mixers import mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNetConfig
+from statetrack.mixers.mixer import refuse_absent
 from statetrack.model import ModelConfig
 from statetrack.runs import RunDirectory
 from statetrack.tasks import get_task, list_tasks
@@ -247,6 +248,7 @@ def _train_command(words: Sequence[str]) -> type:
             mixer = word.removeprefix("--mixer=")
         elif word == "--mixer" and words[index + 1 :]:  # without a value, the parser itself will complain
             mixer = words[index + 1]
+    refuse_absent(mixer_config(mixer), [_option_name(word) for word in words if word.startswith("--")])
     options = _options(mixer_config(mixer))
     model = _options(ModelConfig, without=("vocab_size", "output_size", "mixer", "norm_placement"))
     flat = tyro.conf.arg(name="")
@@ -284,6 +286,11 @@ def _train_command(words: Sequence[str]) -> type:
         device: cpu or cuda; if left out, cuda where there is one.
     """
     return command
+
+
+def _option_name(word: str) -> str:
+    """`eigenvalue_range` of `--eigenvalue-range=-1,1`."""
+    return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
 def _options(config: type, without: Sequence[str] = ()) -> type:

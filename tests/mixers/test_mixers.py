@@ -348,6 +348,12 @@ def test_a_wrong_option_is_refused_in_one_sentence(make_wrong, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", [name for name in mixer_configs() if name not in with_option("eigenvalue_range")])
+def test_a_mixer_without_a_range_says_why(name):
+    with pytest.raises(ValueError, match=f"{name} has no eigenvalue_range: .{{20}}"):
+        type(mixer_config(name)().build(D_MODEL))(D_MODEL, eigenvalue_range=(-1, 1))
+
+
 def test_the_whole_model_runs_with_every_mixer():
     for name in mixer_configs():
         model = LanguageModel(ModelConfig(vocab_size=7, d_model=D_MODEL, num_layers=2, mixer=mixer_config(name)()))
