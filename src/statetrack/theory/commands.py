@@ -115,14 +115,15 @@ class Compile:
         task: a task, as `statetrack tasks` lists them; or name a language by one of the options for it.
         language: the language.
         out: the run directory to make.
-        strategy: auto (one layer if that is enough), one_layer, or exclusion (a cascade of n - 1 layers).
+        strategy: auto (one layer if that is enough, else exclusion), one_layer, exclusion (a cascade of n - 1 layers)
+            or holonomy (a cascade by the Krohn-Rhodes decomposition, with the groups of the language itself).
         keys: raw for integer keys, or pair for a mixer that normalizes its keys (groups only).
     """
 
     task: tyro.conf.Positional[str] = ""
     out: Path
     language: _LanguageOptions = field(default_factory=Language)
-    strategy: Literal["auto", "one_layer", "exclusion"] = "auto"
+    strategy: Literal["auto", "one_layer", "exclusion", "holonomy"] = "auto"
     keys: Literal["raw", "pair"] = "raw"
 
     def __call__(self) -> int:
