@@ -438,7 +438,10 @@ def _product_eigenvalues(transition: Transition, tokens: int, *, diagonal: bool)
 
 
 def _some(values: Tensor, most: int = 400) -> tuple[tuple[float, float], ...]:
-    pairs = torch.view_as_real(values).mul(1e4).round().div(1e4).unique(dim=0)
-    if len(pairs) > most:
-        pairs = pairs[torch.linspace(0, len(pairs) - 1, most).long()]
-    return tuple((x, y) for x, y in pairs.tolist())
+    # On a grid of a ten-thousandth, as one integer a point: unique numbers are found much faster than unique rows.
+    grid, width = torch.view_as_real(values).mul(1e4).round().long(), 1 << 31
+    points = (grid[..., 0] * width + grid[..., 1] + width // 2).unique()
+    if len(points) > most:
+        points = points[torch.linspace(0, len(points) - 1, most).long()]
+    x, y = points.div(width, rounding_mode="floor"), points.remainder(width) - width // 2
+    return tuple(zip((x / 1e4).tolist(), (y / 1e4).tolist(), strict=True))
