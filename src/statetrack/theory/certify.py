@@ -90,6 +90,16 @@ class Spectrum:
     beta_gap: float | None
     values: tuple[tuple[float, float], ...] = field(repr=False)
 
+    def lasting(self) -> str:
+        """The horizon in words; empty if there is none."""
+        if self.horizon is None:
+            return ""
+        if self.horizon == math.inf:
+            return "as long as can be told" if self.scope == "sound bound" else "for ever"
+        count = math.ceil(self.horizon)
+        most = "at most " if self.scope == "sound bound" else ""
+        return f"{most}{count:,} application{'s' * (count != 1)}"
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -148,7 +158,7 @@ class Certificate:
                 f"imaginary parts up to {s.imaginary:.4f}",
             ]
             if s.horizon is not None:
-                parts.append(f"what flips or turns lasts {_lasting(s)}")
+                parts.append(f"what flips or turns lasts {s.lasting()}")
             if s.beta_gap is not None:
                 parts.append(f"beta stays {s.beta_gap:.2g} from 2")
             lines.append(", ".join(parts))
@@ -247,12 +257,6 @@ def _vocabulary_transition(model: LanguageModel) -> Transition | None:
     if set(block.mixer.init_state(1)) != {"recurrence"}:
         return None  # a short convolution, or something else that remembers tokens
     return block.mixer.transition(block.mixer_input(model.embedding.weight.unsqueeze(0)))
-
-
-def _lasting(spectrum: Spectrum) -> str:
-    if spectrum.horizon == math.inf:
-        return "as long as can be told" if spectrum.scope == "sound bound" else "for ever"
-    return f"{'at most ' if spectrum.scope == 'sound bound' else ''}{spectrum.horizon:,.0f} applications"
 
 
 def _bounds(model: LanguageModel, layer: int) -> FactorBounds | None:

@@ -131,6 +131,7 @@ class Compile:
         from statetrack.runs import RunDirectory, RunError
         from statetrack.tasks import get_task
         from statetrack.theory import construct
+        from statetrack.theory.requirements import counted
 
         begin = time.perf_counter()
         task = get_task(self.language.task_name(self.task))
@@ -146,8 +147,8 @@ class Compile:
         mixer = model.config.layer_mixers()[0]  # compiled models have the same in every layer
         print(
             f"compiled {_short(task.name)}: {automaton.num_states} states, {automaton.num_letters} letters\n"
-            f"  {model.config.num_layers} layers of {mixer.title}, {chosen.num_heads} heads, state "
-            f"{getattr(mixer, 'head_dim', '?')} x {getattr(mixer, 'value_dim', '?')}, N = "
+            f"  {counted(model.config.num_layers, 'layer')} of {mixer.title}, {counted(chosen.num_heads, 'head')}, "
+            f"state {getattr(mixer, 'head_dim', '?')} x {getattr(mixer, 'value_dim', '?')}, N = "
             f"{getattr(mixer, 'num_householder', '?')} Householder factors a token, d_model = {model.config.d_model}, "
             f"{model.num_parameters():,} parameters\n"
             f"  {chosen.theorem}: {chosen.why}\n"

@@ -463,7 +463,8 @@ def _requirements(
                 str(plan.num_householder),
                 "sufficient",
                 plan.theorem,
-                f"{plan.num_layers} layers, {plan.num_heads} heads, K = {plan.head_dim}, V = {plan.value_dim}",
+                f"{counted(plan.num_layers, 'layer')}, {counted(plan.num_heads, 'head')}, K = {plan.head_dim}, "
+                f"V = {plan.value_dim}",
                 "The compiled model has so many factors for each token.",
             ),
         ]
@@ -480,6 +481,11 @@ def _requirements(
             )
         )
     return rows
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things: "1 layer", "2 layers"."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _green_counts(monoid: TransitionMonoid) -> dict[str, int]:
