@@ -140,6 +140,7 @@ def test_what_a_mixer_reads_is_bounded_by_the_norm_before_it():
     block = model._blocks()[1]
     block.mixer_norm.weight.uniform_(-2, 2)
     scale = block.mixer_input_scale()
+    assert scale is not None
     read = block.mixer_input(torch.randn(50, D).double() * 1e3)
     assert (read / scale).norm(dim=-1).max() <= 1
     assert (read / scale).norm(dim=-1).max() > 0.999
