@@ -1,7 +1,8 @@
 """Analysis, compilation and verification: seconds, and errors in 1,000,000 tokens; to results/theory/.
 
-`speed` takes the CPU time of one thread of what the command line does. `exactness` compiles automata, proves them right by enumerating the states of
-the model, and reads one random word of 1,000,000 tokens in bfloat16 through the same operations as training does.
+`speed` takes the CPU time of one thread of what the command line does. `exactness` compiles automata, proves them right
+by enumerating the states of the model, and reads one random word of 1,000,000 tokens in bfloat16 through the same
+operations as training does.
 
     python -m benchmarks.theory speed
     python -m benchmarks.theory exactness
