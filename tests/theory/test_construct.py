@@ -150,6 +150,17 @@ def test_models_of_an_impractical_size_are_refused(monkeypatch):
     monkeypatch.setattr(construct, "MAX_PARAMETERS", 1000)
     with pytest.raises(ConstructionError, match="parameters in 4 layers, more than the 1,000"):
         compile(full(5))
+    with pytest.raises(ConstructionError, match="the exclusion cascade has 4 layers and smaller ones"):
+        compile(full(5), strategy="holonomy")
+
+
+def test_compiling_draws_nothing_at_random():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = compile(full(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    for a, b in zip(first.parameters(), compile(full(3)).parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 # Negative controls

@@ -122,10 +122,12 @@ def compile(
     # Outputs that no word leads to are classes all the same: a model has those of its task.
     construction.num_classes = automaton.num_outputs
     if (parameters := construction.num_parameters()) > MAX_PARAMETERS:
+        nearest = "the size grows with the square of the states times the letters, so give fewer letters or states"
+        if construction.plan.strategy == "holonomy":
+            nearest = f"the exclusion cascade has {construction.automaton.num_states - 1} layers and smaller ones"
         raise ConstructionError(
             f"the model would have {parameters:,} parameters in {construction.plan.num_layers} layers, more than the "
-            f"{MAX_PARAMETERS:,} that are practical; the size grows with the square of the states times the letters, "
-            "so give fewer letters or states"
+            f"{MAX_PARAMETERS:,} that are practical; {nearest}"
         )
     return construction.build().to(dtype).eval()
 

@@ -83,7 +83,9 @@ class Construction:
             return LanguageModel(self.config).num_parameters()
 
     def build(self) -> LanguageModel:
-        model = LanguageModel(self.config)
+        with torch.device("meta"):  # nothing is drawn at random: all weights are written
+            model = LanguageModel(self.config)
+        model.to_empty(device="cpu")
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.zero_()
