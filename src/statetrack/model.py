@@ -178,6 +178,14 @@ class Block(nn.Module):
         """What the mixer reads of the residual stream."""
         return self._read(self.mixer_norm, x)
 
+    def mixer_input_scale(self) -> Tensor | None:
+        """A scale [D]: whatever the mixer reads is `scale * u` with |u| <= 1. None without a norm before the mixer."""
+        if self.norm_after or not isinstance(self.mixer_norm, RMSNorm):
+            return None
+        weight = self.mixer_norm.weight
+        # Inputs and logits are rounded to the dtype of the weights, which may lengthen them by a little.
+        return weight.detach().abs() * (len(weight) ** 0.5 * (1 + 4 * torch.finfo(weight.dtype).eps))
+
     def _read(self, norm: nn.Module, x: Tensor) -> Tensor:
         if self.residual_in_float32 and isinstance(norm, RMSNorm):
             x = x.to(norm.weight.dtype)

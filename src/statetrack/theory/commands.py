@@ -115,14 +115,15 @@ class Compile:
         task: a task, as `statetrack tasks` lists them; or name a language by one of the options for it.
         language: the language.
         out: the run directory to make.
-        strategy: auto (one layer if that is enough), one_layer, or exclusion (a cascade of n - 1 layers).
+        strategy: auto (one layer if that is enough, else exclusion), one_layer, exclusion (a cascade of n - 1 layers)
+            or holonomy (a cascade by the Krohn-Rhodes decomposition, with the groups of the language itself).
         keys: raw for integer keys, or pair for a mixer that normalizes its keys (groups only).
     """
 
     task: tyro.conf.Positional[str] = ""
     out: Path
     language: _LanguageOptions = field(default_factory=Language)
-    strategy: Literal["auto", "one_layer", "exclusion"] = "auto"
+    strategy: Literal["auto", "one_layer", "exclusion", "holonomy"] = "auto"
     keys: Literal["raw", "pair"] = "raw"
 
     def __call__(self) -> int:
@@ -130,6 +131,7 @@ class Compile:
         from statetrack.runs import RunDirectory, RunError
         from statetrack.tasks import get_task
         from statetrack.theory import construct
+        from statetrack.theory.requirements import counted
 
         begin = time.perf_counter()
         task = get_task(self.language.task_name(self.task))
@@ -145,8 +147,8 @@ class Compile:
         mixer = model.config.layer_mixers()[0]  # compiled models have the same in every layer
         print(
             f"compiled {_short(task.name)}: {automaton.num_states} states, {automaton.num_letters} letters\n"
-            f"  {model.config.num_layers} layers of {mixer.title}, {chosen.num_heads} heads, state "
-            f"{getattr(mixer, 'head_dim', '?')} x {getattr(mixer, 'value_dim', '?')}, N = "
+            f"  {counted(model.config.num_layers, 'layer')} of {mixer.title}, {counted(chosen.num_heads, 'head')}, "
+            f"state {getattr(mixer, 'head_dim', '?')} x {getattr(mixer, 'value_dim', '?')}, N = "
             f"{getattr(mixer, 'num_householder', '?')} Householder factors a token, d_model = {model.config.d_model}, "
             f"{model.num_parameters():,} parameters\n"
             f"  {chosen.theorem}: {chosen.why}\n"
