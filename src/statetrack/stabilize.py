@@ -1,4 +1,4 @@
-"""Long sequences without drift: every so many tokens, the state is set back on one that the model knows from short words.
+"""Long sequences without drift: every so many tokens the state is set back on one that short words lead to.
 
 A trained model tracks a state by matrices that are nearly, not exactly, those of a finite machine. Each token adds a
 small error, and no matrix of norm 1 takes one away: they add up until an answer is wrong, and so are the ones after it.
@@ -20,22 +20,30 @@ import torch
 from torch import Tensor
 
 from statetrack import seeds
+from statetrack.automata import Automaton
 from statetrack.model import LanguageModel, ModelConfig, ModelState
 
-INTERVAL = 256
-"""Tokens from one correction to the next."""
+MAX_INTERVAL = 256
+"""Most tokens from one correction to the next, unless the user says otherwise."""
 
-LENGTH = 40
+MARGIN = 4
+"""A model must keep to its states for so many times the interval."""
+
+LENGTH = 16
 """Length of the random words that the states found must explain."""
 
 AGREEMENT = 0.99
 """Share of the model's answers on these words that they must explain."""
 
-MAX_STATES = 2_000
-MAX_QUESTIONS = 4_096
-"""Words of next letters that a state may be asked for its answers to."""
+MAX_DEPTH = 12
+MAX_QUESTIONS = 64
+"""Words of next letters that a state is asked for its answers to: all of a length, or so many random ones."""
+
+MAX_ANSWERS = 1_000_000
+"""Answers that are looked at, at most, to find the states."""
 
 _SAMPLES = 256
+_STEADY_SAMPLES = 64
 _ROWS = 8_192
 
 
@@ -49,7 +57,7 @@ class KnownStates:
 
     Attributes:
         state: that of the model after the shortest word that leads to each, with n rows.
-        questions: all words of `depth` letters, int64 [letters^depth, depth].
+        questions: words of `depth` letters, int64 [Q, depth].
         logits: those of each state at every letter of every question: float32 [n, F].
         transitions: the state that each letter leads to, int64 [n, letters].
         answers: the class that the model says at each letter in each state, int64 [n, letters].
@@ -85,7 +93,7 @@ class KnownStates:
         return _select(self.state, rows)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def learn_states(model: LanguageModel) -> KnownStates:
     """The states that the answers of a model tell apart, found by asking it alone.
 
@@ -96,52 +104,71 @@ def learn_states(model: LanguageModel) -> KnownStates:
         model: in evaluation mode.
 
     Raises:
-        StabilizationError: if the state grows with the number of tokens, as that of attention does; if there are more
-            than `MAX_STATES` states; or if they do not explain the model's answers: it then is wrong on short words
-            too, or it has learned something else than a finite machine.
+        StabilizationError: if the state grows with the number of tokens, as that of attention does; if finding all
+            states takes more than `MAX_ANSWERS`; or if they do not explain the model's answers: it then drifts within a
+            few tokens, or it has learned something else than a finite machine.
     """
-    model_state = model.init_state(1)
-    letters = model.config.vocab_size
-    device = model.embedding.weight.device
-    one = model.scan(torch.zeros(1, 1, dtype=torch.long, device=device), model_state)[1]
-    if _shapes(one) != _shapes(model_state):
+    start = model.init_state(1)
+    _, following = model.scan(torch.zeros(1, 1, dtype=torch.long, device=model.embedding.weight.device), start)
+    if _shapes(start) != _shapes(following):
         raise StabilizationError(
             "the state of this model grows with every token, so that there is no finite set of states to keep it on; "
             "stabilize models without attention"
         )
     why = ""
-    for depth in range(1, 64):
-        if depth > 1 and letters**depth > MAX_QUESTIONS:
-            break
+    for depth in range(1, MAX_DEPTH + 1):
         found = _search(model, depth)
-        if found is None:
-            why = f"short words lead it to more than {MAX_STATES:,} states that answer differently"
-            break  # deeper questions tell apart what these do
+        if found is None:  # longer questions tell apart what these do
+            why = why or "short words lead it to more states that answer differently than can be looked at"
+            break
         if found.agreement >= AGREEMENT:
             return found
         why = f"the {len(found)} states found explain {found.agreement:.1%} of its answers to words of {LENGTH} letters"
-        if letters == 1 and depth >= MAX_STATES:
-            break
     raise StabilizationError(f"this model is no finite machine on short words: {why}; train it further")
 
 
+@torch.no_grad()
+def steady_length(model: LanguageModel, known: KnownStates, *, limit: int = MARGIN * MAX_INTERVAL) -> int:
+    """The largest power of 2 up to which a model keeps to its known states on random words; 0 if it never does.
+
+    Up to there all its answers must be those that the known states give, and the state nearest to its own the one that
+    the word leads to.
+
+    Args:
+        model: in evaluation mode.
+        known: what `learn_states` found for it.
+        limit: where to stop looking, a power of 2.
+    """
+    random = seeds.generator("words that a model keeps to its states on", 0)
+    letters, device = known.transitions.shape[1], known.transitions.device
+    state, reached = model.init_state(_STEADY_SAMPLES), torch.zeros(_STEADY_SAMPLES, dtype=torch.long, device=device)
+    length, following = 0, 1
+    while following <= limit:
+        ids = torch.randint(letters, (_STEADY_SAMPLES, following - length), generator=random).to(device)
+        logits, state = model.scan(ids, state)
+        answers, reached = _run(known.transitions, known.answers, ids, reached)
+        if not torch.equal(logits.argmax(-1), answers) or not torch.equal(known.nearest(model, state), reached):
+            break
+        length, following = following, 2 * following
+    return length
+
+
 def _search(model: LanguageModel, depth: int) -> KnownStates | None:
-    """Breadth first; None if there are more than `MAX_STATES` states."""
+    """Breadth first; None if that takes too many answers."""
     letters, device = model.config.vocab_size, model.embedding.weight.device
-    alphabet = torch.arange(letters, device=device)
-    questions = torch.cartesian_prod(*[alphabet] * depth).view(-1, depth)
-    classes = model.output_size
+    questions = _questions(letters, depth).to(device)
 
     def signatures(logits: Tensor) -> list[bytes]:
-        return [row.tobytes() for row in logits.unflatten(1, (-1, classes)).argmax(-1).int().cpu().numpy()]
+        return [row.tobytes() for row in logits.unflatten(1, (-1, model.output_size)).argmax(-1).int().cpu().numpy()]
 
     frontier = model.init_state(1)
     frontier_logits = _logits(model, frontier, questions)
     number = {signatures(frontier_logits)[0]: 0}
-    states, logits, transitions = [frontier], [frontier_logits], []
-    while len(frontier_logits):
-        count = len(frontier_logits)
-        following = _after(model, frontier, alphabet)
+    states, logits, transitions, answers = [frontier], [frontier_logits], [], []
+    while rows := len(frontier_logits):
+        if len(number) * letters * len(questions) > MAX_ANSWERS:
+            return None
+        said, following = _after(model, frontier)
         their_logits = _logits(model, following, questions)
         fresh, targets = [], []
         for row, signature in enumerate(signatures(their_logits)):
@@ -149,42 +176,49 @@ def _search(model: LanguageModel, depth: int) -> KnownStates | None:
                 number[signature] = len(number)
                 fresh.append(row)
             targets.append(number[signature])
-        if len(number) > MAX_STATES:
-            return None
-        transitions.append(torch.tensor(targets, device=device).view(count, letters))
-        rows = torch.tensor(fresh, dtype=torch.long, device=device)
-        frontier, frontier_logits = _select(following, rows), their_logits[rows]
+        transitions.append(torch.tensor(targets, device=device).view(rows, letters))
+        answers.append(said.view(rows, letters))
+        chosen = torch.tensor(fresh, dtype=torch.long, device=device)
+        frontier, frontier_logits = _select(following, chosen), their_logits[chosen]
         states.append(frontier)
         logits.append(frontier_logits)
-    state = [{name: torch.cat([s[i][name] for s in states]) for name in states[0][i]} for i in range(len(states[0]))]
-    all_logits, table = torch.cat(logits), torch.cat(transitions)
-    # The first letter of the questions runs slowest: every letter's first occurrence is a stride away from the next.
-    first = all_logits.view(len(table), letters, -1, depth, classes)[:, :, 0, 0].argmax(-1)
-    return KnownStates(state, questions, all_logits, table, first, _agreement(model, table, first))
+    table, machine = torch.cat(transitions), torch.cat(answers)
+    return KnownStates(_cat(states), questions, torch.cat(logits), table, machine, _agreement(model, table, machine))
+
+
+def _questions(letters: int, depth: int) -> Tensor:
+    """All words of a length, or where those are too many, random ones: int64 [Q, depth]."""
+    if letters**depth <= MAX_QUESTIONS:
+        return torch.cartesian_prod(*[torch.arange(letters)] * depth).view(-1, depth)
+    random = seeds.generator("questions", depth)
+    return torch.randint(letters, (MAX_QUESTIONS, depth), generator=random)
 
 
 def _agreement(model: LanguageModel, transitions: Tensor, answers: Tensor) -> float:
     """How often a machine gives the answers of a model, on random words."""
     random = seeds.generator("words that states must explain", 0)
     ids = torch.randint(transitions.shape[1], (_SAMPLES, LENGTH), generator=random).to(transitions.device)
-    said = model.scan(ids)[0].argmax(-1)
-    position, right = torch.zeros_like(ids[:, 0]), 0
-    for letter, answer in zip(ids.unbind(1), said.unbind(1), strict=True):
-        right += int((answers[position, letter] == answer).sum())
-        position = transitions[position, letter]
-    return right / ids.numel()
+    expected, _ = _run(transitions, answers, ids, torch.zeros_like(ids[:, 0]))
+    return float((model.scan(ids)[0].argmax(-1) == expected).double().mean())
 
 
-def _after(model: LanguageModel, state: ModelState, alphabet: Tensor) -> ModelState:
-    """The state after each letter, for each row of a state: row times letters rows, the letter runs fastest."""
-    count, letters = _count(state), len(alphabet)
-    rows = torch.arange(count, device=alphabet.device).repeat_interleave(letters)
-    parts = []
-    for part in rows.split(_ROWS):
-        offset = sum(_count(done) for done in parts)
-        ids = alphabet[torch.arange(offset, offset + len(part), device=alphabet.device) % letters]
-        parts.append(model.scan(ids.unsqueeze(1), _select(state, part))[1])
-    return [{name: torch.cat([p[i][name] for p in parts]) for name in layer} for i, layer in enumerate(parts[0])]
+def _run(transitions: Tensor, answers: Tensor, ids: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """The answers [B, T] of a machine to words [B, T] from states [B], and the states [B] after them."""
+    reached = Automaton(transitions, 0, torch.arange(len(transitions), device=ids.device)).run(ids, start)
+    before = torch.cat([start.unsqueeze(1), reached[:, :-1]], 1)
+    return answers[before, ids], reached[:, -1]
+
+
+def _after(model: LanguageModel, state: ModelState) -> tuple[Tensor, ModelState]:
+    """The answer to each letter and the state after it, for each row of a state; the letter runs fastest."""
+    letters, device = model.config.vocab_size, model.embedding.weight.device
+    said, parts = [], []
+    for rows in torch.arange(_count(state), device=device).split(max(1, _ROWS // letters)):
+        ids = torch.arange(letters, device=device).repeat(len(rows)).unsqueeze(1)
+        logits, after = model.scan(ids, _select(state, rows.repeat_interleave(letters)))
+        said.append(logits[:, 0].argmax(-1))
+        parts.append(after)
+    return torch.cat(said), _cat(parts)
 
 
 def _logits(model: LanguageModel, state: ModelState, questions: Tensor) -> Tensor:
@@ -195,8 +229,6 @@ def _logits(model: LanguageModel, state: ModelState, questions: Tensor) -> Tenso
         ids = questions.repeat(len(rows), 1)
         logits, _ = model.scan(ids, _select(state, rows.repeat_interleave(len(questions))))
         parts.append(logits.float().reshape(len(rows), -1))
-    if not parts:
-        return torch.empty(0, questions.numel() * model.output_size, device=questions.device)
     return torch.cat(parts)
 
 
@@ -206,6 +238,10 @@ def _count(state: ModelState) -> int:
 
 def _shapes(state: ModelState) -> list[dict[str, torch.Size]]:
     return [{name: tensor.shape for name, tensor in layer.items()} for layer in state]
+
+
+def _cat(states: list[ModelState]) -> ModelState:
+    return [{name: torch.cat([state[i][name] for state in states]) for name in x} for i, x in enumerate(states[0])]
 
 
 def _select(state: ModelState, rows: Tensor) -> ModelState:
@@ -225,21 +261,21 @@ class StabilizedModel:
 
     Args:
         model: in evaluation mode.
-        known: what `learn_states` found for it, in the same dtype; None to find it now.
-        interval: tokens from one correction to the next, short enough for the model to be right in between, wherever it
-            starts: at most the length up to which it is.
+        interval: tokens from one correction to the next; if None, the model's `steady_length` over `MARGIN`, at least 1
+            and at most `MAX_INTERVAL`.
+        known: what `learn_states` found for this model, in this dtype; None to find it now.
 
     Raises:
         StabilizationError: see `learn_states`.
         ValueError: for an interval below 1.
     """
 
-    def __init__(self, model: LanguageModel, known: KnownStates | None = None, *, interval: int = INTERVAL) -> None:
-        if interval < 1:
+    def __init__(self, model: LanguageModel, interval: int | None = None, *, known: KnownStates | None = None) -> None:
+        if interval is not None and interval < 1:
             raise ValueError(f"the interval of corrections must be at least 1 token, got {interval}")
         self.model = model
         self.known = learn_states(model) if known is None else known
-        self.interval = interval
+        self.interval = interval or max(1, steady_length(model, self.known) // MARGIN)
 
     @property
     def config(self) -> ModelConfig:
@@ -250,10 +286,11 @@ class StabilizedModel:
         since = torch.zeros(batch_size, dtype=torch.long, device=self.model.embedding.weight.device)
         return [*self.model.init_state(batch_size), {"since": since}]
 
+    @torch.no_grad()
     def scan(
         self, ids: Tensor, state: ModelState | None = None, *, positions: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
-        """Logits and the state after the last token; the arguments are those of `LanguageModel.scan`."""
+        """Logits and the state after the last token, without gradients; arguments as those of `LanguageModel.scan`."""
         *inner, counter = self.init_state(len(ids)) if state is None else state
         since, length = counter["since"], ids.shape[1]
         if positions is None:
@@ -268,19 +305,20 @@ class StabilizedModel:
             since = since + size
             due = (since == self.interval).nonzero().squeeze(1)
             if len(due):
-                inner = self._corrected(inner, due)
+                corrected = self.correct(_select(inner, due))
+                inner = [
+                    {name: x.index_copy(0, due, y[name].to(x.dtype)) for name, x in layer.items()}
+                    for layer, y in zip(inner, corrected, strict=True)
+                ]
                 since = since.index_fill(0, due, 0)
             done += size
         return logits, [*inner, {"since": since}]
+
+    def correct(self, state: ModelState) -> ModelState:
+        """The known state nearest to each row of a state of the model."""
+        return self.known.select(self.known.nearest(self.model, state))
 
     def step(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One token: ids [B] -> logits [B, output_size] and the next state."""
         logits, state = self.scan(ids.unsqueeze(-1), state)
         return logits.squeeze(1), state
-
-    def _corrected(self, state: ModelState, rows: Tensor) -> ModelState:
-        known = self.known.select(self.known.nearest(self.model, _select(state, rows)))
-        return [
-            {name: tensor.index_copy(0, rows, replacement[name].to(tensor.dtype)) for name, tensor in layer.items()}
-            for layer, replacement in zip(state, known, strict=True)
-        ]
