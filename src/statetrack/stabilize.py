@@ -36,7 +36,7 @@ AGREEMENT = 0.99
 """Share of the model's answers on these words that they must explain."""
 
 MAX_DEPTH = 12
-MAX_QUESTIONS = 64
+MAX_QUESTIONS = 32
 """Words of next letters that a state is asked for its answers to: all of a length, or so many random ones."""
 
 MAX_ANSWERS = 1_000_000
@@ -44,7 +44,7 @@ MAX_ANSWERS = 1_000_000
 
 _SAMPLES = 256
 _STEADY_SAMPLES = 64
-_ROWS = 8_192
+_ROWS = 1_024
 
 
 class StabilizationError(ValueError):
