@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import tyro
@@ -30,7 +30,16 @@ from statetrack.mixers.mixer import refuse_absent
 from statetrack.model import ModelConfig
 from statetrack.runs import RunDirectory
 from statetrack.tasks import get_task, list_tasks
-from statetrack.theory.commands import Analyze, Certify, Compile, Language, Verify, bare_json
+from statetrack.theory.commands import (
+    Analyze,
+    Certify,
+    Compile,
+    Interval,
+    Language,
+    Verify,
+    bare_json,
+    stabilized,
+)
 from statetrack.training import train
 from statetrack.transition import EigenvalueRange
 
@@ -75,6 +84,9 @@ class Evaluate:
         sequences: how many sequences; if left out 512, and 32 at lengths from 10,000 on.
         seed: seed of the sequences.
         task: judge on another task with the same vocabulary and labels than the one it was trained on.
+        dtype: of weights and activations, if other than that of the run; states are float32 in any case.
+        stabilize: set the state back on one that short words lead to, every so many tokens: a number, or auto for one
+            that suits the model. The run keeps its evaluation of the model as it is.
         json: also write the result to this file.
         device: cpu or cuda; if left out, cuda where there is one.
     """
@@ -84,6 +96,8 @@ class Evaluate:
     sequences: int | None = None
     seed: int = 0
     task: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    stabilize: Interval | None = None
     json: Path | None = None
     device: str | None = None
 
@@ -102,9 +116,12 @@ class Evaluate:
                 f"{self.run} was trained with {config.model.vocab_size} tokens and {config.model.output_size} labels; "
                 f"the task {task.name} has {task.vocab_size} and {task.num_labels}"
             )
+        if self.dtype is not None:
+            model = model.to(getattr(torch, self.dtype))
+        tracker, corrections = stabilized(model, self.stabilize)
         with evaluation_progress() as show:
             results = evaluate(
-                model,
+                tracker,
                 task,
                 lengths,
                 seed=self.seed,
@@ -112,12 +129,16 @@ class Evaluate:
                 device=device,
                 on_progress=show,
             )
-        table = Table("length", "accuracy", "sequences", title=f"{task.name}: {self.run}", title_justify="left")
+        title = ", ".join([f"{task.name}: {self.run}", *filter(None, [self.dtype])])
+        table = Table("length", "accuracy", "sequences", title=title, title_justify="left")
         for result in results:
             table.add_row(f"{result.length:,}", f"{result.accuracy:.4f}", f"{result.sequences:,}")
         Console().print(table)
         data = evaluation_data(results, task, self.seed)
-        if self.task is None:
+        if corrections is not None:
+            data["stabilized"] = corrections
+            print("stabilized: {states} states, corrected every {interval} tokens".format(**corrections))
+        if self.task is None and self.dtype is None and self.stabilize is None:
             directory.write_evaluation(data)
         if self.json is not None:
             atomic_write(self.json, json.dumps(data | {"run": str(self.run)}, indent=2) + "\n")

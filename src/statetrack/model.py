@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,22 @@ from statetrack.transition import Transition, accumulated
 
 ModelState = list[State]
 """The memory of a model between two calls: the state of each layer's mixer."""
+
+
+class Tracker(Protocol):
+    """What evaluation and verification ask of a model: a `LanguageModel`, or what takes the place of one."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def init_state(self, batch_size: int) -> ModelState: ...
+
+    def scan(
+        self, ids: Tensor, state: ModelState | None = None, *, positions: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]: ...
+
+    def step(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]: ...
+
 
 Mixers = MixerConfig | tuple[MixerConfig, ...]
 """One mixer for every layer, or a pattern of mixers that is repeated over the layers."""
