@@ -22,7 +22,8 @@ class TrainingConfig:
     Attributes:
         steps: optimizer steps.
         batch_size: sequences for each step.
-        min_length: shortest training sequence, in tokens; every batch draws one length, uniformly.
+        min_length: shortest training sequence, in tokens; every batch draws one length, uniformly among those that the
+            task has.
         max_length: longest training sequence, in tokens.
         learning_rate: peak learning rate.
         warmup: share of the steps, at the start, in which the learning rate rises linearly from 0.

@@ -130,7 +130,10 @@ def test_a_gpu_samples_where_its_generator_is(task, device):
         ("zzz", "unknown task 'zzz'; the tasks are"),
         ("parity:3", "the task parity takes no argument; got 'parity:3'"),
         ("parity:", "the task parity takes no argument; got 'parity:'"),
-        ("group", r"the task group needs an argument, group:NAME\[:LETTERS\], for example group:S3; got 'group'"),
+        (
+            "group",
+            r"the task group needs an argument, group:NAME\[:LETTERS\[:TOKENS\]\], for example group:S3; got 'group'",
+        ),
         ("modular_addition:", "the task modular_addition needs an argument, modular_addition:M, for example"),
         ("modular_addition:1", "M in modular_addition:M is an integer from 2 to 1000, such as 5; got '1'"),
         ("modular_addition:1001", "M in modular_addition:M is an integer from 2 to 1000"),
@@ -140,7 +143,10 @@ def test_a_gpu_samples_where_its_generator_is(task, device):
         ("group:M11", "unknown group 'M11'; groups are"),
         ("group:s5", "unknown group 's5'; did you mean 'S5'"),
         ("group:S8", "the group S8 has more than 5,040 elements"),
-        ("group:S5:swap", "unknown letters 'swap' of a group; they may be all, generators, swaps, 3-cycles"),
+        (
+            "group:S5:swap",
+            "unknown letters 'swap' of a group; they may be all, generators, swaps, 3-cycles, two, a number",
+        ),
         ("group:S5:", "unknown letters '' of a group"),
     ],
 )
