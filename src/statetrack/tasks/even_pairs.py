@@ -9,7 +9,7 @@ from statetrack.tasks.automaton_task import AutomatonTask
 from statetrack.tasks.task import TaskFamily
 
 DESCRIPTION = (
-    "letters a and b; the label is 1 where the word has an even number of ab and ba, that is, ends as it began"
+    "letters a and b; the label is 1 after an even number of ab and ba, that is, where a word ends as it began"
 )
 
 

@@ -26,7 +26,7 @@ def _make(argument: str) -> AutomatonTask:
     hidden = "non-solvable" if group_class(name) == "non-solvable group" else "solvable"
     return AutomatonTask(
         name=f"group_with_resets:{argument}",
-        description=f"elements of {name}{f' ({letters})' if colon else ''}, and a reset; the label is the product since",
+        description=f"elements of {name}{f' ({letters})' if colon else ''}, and a reset; the label is their product",
         automaton=automaton,
         known_class=f"{hidden} monoid",
     )

@@ -170,6 +170,15 @@ def check_length(length: int) -> None:
         raise ValueError(f"length must be at least 1, got {length}")
 
 
+def check_fits(task: Task, length: int) -> None:
+    """What the `sample` of a task refuses that has sequences of some lengths only."""
+    check_length(length)
+    if not task.fits(length):
+        near = [n for n in range(max(1, length - 64), length + 65) if task.fits(n)]
+        nearest = sorted(sorted(near, key=lambda n: abs(n - length))[:2])
+        raise ValueError(f"the task {task.name} has no sequences of {length} tokens; near are {nearest}")
+
+
 def read_numbers(argument: str, name: str, bounds: Mapping[str, tuple[int, int]], example: str) -> list[int]:
     """The numbers in a task's argument, such as the 6, 3 and 0 of "6,3,0".
 
