@@ -114,9 +114,7 @@ def read_arithmetic(argument: str, family: str) -> tuple[int, str]:
         raise ValueError(f"M in {family}:M is an integer from 2 to {MAX_MODULUS}, such as 5; got {digits!r}")
     chosen = "".join(operator for operator in OPERATORS if operator in operators) if colon else OPERATORS
     if colon and (not operators or len(chosen) != len(operators)):
-        raise ValueError(
-            f"the operators in {family}:M:OPERATORS are some of {OPERATORS}, such as +-; got {operators!r}"
-        )
+        raise ValueError(f"OPERATORS in {family}:M:OPERATORS are some of {OPERATORS}, such as +-; got {operators!r}")
     return modulus, chosen
 
 

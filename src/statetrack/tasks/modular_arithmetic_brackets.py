@@ -1,4 +1,4 @@
-"""Arithmetic modulo M with brackets: nested as deep as the length allows (arXiv 2207.02098; 2411.12537, appendix E.1)."""
+"""Arithmetic modulo M with brackets, nested as deep as the length allows (arXiv 2207.02098 and 2411.12537)."""
 
 from __future__ import annotations
 
