@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, make_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, get_type_hints
@@ -28,7 +29,7 @@ from statetrack.mixers import mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.model import ModelConfig
 from statetrack.runs import RunDirectory
-from statetrack.tasks import get_task, list_tasks
+from statetrack.tasks import TaskFamily, get_task, list_tasks
 from statetrack.theory.commands import Analyze, Certify, Compile, Language, Verify, bare_json
 from statetrack.training import train
 from statetrack.transition import EigenvalueRange
@@ -153,14 +154,43 @@ class Report:
 
 @dataclass
 class Tasks:
-    """List the tasks."""
+    """List the tasks, each with its algebraic class, how many generators and labels it has, and its chance level.
+
+    Attributes:
+        json: also write the list to this file; without a file to standard output.
+    """
+
+    json: Path | None = None
 
     def __call__(self) -> int:
-        table = Table("task", "example", "what it asks")
-        for info in list_tasks():
-            table.add_row(info.syntax, info.example, info.description)
+        from statetrack.files import atomic_write
+
+        rows = [_task_facts(info) for info in list_tasks()]
+        if self.json is not None:
+            text = json.dumps(rows, indent=2) + "\n"
+            if str(self.json) == "-":
+                print(text, end="")
+                return 0
+            atomic_write(self.json, text)
+        table = Table("task, for example", "algebra", "what it asks", show_lines=True)
+        for row in rows:
+            facts = [row["algebraic_class"] or f"needs the package {row['needs']}"]
+            if row["num_generators"] is not None:
+                facts.append(f"{row['num_generators']} generators")
+            if row["chance"] is not None:
+                facts.append(f"{row['num_labels']} labels, chance {row['chance']:.3g}")
+            table.add_row(f"{row['task']}\n{row['example']}", "\n".join(facts), row["description"])
         Console().print(table)
         return 0
+
+
+def _task_facts(info: TaskFamily) -> dict[str, Any]:
+    """What `statetrack tasks` says about a family: facts about its example, None where a package for it is missing."""
+    facts = dict.fromkeys(("algebraic_class", "num_generators", "vocab_size", "num_labels", "chance"))
+    if not info.needs or find_spec(info.needs):
+        task = get_task(info.example)
+        facts = {key: getattr(task, key) for key in facts}
+    return {"task": info.syntax, "example": info.example, **facts, "needs": info.needs, "description": info.description}
 
 
 @dataclass

@@ -38,7 +38,7 @@ def algebraic_class(automaton: Automaton, limit: int = 200_000) -> str:
     if is_group and all(_commute(a, b) for a, b in combinations(groups[0], 2)):
         return "abelian group"
     permutations = (PermutationGroup([Permutation(list(generator)) for generator in group]) for group in groups)
-    # Random permutations nearly always make all permutations, or all even ones; that is found fast, and the rest slowly.
+    # Random permutations nearly always make all permutations, or all even ones. That is found fast, the rest slowly.
     solvable = all(not (group.degree >= 5 and group.is_alt_sym()) and group.is_solvable for group in permutations)
     return f"{'solvable' if solvable else 'non-solvable'} {'group' if is_group else 'monoid'}"
 

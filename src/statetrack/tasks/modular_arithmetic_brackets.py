@@ -165,7 +165,7 @@ def _long_run_values(modulus: int, operators: str) -> list[float]:
     results = {"+": values[:, None] + values, "-": values[:, None] - values, "*": values[:, None] * values}
     chosen = torch.cat([results[operator].flatten() % modulus for operator in operators])
     share = torch.full((modulus,), 1 / modulus, dtype=torch.float64)
-    for _ in range(1000):
+    for _ in range(100):
         pairs = (share[:, None] * share).flatten().repeat(len(operators)) / len(operators)
         share = torch.zeros_like(share).index_add(0, chosen, pairs)
         share /= share.sum()  # rounding errors would square from one round to the next
