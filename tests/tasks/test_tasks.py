@@ -1,6 +1,7 @@
 """What every task promises, over the registry, so that a new task is tested without touching this file."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +53,11 @@ def test_the_registry_lists_the_files_of_the_folder():
     names = [family.name for family in FAMILIES]
     assert names == sorted(names)
     assert {"group", "modular_addition", "parity", "modular_arithmetic", "dyck", "code_evaluation"} <= set(names)
+
+
+def test_the_page_on_tasks_lists_them_all():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
+    assert [family.name for family in FAMILIES if f"| `{family.name}" not in page] == []
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
