@@ -42,10 +42,12 @@ format: $(VENV)/installed-dev ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format
 
 benchmark: $(VENV)/installed-benchmark ## Measure against others' implementations; writes results/
+	$(BIN)/python -m benchmarks.cpu_ops
 	$(BIN)/python -m benchmarks.delta_rule
 	$(BIN)/python -m benchmarks.selective_scan
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.recipes
+	$(BIN)/python -m benchmarks.recipes --experiment parity --models all --seeds 5 --first 2000 --out results/cpu/parity.json
 
 build: $(VENV)/installed-dev ## Build the wheel
 	$(BIN)/python -m build
