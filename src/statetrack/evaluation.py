@@ -28,7 +28,7 @@ class Accuracy:
 
     Attributes:
         length: position of the label that was judged, counted from 1.
-        accuracy: share of fresh sequences whose label at this position the model got right.
+        accuracy: share of fresh sequences whose label at this position, or all up to it, the model got right.
         sequences: how many sequences were judged.
     """
 
@@ -45,6 +45,7 @@ def evaluate(
     *,
     seed: int = 0,
     sequences: int | None = None,
+    whole: bool = False,
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Accuracy]:
@@ -59,6 +60,7 @@ def evaluate(
         lengths: positions counted from 1.
         seed: seed of the sequences; their stream is another than that of the training data.
         sequences: how many; None for 512, and 32 at lengths from 10,000 on.
+        whole: a sequence counts as right at a length only if every label up to it is (sequence accuracy).
         device: where to evaluate.
         on_progress: called with the tokens done and the tokens in all after each segment.
 
@@ -86,17 +88,25 @@ def evaluate(
         key = (seed, count, alone) if alone else (seed, count)
         segments = _segments(task, count, group[-1], seeds.generator("evaluation data", *key, device=device))
         state: ModelState | None = None
+        so_far = torch.ones(count, dtype=torch.bool, device=device)
         position = 0
         for batch in segments:
             size = batch.ids.shape[1]
             here = [length for length in group if position < length <= position + size]
             at = torch.tensor([length - position - 1 for length in here], dtype=torch.long, device=device)
-            logits, state = model.scan(batch.ids, state, positions=at)
+            logits, state = model.scan(batch.ids, state, positions=None if whole else at)
             answers = batch.labels[:, at]
             if (answers == IGNORE).any():
                 raise ValueError(f"the task {task.name} has no label at every one of the lengths {here}")
-            right = (logits.argmax(-1) == answers).double().mean(0)
-            results += [Accuracy(n, float(share), count) for n, share in zip(here, right, strict=True)]
+            if whole:
+                right = (logits.argmax(-1) == batch.labels) | (batch.labels == IGNORE)
+                right[:, 0] &= so_far
+                right = right.cummin(1).values
+                right, so_far = right[:, at], right[:, -1]
+            else:
+                right = logits.argmax(-1) == answers
+            shares = right.double().mean(0)
+            results += [Accuracy(n, float(share), count) for n, share in zip(here, shares, strict=True)]
             position += size
             done += size * count
             on_progress(done, total)
@@ -143,13 +153,14 @@ def measure_eigenvalues(
         task: where the data comes from.
         seed: seed of the sequences.
         sequences: B, how many.
-        length: T, their length.
+        length: T, their length, or the longest below that the task has.
         most: eigenvalues kept in all, drawn at random where there are more.
 
     Returns:
         For each token that occurred, pairs (real part, imaginary part), rounded to four decimals, without duplicates.
     """
     random = seeds.generator("eigenvalues", seed)
+    length = next((fitting for fitting in range(length, 0, -1) if task.fits(fitting)), length)
     ids = task.sample(sequences, length, random).ids
     by_token: dict[int, set[tuple[float, float]]] = {}
     for transition in model.transitions(ids):

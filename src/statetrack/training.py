@@ -191,8 +191,10 @@ def _batch(
     lengths = seeds.generator("training length", options.seed, step)
     length = fitting[int(torch.randint(len(fitting), (), generator=lengths))]
     data = seeds.generator("training data", options.seed, step, device=device)
-    batch = task.sample(options.batch_size, length, data)
-    return batch.ids, batch.labels
+    ids, labels = task.sample(options.batch_size, length, data)
+    if options.last_label_only:
+        labels[:, :-1] = IGNORE
+    return ids, labels
 
 
 def _loss(model: LanguageModel, ids: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
