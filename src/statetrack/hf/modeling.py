@@ -152,7 +152,7 @@ class StatetrackForCausalLM(PreTrainedModel, GenerationMixin):
         model: a `LanguageModel` of this config, which is used as it is; None for a new one.
     """
 
-    config_class: type[StatetrackConfig] = StatetrackConfig
+    config_class = StatetrackConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _is_stateful = True
@@ -176,7 +176,7 @@ class StatetrackForCausalLM(PreTrainedModel, GenerationMixin):
             model: the model.
             options: other fields of the config, such as `eos_token_id`.
         """
-        return cls(cls.config_class.of(model.config, **options), model)
+        return cls(cls.config_class.of(model.config, **options), model)  # pyright: ignore
 
     @can_return_tuple
     def forward(
@@ -300,19 +300,19 @@ class StatetrackForCausalLM(PreTrainedModel, GenerationMixin):
         return embedding
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # A mixer initializes its parameters itself, when it is made. Those that a checkpoint lacks, such as lower ends
-        # that its training did not learn, come from a model that is made anew.
-        if not isinstance(module, LanguageModel):
-            return
+    def initialize_weights(self) -> None:
+        """Initializes the parameters that a checkpoint lacks, such as lower ends that its training did not learn.
+
+        A mixer initializes its parameters itself, when it is made; so they come from a model that is made anew.
+        """
         missing = {
             name: parameter
-            for name, parameter in module.named_parameters()
+            for name, parameter in self.model.named_parameters()
             if not getattr(parameter, "_is_hf_initialized", False)
         }
         if missing:
             with torch.device("cpu"):
-                initial = dict(LanguageModel(module.config).named_parameters())
+                initial = dict(LanguageModel(self.model.config).named_parameters())
             for name, parameter in missing.items():
                 parameter.copy_(initial[name])
 
