@@ -1,8 +1,10 @@
 """The causal language model of transformers around `LanguageModel`: generation, files, training, refusals."""
 
 import copy
+import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from statetrack import LanguageModel, ModelConfig, mixer_config, mixer_configs
+from statetrack import LanguageModel, ModelConfig, from_pretrained, mixer_config, mixer_configs
 from statetrack.hf import StateCache, StatetrackConfig, StatetrackForCausalLM
+from statetrack.pretrained import CheckpointError
 
 V = 11
 HYBRIDS = {
@@ -47,6 +50,10 @@ def make(name="deltanet", **options):
     torch.manual_seed(0)
     model = StatetrackForCausalLM(StatetrackConfig.of(make_config(name, **options), eos_token_id=None, pad_token_id=0))
     return model.double().eval()
+
+
+def load(path, **options) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, **options)
 
 
 def prompts(rows=3, length=7):
@@ -161,7 +168,7 @@ def test_models_are_saved_in_shards_and_read_again(name, tmp_path):
     model, ids = make(name), prompts()
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    read = load(tmp_path)
     assert type(read) is StatetrackForCausalLM
     assert not read.training
     assert read.config.to_model_config() == model.model.config
@@ -199,18 +206,38 @@ def test_weights_that_a_checkpoint_lacks_begin_as_in_a_new_model(tmp_path):
     model, ids = make(name, mixer=native), prompts()
     model.save_pretrained(tmp_path)
     mixer = mixer_config(name)(eigenvalue_range=(0, 1), learn_lower_end=True)
-    opening, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path, config=StatetrackConfig.of(make_config(name, mixer=mixer)), output_loading_info=True
-    )
+    opening, info = load(tmp_path, config=StatetrackConfig.of(make_config(name, mixer=mixer)), output_loading_info=True)
     assert sorted(info["missing_keys"]) == [f"model.blocks.{i}.mixer.widening.lower_end" for i in range(2)]
     assert torch.allclose(opening(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_was_saved_is_read_without_transformers_too(tied, tmp_path):
+    learned = mixer_config("gated_deltanet")(eigenvalue_range=(-0.5, 1), learn_lower_end=True)
+    model, ids = make(mixer=(learned, mixer_config("attention")()), tie_embeddings=tied), prompts()
+    with torch.no_grad():
+        model.model.blocks[0].mixer.widening.lower_end.fill_(-0.25)
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    read = from_pretrained(tmp_path)
+    assert read.config == model.model.config
+    assert torch.allclose(read(ids), model(ids).logits, rtol=1e-12)
+    make("gated_deltanet", mixer=mixer_config("gated_deltanet")(eigenvalue_range=(0, 1))).save_pretrained(
+        tmp_path / "0"
+    )
+    native, opening = (from_pretrained(tmp_path / "0", widening=w) for w in ("reinterpret", "preserve"))
+    assert torch.allclose(native(ids), opening(ids))
+    assert opening.config.layer_mixers()[0].learn_lower_end
+    config = json.loads((tmp_path / "0" / "config.json").read_text())
+    (tmp_path / "0" / "config.json").write_text(json.dumps({**config, "d_model": 0}))
+    with pytest.raises(CheckpointError, match=r"config.json: d_model must be a positive integer, got 0"):
+        from_pretrained(tmp_path / "0")
 
 
 def test_tied_embeddings_are_saved_once_and_stay_tied(tmp_path):
     model, ids = make(tie_embeddings=True), prompts()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     model.save_pretrained(tmp_path)
-    read, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    read, info = load(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not [name for name in read.state_dict() if "head" in name]
     assert read.get_output_embeddings().weight is read.get_input_embeddings().weight
@@ -229,14 +256,14 @@ def test_the_vocabulary_can_grow(tied, tmp_path):
     assert logits.shape == (3, 7, V + 3)
     assert torch.allclose(logits[1:, :, :V], before[1:])
     model.save_pretrained(tmp_path)
-    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    read = load(tmp_path)
     assert read.model.config.vocab_size == V + 3
     assert torch.allclose(read(ids).logits, logits, rtol=1e-12)
 
 
 def test_the_dtype_can_be_chosen(tmp_path):
     make("mamba").save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    model = load(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.generate(prompts(), **GREEDY).shape == (3, 13)
 
