@@ -1,6 +1,7 @@
 """Text to token files: what can be read, what is written, and that neither interruptions nor repetitions change it."""
 
 import gzip
+import itertools
 import json
 import lzma
 import sys
@@ -114,10 +115,10 @@ def test_an_interruption_changes_nothing(tokenizer, tmp_path):
     config = PrepareConfig(tokenizer=tokenizer, vocab_size=300, held_out=0.25, shard_bytes=300)
     prepare(source, tmp_path / "whole", config)
     for stop_after in (1, 2):
+        calls = itertools.count(1)
 
-        def stop(progress, stop_after=stop_after):
-            stop.calls = getattr(stop, "calls", 0) + 1
-            if stop.calls == stop_after:
+        def stop(progress, calls=calls, stop_after=stop_after):
+            if next(calls) == stop_after:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):

@@ -116,7 +116,7 @@ def _json_texts(file: Path, opener: Callable[..., IO[Any]], text_field: str) -> 
 
 def _parquet_texts(file: Path, text_field: str) -> Iterator[str]:
     try:
-        from pyarrow import parquet
+        from pyarrow import parquet  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             "parquet files need pyarrow, which comes with: pip install 'statetrack[data]'", name="pyarrow"
@@ -131,7 +131,7 @@ def _parquet_texts(file: Path, text_field: str) -> Iterator[str]:
 
 def _dataset_texts(name: str, text_field: str) -> Iterator[str]:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             "datasets of Hugging Face need the package datasets: pip install datasets", name="datasets"

@@ -131,12 +131,11 @@ class _Transformers(TextTokenizer):
 
 def byte_tokenizer() -> TextTokenizer:
     """Bytes: the ids 0 to 255, and 256 for the separator."""
-    from tokenizers import AddedToken, Tokenizer, models
-
+    tokenizers = _tokenizers()
     vocabulary = {letter: byte for byte, letter in enumerate(_byte_letters())}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
     _byte_level(tokenizer, use_regex=False)
-    tokenizer.add_special_tokens([AddedToken(SEPARATOR, special=True)])
+    tokenizer.add_special_tokens([tokenizers.AddedToken(SEPARATOR, special=True)])
     return _Bytes(tokenizer)
 
 
@@ -146,13 +145,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     Raises:
         ValueError: if vocab_size has no room for all bytes and the separator.
     """
-    from tokenizers import Tokenizer, models, trainers
-
+    tokenizers = _tokenizers()
     if vocab_size < 257:
         raise ValueError(f"vocab_size must be at least 257 (the bytes and the separator), got {vocab_size}")
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     _byte_level(tokenizer, use_regex=True)
-    trainer = trainers.BpeTrainer(
+    trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[SEPARATOR], initial_alphabet=sorted(_byte_letters()), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -172,17 +170,29 @@ def load_tokenizer(name: Path | str) -> TextTokenizer:
     kind = json.loads(config.read_text(encoding="utf-8")).get(_MARK) if config.exists() else None
     for ours in (_BytePairs, _Bytes):
         if ours.kind == kind:
-            from tokenizers import Tokenizer
-
-            return ours(Tokenizer.from_file(str(Path(name) / "tokenizer.json")))
+            return ours(_tokenizers().Tokenizer.from_file(str(Path(name) / "tokenizer.json")))
     return _Transformers(str(name))
 
 
-def _byte_level(tokenizer: Any, *, use_regex: bool) -> None:
-    from tokenizers import decoders, pre_tokenizers
+def _tokenizers() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "text is tokenized by the package tokenizers, which comes with: pip install 'statetrack[data]'",
+            name="tokenizers",
+        ) from None
+    return tokenizers
 
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    tokenizer.decoder = decoders.ByteLevel()
+
+def _byte_level(tokenizer: Any, *, use_regex: bool) -> None:
+    tokenizers = _tokenizers()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
 
 
 def _byte_letters() -> list[str]:
