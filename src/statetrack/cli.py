@@ -1,6 +1,7 @@
 """The commands, from `statetrack demo` to `statetrack mixers`. No defaults of its own beyond paths.
 
-Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`.
+Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`, those about data in
+`data/commands.py`.
 
 Bad input ends with one sentence on standard error and exit status 2, an interruption with 130.
 """
@@ -25,6 +26,7 @@ from rich.table import Table
 
 import statetrack
 from statetrack.config import RunConfig, TrainingConfig, run_config
+from statetrack.data.commands import Data
 from statetrack.mixers import mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.mixers.mixer import refuse_absent
@@ -355,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "compile": Compile,
             "verify": Verify,
             "certify": Certify,
+            "data": tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Data]],
             "tasks": Tasks,
             "mixers": Mixers,
         }
@@ -363,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands, prog="statetrack", description=description, args=words, registry=_registry()
         )
         return command()
-    except (ValueError, RuntimeError, MemoryError, OverflowError, OSError) as error:
+    except (ValueError, RuntimeError, MemoryError, OverflowError, OSError, ModuleNotFoundError) as error:
         print(f"statetrack: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
