@@ -14,7 +14,7 @@ import torch
 from cases import Case, check_against_reference, relative_error
 from test_householder import make_case, one_key, parity_bits
 
-from statetrack.ops import available_backends, linear_recurrence, triton_householder
+from statetrack.ops import available_backends, linear_recurrence, triton_common, triton_householder
 
 interpreted = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -61,7 +61,7 @@ def test_without_a_gpu_the_backend_says_why(monkeypatch):
 
 
 def test_without_triton_the_backend_says_why(monkeypatch):
-    monkeypatch.setattr(triton_householder, "_HAS_TRITON", False)
+    monkeypatch.setattr(triton_common, "HAS_TRITON", False)
     case = make_case(**FLOAT32)
     with pytest.raises(ValueError, match="the package triton is not installed"):
         case.run("triton")
@@ -78,7 +78,7 @@ def test_without_triton_the_backend_says_why(monkeypatch):
     ],
 )
 def test_what_is_not_served_is_said(arguments, reason, monkeypatch):
-    monkeypatch.setattr(triton_householder, "_HAS_TRITON", True)
+    monkeypatch.setattr(triton_common, "HAS_TRITON", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert reason in (triton_householder.supports(make_case(**arguments).transition) or "")
 
