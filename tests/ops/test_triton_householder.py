@@ -47,7 +47,7 @@ def path(request, monkeypatch):
     if request.param != "whole":
         monkeypatch.setattr(triton_householder, "_operands", lambda dtypes: (torch.float32, True))
     if request.param == "segments":
-        monkeypatch.setattr(triton_householder, "_processors", lambda device: 100)
+        monkeypatch.setattr(triton_householder, "processors", lambda device: 100)
         monkeypatch.setattr(triton_householder, "_FEWEST_SEGMENTS", 2)
         monkeypatch.setattr(triton_householder, "_SHORTEST_SEGMENT", 2)
 

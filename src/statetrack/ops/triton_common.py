@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -19,7 +20,8 @@ LARGEST_KEY = 256
 
 # "auto" leaves transitions to the chunked backends (priority 10) as long as a kernel has passed under Triton's
 # interpreter alone: that does not show what the compiler makes of it, and Triton 3.4 to 3.7 is known to miscompile
-# kernels like these on Hopper. `python -m benchmarks.ops_gpu_accuracy` on a card is the check; what passes it there gets CHECKED_ON_A_CARD.
+# kernels like these on Hopper. `python -m benchmarks.ops_gpu_accuracy` on a card is the check; a kernel that has passed
+# it there gets CHECKED_ON_A_CARD.
 INTERPRETED_ONLY = 5
 CHECKED_ON_A_CARD = 20
 
@@ -72,6 +74,12 @@ def power_of_two(x: int, least: int = 16) -> int:
 def operand_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of the tensor cores' operands: bfloat16 if all inputs are, else float32, whose products are tf32x3."""
     return torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in tensors) else torch.float32
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """The number of multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def as_float32(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from statetrack.ops.triton_common import (
     as_float32,
     check_inputs,
     power_of_two,
+    processors,
     unavailable,
 )
 from statetrack.transition import Householder, Transition
@@ -112,11 +113,6 @@ class _TritonHouseholder(torch.autograd.Function):
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@cache
 def _kernels() -> Any:
     return import_module("statetrack.ops.kernels.householder")
 
@@ -197,7 +193,7 @@ class _Shape:
 
         Segments cost the scan almost three times the work, so there are none where rows fill the device by themselves.
         """
-        count = _processors(self.device) // (self.rows * blocks)
+        count = processors(self.device) // (self.rows * blocks)
         if count < _FEWEST_SEGMENTS or self.block_k > 128:
             return 1, self.chunks
         length = max(_SHORTEST_SEGMENT, -(-self.chunks // count))

@@ -297,13 +297,14 @@ def scan_backward(
 
 @triton.jit
 def outer_products(
-    x, y, rows_ok, row_stride, V: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr
-):
+    x, y, rows_ok, row_stride,
+    V: tl.constexpr, BC: tl.constexpr, BV: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """x_i . y_j over the values, where x and y point at rows of V numbers."""
     products = tl.zeros([BC, BC], tl.float32)
     for start in range(0, V, BV):
-        left = load_tile(x, rows_ok, row_stride, start, V, BC, BV)
-        right = load_tile(y, rows_ok, row_stride, start, V, BC, BV)
+        left = load_tile(x, rows_ok, row_stride, start, V, BC, BV).to(OPERAND)
+        right = load_tile(y, rows_ok, row_stride, start, V, BC, BV).to(OPERAND)
         products = tl.dot(left, tl.trans(right), products, input_precision=PRECISION)
     return products
 
@@ -311,13 +312,15 @@ def outer_products(
 @triton.jit
 def state_products(
     x, state, rows_ok, row_stride, start_key,
-    K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows of V numbers times a state [V, K]: its columns from `start_key` on, [BC, BD]."""
     products = tl.zeros([BC, BD], tl.float32)
     for start in range(0, V, BV):
-        left = load_tile(x, rows_ok, row_stride, start, V, BC, BV)
-        right = load_tile(state + start * K, start + tl.arange(0, BV) < V, K, start_key, K, BV, BD)
+        left = load_tile(x, rows_ok, row_stride, start, V, BC, BV).to(OPERAND)
+        ok = start + tl.arange(0, BV) < V
+        right = load_tile(state + start * K, ok, K, start_key, K, BV, BD).to(OPERAND)
         products = tl.dot(left, right, products, input_precision=PRECISION)
     return products
 
@@ -362,7 +365,7 @@ def gradients_heads(
     a = tl.load(decays + row * H, mask=rows_ok, other=1.0)
     pairs = tl.where(i >= j, tl.cumprod(tl.where(i > j, a[:, None], 1.0), axis=0), 0.0)
     into, out_of = tl.cumprod(a, axis=0), last_row(pairs, BC)
-    d_scores = outer_products(d_o + values_at, v + values_at, rows_ok, H * V, V, BC, BV, PRECISION)
+    d_scores = outer_products(d_o + values_at, v + values_at, rows_ok, H * V, V, BC, BV, OPERAND, PRECISION)
     weights = (d_scores * pairs).to(OPERAND)
     scores = tl.zeros([BC, BC], tl.float32)
     d_into, d_out_of = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
@@ -372,12 +375,14 @@ def gradients_heads(
         keys = load_tile(k + keys_at, rows_ok, H * K, start, K, BC, BD)
         scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
         d_queries = state_products(
-            d_o + values_at, starts + state_at, rows_ok, H * V, start, K, V, BC, BD, BV, PRECISION
+            d_o + values_at, starts + state_at, rows_ok, H * V, start, K, V, BC, BD, BV, OPERAND, PRECISION
         )
         d_into += tl.sum(d_queries * queries.to(tl.float32), axis=1)
         d_queries = tl.dot(weights, keys, d_queries * into[:, None], input_precision=PRECISION)
         store_tile(d_q + keys_at, d_queries, rows_ok, H * K, start, K, BC, BD)
-        d_keys = state_products(v + values_at, d_ends + state_at, rows_ok, H * V, start, K, V, BC, BD, BV, PRECISION)
+        d_keys = state_products(
+            v + values_at, d_ends + state_at, rows_ok, H * V, start, K, V, BC, BD, BV, OPERAND, PRECISION
+        )
         d_out_of += tl.sum(d_keys * keys.to(tl.float32), axis=1)
         d_keys = tl.dot(tl.trans(weights), queries, d_keys * out_of[:, None], input_precision=PRECISION)
         store_tile(d_k + keys_at, d_keys, rows_ok, H * K, start, K, BC, BD)
@@ -413,7 +418,7 @@ def gradients_channels(
     rows_ok = row < tokens_left
     state_at = (head * chunks + chunk) * K * V
     keys_at, values_at = (first * H + h) * K, (first * H + h) * V
-    d_scores = outer_products(d_o + values_at, v + values_at, rows_ok, H * V, V, BC, BV, PRECISION)
+    d_scores = outer_products(d_o + values_at, v + values_at, rows_ok, H * V, V, BC, BV, OPERAND, PRECISION)
     diagonal = tl.sum(tl.where(row[:, None] == row[None, :], d_scores, 0.0), axis=1)[:, None]
     d_scores = d_scores.to(OPERAND)
     for start in range(0, K, BD):
@@ -422,9 +427,11 @@ def gradients_channels(
         a = load_decays(decay + keys_at, 0, tokens_left, H * K, start, K, BC, BD)
         a_after = load_decays(decay + keys_at, 1, tokens_left, H * K, start, K, BC, BD)
         d_queries = state_products(
-            d_o + values_at, starts + state_at, rows_ok, H * V, start, K, V, BC, BD, BV, PRECISION
+            d_o + values_at, starts + state_at, rows_ok, H * V, start, K, V, BC, BD, BV, OPERAND, PRECISION
         )
-        d_keys = state_products(v + values_at, d_ends + state_at, rows_ok, H * V, start, K, V, BC, BD, BV, PRECISION)
+        d_keys = state_products(
+            v + values_at, d_ends + state_at, rows_ok, H * V, start, K, V, BC, BD, BV, OPERAND, PRECISION
+        )
         d_total = state_overlap(starts + state_at, d_ends + state_at, start, K, V, BD, BV)[None, :]
         for level in tl.static_range(LEVELS - 1, -1, -1):
             # As queries and keys are at the ends of their blocks, of which the merging makes pairs.

@@ -68,7 +68,7 @@ def _store_rows(pointer, x, rows_ok, row_stride, ROWS: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def _inverse(
+def unit_triangular_inverse(
     system, BM: tl.constexpr, BASE: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 ):
     """(I + system)^-1 for a strictly lower triangular `system` [BM, BM].
@@ -198,7 +198,7 @@ def prepare(
     system = tl.where(i > j, gram / divisor[:, None] * strength[:, None], 0.0)
     if DECAY:
         system *= d_pairs
-    inverse = _inverse(system, BM, BASE, OPERAND, SPLIT, PRECISION)
+    inverse = unit_triangular_inverse(system, BM, BASE, OPERAND, SPLIT, PRECISION)
     # `scaled` belongs to the columns; a reduction gives it the layout of a row.
     inverse *= tl.sum(tl.where(i == j, scaled[:, None], 0.0), axis=0)[None, :]
     tile = place * BM * BM + i * BM + j
