@@ -10,6 +10,7 @@ fits on the chip, not that it is right, which `benchmarks.ops_gpu_accuracy` show
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import re
@@ -45,6 +46,7 @@ def diagonal(dtype: torch.dtype, k: int, v: int, *, by_channel: bool) -> Case:
 
 
 def discretized(dtype: torch.dtype, k: int, v: int, *, lower_end: bool = False) -> Case:
+    k, v = 16, 2048
     low = -torch.rand(2, v) if lower_end else None
     transition = Discretized(torch.rand(1, 256, 2, v).to(dtype), -torch.rand(2, k, v), EigenvalueRange(-1, 1), low)
     return transition, _written(dtype, k, v)
@@ -75,27 +77,29 @@ def compiled(case: Case, op: str) -> Iterator[tuple[str, Any, float]]:
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     backend = importlib.import_module(f"statetrack.ops.triton_{op}")
-    kernels = importlib.import_module(f"statetrack.ops.kernels.{op}")
+    modules = {"_kernels": op, "_channel_kernels": "channels"}
     results: dict[tuple[str, int], tuple[str, Any, float]] = {}
 
-    def launcher(name: str) -> Any:
+    def launcher(function: Any, name: str) -> Any:
         class Launcher:
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
                 def launch(*arguments: Any, **options: Any) -> None:
                     start = time.perf_counter()
-                    kernel = getattr(kernels, name).warmup(*arguments, grid=grid, **options)
+                    kernel = function.warmup(*arguments, grid=grid, **options)
                     results.setdefault((name, id(kernel)), (name, kernel, time.perf_counter() - start))
 
                 return launch
 
         return Launcher()
 
-    recorder = SimpleNamespace(**{name: launcher(name) for name in vars(kernels) if not name.startswith("_")})
     transition, inputs = case
-    with (
-        mock.patch.object(backend, "_kernels", return_value=recorder),
-        mock.patch.object(triton_common, "interpreted", return_value=True),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton_common, "interpreted", return_value=True))
+        for attribute, module in modules.items():
+            if hasattr(backend, attribute):
+                functions = vars(importlib.import_module(f"statetrack.ops.kernels.{module}"))
+                recorder = SimpleNamespace(**{name: launcher(x, name) for name, x in functions.items()})
+                stack.enter_context(mock.patch.object(backend, attribute, return_value=recorder))
         triton.runtime.driver.set_active(driver)
         inputs = {name: x.requires_grad_() for name, x in inputs.items()}
         for save in (False, True):

@@ -85,6 +85,11 @@ def _kernels() -> Any:
     return import_module("statetrack.ops.kernels.diagonal")
 
 
+@cache
+def _channel_kernels() -> Any:
+    return import_module("statetrack.ops.kernels.channels")
+
+
 # By kernel and by the key dimension's power of two, up to which an entry serves: for the scans the width of the tiles
 # of values, for the others that of the tiles of keys. Not yet measured on a card: from the registers and the shared
 # memory that the compiler reports (`python -m benchmarks.kernel_resources`).
@@ -139,7 +144,7 @@ class _Shape:
     def whole(self, kernel: str) -> dict[str, Any]:
         """Options of a kernel that does all chunks at once, in tiles of keys."""
         launch = self._launch(kernel)
-        levels = {"LEVELS": self.tokens.bit_length() - 1} if self.by_channel else {}
+        levels = {"LEVELS": self.tokens.bit_length() - 1, "KINDS": 1} if self.by_channel else {}
         return {
             "K": self.key_dim, "BC": self.tokens, "BD": min(launch.block, self.block_k), "PRECISION": self.precision,
             **levels, **launch.options,
@@ -193,9 +198,10 @@ def _forward(
     starts = shape.empty_states() if save else None
     with torch.cuda.device_of(k):
         if shape.by_channel:
-            targets = attention, *scaled, into
-            options = shape.whole("prepare_channels")
-            kernels.prepare_channels[(shape.rows * shape.chunks,)](q, k, decay, *targets, *shape.sizes, **options)
+            _channel_kernels().prepare_channels[(shape.rows * shape.chunks,)](
+                q, q, k, k, decay, attention, *scaled, into, None, *shape.sizes, 0,
+                BASE=0, **shape.whole("prepare_channels"),
+            )  # fmt: skip
         else:
             options = shape.whole("prepare_heads")
             kernels.prepare_heads[(shape.rows * shape.chunks,)](q, k, decay, *prepared, *shape.sizes, **options)
@@ -232,12 +238,17 @@ def _backward(
             *(scaled or (q, k)), attention, into, out_of, d_o, as_float32(d_state), d_v, d_ends, d_initial,
             *shape.sizes, **options,
         )  # fmt: skip
-        name = "gradients_channels" if shape.by_channel else "gradients_heads"
-        block_v = min(_VALUES, power_of_two(shape.value_dim))
-        getattr(kernels, name)[(shape.rows * shape.chunks,)](
-            q, k, v, decay, starts, d_o, d_ends, d_q, d_k, d_decay, *shape.sizes,
-            V=shape.value_dim, BV=block_v, **shape.whole(name),
-        )  # fmt: skip
+        values: dict[str, Any] = {"V": shape.value_dim, "BV": min(_VALUES, power_of_two(shape.value_dim))}
+        if shape.by_channel:
+            _channel_kernels().gradients_channels[(shape.rows * shape.chunks,)](
+                q, q, k, k, decay, starts, d_o, d_o, v, v, d_ends, d_q, d_q, d_k, d_k, d_decay, *shape.sizes,
+                **values, **shape.whole("gradients_channels"),
+            )  # fmt: skip
+        else:
+            kernels.gradients_heads[(shape.rows * shape.chunks,)](
+                q, k, v, decay, starts, d_o, d_ends, d_q, d_k, d_decay, *shape.sizes,
+                **values, **shape.whole("gradients_heads"),
+            )  # fmt: skip
     return d_q, d_k, d_v, d_decay, d_initial
 
 

@@ -32,7 +32,7 @@ from statetrack.ops.triton_common import (
 from statetrack.transition import Householder, LowRank, Transition
 
 # Tensors of the preparation, which the scans read.
-_PREPARED = 9
+_PREPARED = 5
 # Steps of a chunk.
 _STEPS = 32
 # The blocks of forward substitution.
@@ -139,14 +139,19 @@ def _kernels() -> Any:
     return import_module("statetrack.ops.kernels.low_rank")
 
 
+@cache
+def _channel_kernels() -> Any:
+    return import_module("statetrack.ops.kernels.channels")
+
+
 # By kernel and by the key dimension's power of two, up to which an entry serves: for the scans the width of the tiles
 # of values, for the others that of the tiles of keys. Not yet measured on a card: from the registers and the shared
 # memory that the compiler reports (`python -m benchmarks.kernel_resources`).
 _TABLE: dict[str, dict[int, Launch]] = {
-    "prepare": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+    "prepare_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
     "scan_forward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
     "scan_backward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
-    "gradients": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+    "gradients_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
 }
 
 
@@ -167,12 +172,17 @@ class _Shape:
     def sizes(self) -> tuple[int, int, int]:
         return self.length, self.heads, self.chunks
 
+    @property
+    def numbers(self) -> int:
+        """How far the kinds of rows or columns lie apart in memory."""
+        return self.batch * self.length * self.heads * self.key_dim
+
     def whole(self, kernel: str) -> dict[str, Any]:
         """Options of a kernel that does all chunks at once, in tiles of keys."""
         launch = _TABLE[kernel][max(64, self.block_k)]
         return {
-            "K": self.key_dim, "BC": _STEPS, "BD": min(launch.block, self.block_k),
-            "LEVELS": _STEPS.bit_length() - 1, **launch.options,
+            "K": self.key_dim, "BC": _STEPS, "KINDS": 2, "BD": min(launch.block, self.block_k),
+            "LEVELS": _STEPS.bit_length() - 1, "PRECISION": "tf32x3", **launch.options,
         }  # fmt: skip
 
     def scan(self, kernel: str) -> tuple[tuple[int, int], dict[str, Any]]:
@@ -183,11 +193,14 @@ class _Shape:
         return (self.rows, -(-self.value_dim // block)), constants | launch.options
 
     def empty_prepared(self) -> list[Tensor]:
-        """inverse, from_values, query_u, query_p, q_in, w_in, u_out, p_out, across."""
+        """scores, x_in, y_out, across, inverse."""
         places = self.rows * self.chunks
-        keys = (self.batch, self.length, self.heads, self.key_dim)
-        squares = [self.new(places, _STEPS, _STEPS) for _ in range(4)]
-        return [*squares, *(self.new(*keys) for _ in range(4)), self.new(places, self.key_dim)]
+        return [
+            self.new(places, 2 * _STEPS, 2 * _STEPS),
+            *(self.new(2, self.batch, self.length, self.heads, self.key_dim) for _ in range(2)),
+            self.new(places, self.key_dim),
+            self.new(places, _STEPS, _STEPS),
+        ]
 
     def empty_states(self, dtype: torch.dtype) -> Tensor:
         """A state of every chunk, transposed."""
@@ -222,12 +235,13 @@ def _forward(
     prepared = shape.empty_prepared()
     saved = [shape.empty_states(record), shape.empty_values()] if save else []
     with torch.cuda.device_of(q):
-        kernels.prepare[(shape.rows * shape.chunks,)](
-            q, w, u, p, as_float32(decay), *prepared, *shape.sizes, BASE=_BASE, **shape.whole("prepare")
-        )
+        _channel_kernels().prepare_channels[(shape.rows * shape.chunks,)](
+            q, w, u, p, as_float32(decay), *prepared, *shape.sizes, shape.numbers,
+            BASE=_BASE, **shape.whole("prepare_channels"),
+        )  # fmt: skip
         grid, options = shape.scan("scan_forward")
         kernels.scan_forward[grid](
-            v, *prepared, initial, o, final, *(saved or (None, None)), *shape.sizes,
+            v, *prepared, initial, o, final, *(saved or (None, None)), *shape.sizes, shape.numbers,
             INITIAL=initial is not None, SAVE=save, **options,
         )  # fmt: skip
     return o, final, [*prepared, *saved] if save else []
@@ -261,21 +275,21 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, w, u, p, v, decay and the initial state; `d_x` is that of x."""
     kernels = _kernels()
-    prepared, (starts, reads) = tape[:_PREPARED], tape[_PREPARED:]
+    prepared, (starts, written) = tape[:_PREPARED], tape[_PREPARED:]
     shape = _Shape(q, v.shape[-1])
     results = _empty_gradients(q, w, u, p, v, decay, tape, d_o, d_state)
     d_q, d_w, d_u, d_p, d_v, d_decay, d_initial = results
     q, w, u, p, v, d_o = (x.contiguous() for x in (q, w, u, p, v, d_o))
-    d_ends, d_reads = torch.empty_like(starts), torch.empty_like(reads)
+    d_ends, d_read = torch.empty_like(starts), torch.empty_like(written)
     with torch.cuda.device_of(q):
         grid, options = shape.scan("scan_backward")
         kernels.scan_backward[grid](
-            *prepared, d_o, as_float32(d_state), d_v, d_reads, d_ends, d_initial, *shape.sizes, **options
+            *prepared, d_o, as_float32(d_state), d_v, d_read, d_ends, d_initial, *shape.sizes, shape.numbers, **options
         )
-        kernels.gradients[(shape.rows * shape.chunks,)](
-            q, w, u, p, v, as_float32(decay), starts, reads, d_o, d_reads, d_ends, d_q, d_w, d_u, d_p, d_decay,
+        _channel_kernels().gradients_channels[(shape.rows * shape.chunks,)](
+            q, w, u, p, as_float32(decay), starts, d_o, d_read, written, v, d_ends, d_q, d_w, d_u, d_p, d_decay,
             *shape.sizes, V=shape.value_dim, BV=min(_VALUES, power_of_two(shape.value_dim)),
-            **shape.whole("gradients"),
+            **shape.whole("gradients_channels"),
         )  # fmt: skip
     return results
 

@@ -37,8 +37,9 @@ def _range(lower_end, lo, hi, h, value, value_ok, V: tl.constexpr, LOWER: tl.con
     """The lower end, and the width of the range; with LOWER a number for each value channel."""
     if LOWER:
         low = tl.load(lower_end + h * V + value, mask=value_ok, other=0.0)[None, :]
-        return low, hi - low
-    return lo, hi - lo
+    else:
+        low = tl.full([1, 1], 0.0, tl.float32) + lo
+    return low, hi - low
 
 
 @triton.jit
