@@ -98,8 +98,8 @@ _TABLE: dict[str, dict[int, Launch]] = {
     "prepare_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
     "scan_forward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
     "scan_backward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
-    "gradients_heads": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)},
-    "gradients_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+    "gradients_heads": {64: Launch(64, 8, 2), 128: Launch(64, 8, 2), 256: Launch(64, 8, 2)},
+    "gradients_channels": {64: Launch(32, 8, 1), 128: Launch(32, 8, 1), 256: Launch(32, 8, 1)},
 }
 # float32 operands take twice the shared memory.
 _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
@@ -112,6 +112,11 @@ _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
 }
 # The width of the tiles of values of the kernels that cut keys.
 _VALUES = 64
+
+
+def _split(operand: torch.dtype) -> bool:
+    """Whether the float32 numbers of which the decays' gradients are sums become operands in two halves."""
+    return operand == torch.bfloat16
 
 
 class _Shape:
@@ -238,7 +243,9 @@ def _backward(
             *(scaled or (q, k)), attention, into, out_of, d_o, as_float32(d_state), d_v, d_ends, d_initial,
             *shape.sizes, **options,
         )  # fmt: skip
-        values: dict[str, Any] = {"V": shape.value_dim, "BV": min(_VALUES, power_of_two(shape.value_dim))}
+        values: dict[str, Any] = {
+            "V": shape.value_dim, "BV": min(_VALUES, power_of_two(shape.value_dim)), "SPLIT": _split(shape.operand),
+        }  # fmt: skip
         if shape.by_channel:
             _channel_kernels().gradients_channels[(shape.rows * shape.chunks,)](
                 q, q, k, k, decay, starts, d_o, d_o, v, v, d_ends, d_q, d_q, d_k, d_k, d_decay, *shape.sizes,

@@ -26,8 +26,8 @@ from statetrack.ops.triton_common import (
 )
 from statetrack.transition import Discretized, Transition
 
-# Steps of a tile. The states between tiles are kept in memory, in float32: K / 16 bytes for each step and channel.
-_STEPS = 64
+# Steps of a tile. The states between tiles are kept in memory, in float32: K / 8 bytes for each step and channel.
+_STEPS = 32
 # Tiles go to programs of their own where rows and blocks of channels are fewer than so many for each processor: it
 # takes twice the exponentials.
 _PROGRAMS = 2

@@ -34,7 +34,7 @@ from statetrack.transition import Householder, LowRank, Transition
 # Tensors of the preparation, which the scans read.
 _PREPARED = 5
 # Steps of a chunk.
-_STEPS = 32
+_STEPS = 16
 # The blocks of forward substitution.
 _BASE = 4
 # The width of the tiles of values of the kernel that cuts keys.
@@ -148,10 +148,10 @@ def _channel_kernels() -> Any:
 # of values, for the others that of the tiles of keys. Not yet measured on a card: from the registers and the shared
 # memory that the compiler reports (`python -m benchmarks.kernel_resources`).
 _TABLE: dict[str, dict[int, Launch]] = {
-    "prepare_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
-    "scan_forward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
-    "scan_backward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
-    "gradients_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+    "prepare_channels": {64: Launch(16, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
+    "scan_forward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 8, 1)},
+    "scan_backward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 8, 1)},
+    "gradients_channels": {64: Launch(16, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
 }
 
 
@@ -288,7 +288,7 @@ def _backward(
         )
         _channel_kernels().gradients_channels[(shape.rows * shape.chunks,)](
             q, w, u, p, as_float32(decay), starts, d_o, d_read, written, v, d_ends, d_q, d_w, d_u, d_p, d_decay,
-            *shape.sizes, V=shape.value_dim, BV=min(_VALUES, power_of_two(shape.value_dim)),
+            *shape.sizes, V=shape.value_dim, BV=min(_VALUES, power_of_two(shape.value_dim)), SPLIT=False,
             **shape.whole("gradients_channels"),
         )  # fmt: skip
     return results

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from statetrack.ops.kernels.householder import unit_triangular_inverse
+from statetrack.ops.kernels.householder import dot_masks, unit_triangular_inverse
 from statetrack.ops.kernels.tiles import load_kinds, outer_products, state_overlap, state_products, store_kinds
 
 
@@ -144,7 +144,7 @@ def gradients_channels(
     x, x2, y, y2, decay, starts, d_out, d_out2, written, written2, d_ends, d_x, d_x2, d_y, d_y2, d_decay,
     T, H, chunks,
     K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, KINDS: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
-    LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+    LEVELS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of rows, columns and decays: `prepare_channels` backwards, from the whole chunk to single tokens.
 
@@ -188,9 +188,9 @@ def gradients_channels(
             later = _is_later(level, BC, KINDS)
             left, right = _reading(reading, before, a, BC, KINDS), writing * after
             block = token >> level
-            other_block = (block[:, None] == (block ^ 1)[None, :]).to(tl.float32)
+            other_block = block[:, None] == (block ^ 1)[None, :]
             scaled = tl.where(later, of_x * left, of_y * right)
-            of_block = tl.dot(other_block, scaled, of_block * others, input_precision="tf32x3")
+            of_block = of_block * others + dot_masks(other_block, scaled, OPERAND, SPLIT, PRECISION)
             pairs = tl.where(_halves(level, BC, KINDS), d_scores, 0.0).to(OPERAND)
             from_y = tl.dot(pairs, right.to(OPERAND), input_precision=PRECISION)
             of_y = tl.where(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from statetrack.ops.kernels.householder import dot_precise
 from statetrack.ops.kernels.tiles import load_tile, outer_products, state_overlap, state_products, store_tile
 
 
@@ -153,7 +154,8 @@ def scan_backward(
 def gradients_heads(
     q, k, v, decay, starts, d_o, d_ends, d_q, d_k, d_decay,
     T, H, chunks,
-    K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For every chunk by itself the gradients of q, k and one decay for each head.
 
@@ -202,7 +204,7 @@ def gradients_heads(
     before = tl.where(i > j, tl.cumprod(tl.where(i - 1 > j, a_before[:, None], 1.0), axis=0), 0.0)
     into_before = tl.cumprod(a_before, axis=0)
     d_pairs = tl.where(i > j, d_scores * scores, 0.0)
-    left = tl.dot(d_pairs, tl.trans(before), input_precision="tf32x3") + d_into[:, None] * into_before[None, :]
-    d_a = tl.sum(pairs * left, axis=0)
+    left = dot_precise(d_pairs, tl.trans(before), OPERAND, SPLIT, PRECISION)
+    d_a = tl.sum(pairs * (left + d_into[:, None] * into_before[None, :]), axis=0)
     to_end = tl.sum(before * d_out_of[None, :], axis=1) + tl.sum(d_across, axis=0) * into_before
     tl.store(d_decay + first * H + h + row * H, d_a + out_of * to_end, mask=rows_ok)
