@@ -49,7 +49,7 @@ def test_keys_of_too_many_channels_are_refused(monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
-@pytest.mark.parametrize("t", [1, 2, 63, 64, 65, 200])
+@pytest.mark.parametrize("t", [1, 63, 64, 65, 150])
 def test_lengths_around_the_chunk_agree_with_the_reference(t, decay, path):
     check_against_reference(make_case(1, t, 2, 8, 5, decay=decay, **FLOAT32), "triton")
 
@@ -58,7 +58,7 @@ def test_lengths_around_the_chunk_agree_with_the_reference(t, decay, path):
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.parametrize(("k", "v"), [(1, 1), (40, 72), (17, 33), (130, 20), (20, 130)])
 def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(k, v, decay):
-    check_against_reference(make_case(2, 40, 1, k, v, decay=decay, **FLOAT32), "triton")
+    check_against_reference(make_case(1, 20, 2, k, v, decay=decay, **FLOAT32), "triton")
 
 
 @interpreted

@@ -31,7 +31,7 @@ def test_auto_prefers_what_has_been_checked_on_a_card(make, monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("t", [1, 2, 15, 16, 17, 70])
+@pytest.mark.parametrize("t", [1, 15, 16, 17, 40])
 def test_lengths_around_the_chunk_agree_with_the_reference(t):
     check_against_reference(make_case(1, t, 2, 8, 5, **FLOAT32), "triton")
 
@@ -39,7 +39,7 @@ def test_lengths_around_the_chunk_agree_with_the_reference(t):
 @interpreted
 @pytest.mark.parametrize(("k", "v"), [(1, 1), (40, 72), (17, 33), (130, 20), (20, 130)])
 def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(k, v):
-    check_against_reference(make_case(2, 20, 1, k, v, **FLOAT32), "triton")
+    check_against_reference(make_case(1, 20, 1, k, v, **FLOAT32), "triton")
 
 
 @interpreted
@@ -56,9 +56,9 @@ def test_one_decay_for_ever_agrees_with_the_reference(value):
 
 
 @interpreted
-@pytest.mark.parametrize("cu_seqlens", [[0, 40], [0, 0, 3, 3, 20, 21, 40, 40]], ids=str)
+@pytest.mark.parametrize("cu_seqlens", [[0, 20], [0, 0, 3, 3, 20, 20]], ids=str)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens):
-    check_against_reference(make_case(1, 40, 1, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
+    check_against_reference(make_case(1, 20, 1, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
 
 
 @interpreted
