@@ -5,6 +5,8 @@ backward is compiled with the launch options that the op itself would use, and n
 fits on the chip, not that it is right, which `benchmarks.ops_gpu_accuracy` shows on a card.
 
     python -m benchmarks.kernel_resources --ops diagonal low_rank
+
+The exit status is 1 if a kernel does not fit on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -128,18 +130,20 @@ def resources(kernel: Any) -> dict[str, int]:
     }  # fmt: skip
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="*", default=list(OPS), choices=list(OPS))
     parser.add_argument("--sizes", nargs="*", type=int, default=[64, 128, 256], help="of keys and values")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
     options = parser.parse_args()
+    all_fit = True
     for op in options.ops:
         for make in OPS[op]:
             for dtype in options.dtypes:
                 for size in options.sizes:
                     for name, kernel, seconds in compiled(make(getattr(torch, dtype), size, size), op):
                         found = resources(kernel)
+                        all_fit = all_fit and found["programs"] > 0
                         print(
                             f"{op} {_label(make):18} {dtype:9} {size:4} {name:20} warps {kernel.metadata.num_warps} "
                             f"registers {found['registers']:3} stack {found['stack']:5} shared "
@@ -147,10 +151,12 @@ def main() -> None:
                             flush=True,
                         )
 
+    return int(not all_fit)
+
 
 def _label(make: Callable[..., Case]) -> str:
     return ",".join(f"{name}={value}" for name, value in getattr(make, "keywords", {}).items())
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
