@@ -241,6 +241,14 @@ def test_a_sound_bound_holds_what_is_measured(name):
                 assert bound.beta_gap == pytest.approx(min(bound.beta_gap, s.beta_gap), abs=1e-6)
 
 
+def test_a_large_vocabulary_is_measured_and_not_tabled(monkeypatch):
+    scopes = {s.scope for s in certify(model("deltanet", conv_size=0)).spectra}
+    monkeypatch.setattr(module, "MOST_TOKENS", 2)
+    certificate = certify(model("deltanet", conv_size=0))
+    assert {s.scope for s in certificate.spectra} == scopes - {"vocabulary, exact"}
+    assert certificate.rules_out("first letter")  # that is about the architecture
+
+
 def test_weights_that_keep_a_wide_range_above_0_rule_parity_out_by_a_sound_bound():
     """With a convolution no table over the vocabulary exists, and the norms of the weights do."""
     timid = model("mamba2", layers=2)
