@@ -82,7 +82,7 @@ def test_the_spectra_are_those_of_the_matrices_and_of_their_products():
     parity = model("deltaproduct", num_householder=2, conv_size=0)
     data = torch.tensor([[0, 1, 2, 0, 1]])
     certificate = certify(parity, data)
-    dense: Tensor = parity.transitions(data)[0].dense().double()
+    dense: Tensor = parity.transitions(data)[0].map_tokens(Tensor.double).dense()
     for tokens in (1, 2, 3):
         products = []
         for begin in range(5 - tokens + 1):

@@ -406,6 +406,8 @@ def _spectra(
 ) -> list[Spectrum]:
     found = []
     gaps = None
+    # Products in float32 would be off by more than what an eigenvalue of -0.9999999 lacks to -1.
+    transition = transition.map_tokens(torch.Tensor.double)
     if isinstance(transition, Householder):
         along = transition.effective_beta * transition.k.to(transition.effective_beta.dtype).square().sum(-1)
         gaps = (2 - along).abs().amin((0, 1, 2))
@@ -445,7 +447,7 @@ def _product_eigenvalues(transition: Transition, tokens: int, *, diagonal: bool)
     count = values.shape[1] - tokens + 1
     if diagonal:
         return torch.stack([values[:, i : i + count] for i in range(tokens)]).prod(0)
-    dense = transition.dense().double()
+    dense = transition.dense()
     product = dense[:, :count]
     for i in range(1, tokens):
         product = dense[:, i : i + count] @ product
