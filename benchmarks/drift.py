@@ -82,7 +82,7 @@ def configs() -> dict[str, RunConfig]:
     found = {}
     for task, recipe in RECIPES.items():
         mixer = DeltaProductConfig(
-            eigenvalue_range=(-1, 1), num_householder=recipe.num_householder, num_heads=8, conv_size=0,
+            eigenvalue_range=EigenvalueRange(-1, 1), num_householder=recipe.num_householder, num_heads=8, conv_size=0,
             activation="identity", output_norm=False, beta_gain=4.0,
         )  # fmt: skip
         model = {"d_model": recipe.d_model, "num_layers": 1, "final_norm": False}
