@@ -175,7 +175,11 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
         raise ValueError(
             f"two runs of an experiment have the name {repeated[0]}: repeated seeds, or models alike in name"
         )
-    return Experiment(title=file.title, runs=tuple(runs), published=file.published)
+    published = file.published
+    if published is not None and preset is not None:
+        note = f"This is the preset {preset}: smaller models and fewer steps, to see the ordering and not the numbers."
+        published = replace(published, protocol="ours", differences=[note, *published.differences])
+    return Experiment(title=file.title, runs=tuple(runs), published=published)
 
 
 def _laid_over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
