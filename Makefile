@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format benchmark build clean
+.PHONY: help demo test test-all check format benchmark corpora build clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,9 @@ benchmark: $(VENV)/installed-benchmark ## Measure against others' implementation
 	$(BIN)/python -m benchmarks.selective_scan
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.recipes
+
+corpora: $(VENV)/installed-dev ## Build corpora of code, formal mathematics and technical English; writes runs/corpora
+	$(BIN)/python -m benchmarks.corpora
 
 build: $(VENV)/installed-dev ## Build the wheel
 	$(BIN)/python -m build
