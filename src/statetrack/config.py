@@ -20,8 +20,10 @@ class TrainingConfig:
     Attributes:
         steps: optimizer steps.
         batch_size: sequences for each step.
-        min_length: shortest training sequence, in tokens; every batch draws one length, uniformly.
+        min_length: shortest training sequence, in tokens; every batch draws one length, uniformly among those that the
+            task has.
         max_length: longest training sequence, in tokens.
+        last_label_only: learn from the last label of every sequence alone, as from one question at the end.
         learning_rate: peak learning rate.
         warmup: share of the steps, at the start, in which the learning rate rises linearly from 0.
         decay: share of the steps, at the end, in which it falls to 0; it is constant in between.
@@ -45,6 +47,7 @@ class TrainingConfig:
     batch_size: int = 64
     min_length: int = 3
     max_length: int = 40
+    last_label_only: bool = False
     learning_rate: float = 1e-3
     warmup: float = 0.1
     decay: float = 0.9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,22 @@ from statetrack.transition import Transition, accumulated
 
 ModelState = list[State]
 """The memory of a model between two calls: the state of each layer's mixer."""
+
+
+class Tracker(Protocol):
+    """What evaluation and verification ask of a model: a `LanguageModel`, or what takes the place of one."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def init_state(self, batch_size: int) -> ModelState: ...
+
+    def scan(
+        self, ids: Tensor, state: ModelState | None = None, *, positions: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]: ...
+
+    def step(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]: ...
+
 
 Mixers = MixerConfig | tuple[MixerConfig, ...]
 """One mixer for every layer, or a pattern of mixers that is repeated over the layers."""
@@ -186,6 +202,14 @@ class Block(nn.Module):
     def mixer_input(self, x: Tensor) -> Tensor:
         """What the mixer reads of the residual stream."""
         return self._read(self.mixer_norm, x)
+
+    def mixer_input_scale(self) -> Tensor | None:
+        """A scale [D]: whatever the mixer reads is `scale * u` with |u| <= 1. None without a norm before the mixer."""
+        if self.norm_after or not isinstance(self.mixer_norm, RMSNorm):
+            return None
+        weight = self.mixer_norm.weight
+        # Inputs and logits are rounded to the dtype of the weights, which may lengthen them by a little.
+        return weight.detach().abs() * (len(weight) ** 0.5 * (1 + 4 * torch.finfo(weight.dtype).eps))
 
     def _read(self, norm: nn.Module, x: Tensor) -> Tensor:
         if self.residual_in_float32 and isinstance(norm, RMSNorm):
