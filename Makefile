@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-kernels check format benchmark build clean
+.PHONY: help demo test test-all test-kernels check format benchmark corpora build clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ benchmark: $(VENV)/installed-benchmark ## Measure against others' implementation
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.recipes
 	$(BIN)/python -m benchmarks.recipes --experiment parity --models all --seeds 5 --first 2000 --out results/cpu/parity.json
+
+corpora: $(VENV)/installed-dev ## Build corpora of code, formal mathematics and technical English; writes runs/corpora
+	$(BIN)/python -m benchmarks.corpora
 
 build: $(VENV)/installed-dev ## Build the wheel
 	$(BIN)/python -m build

@@ -257,6 +257,59 @@ class Report:
         return 0
 
 
+@dataclass(kw_only=True)
+class Generate:
+    """Write text with a language model, as it is drawn; in constant memory, whatever the length, without attention.
+
+    Attributes:
+        model: a directory with a language model and its tokenizer, as `statetrack.hf` saves them; any checkpoint that
+            `from_pretrained` reads will do.
+        prompt: the text to go on from.
+        max_new_tokens: how many tokens are drawn at most; none after the end of a document.
+        temperature: of the draws; 0 takes the most likely token always.
+        top_k: draw from the so many most likely tokens only.
+        seed: of the draws.
+        device: cpu or cuda; if left out, cuda where there is one.
+    """
+
+    model: tyro.conf.Positional[Path]
+    prompt: str = ""
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    seed: int = 0
+    device: str | None = None
+
+    def __call__(self) -> int:
+        from statetrack.data.tokenizer import load_tokenizer
+        from statetrack.generation import generate, streamed
+        from statetrack.pretrained import from_pretrained
+        from statetrack.pretrained.files import read_config
+
+        if "task" in (config := read_config(self.model)):  # a run, trained or compiled
+            raise ValueError(
+                f"{self.model} is a run of the task {config['task']}, whose model answers with labels; generate needs "
+                "a language model"
+            )
+        device = _device(self.device)
+        model, tokenizer = from_pretrained(self.model).to(device), load_tokenizer(self.model)
+        (prompt,) = tokenizer.encode([self.prompt])
+        tokens = generate(
+            model,
+            [tokenizer.separator, *prompt.tolist()],
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            stop=tokenizer.separator,
+            seed=self.seed,
+        )
+        print(self.prompt, end="", flush=True)
+        for text in streamed(tokens, tokenizer.decode):
+            print(text, end="", flush=True)
+        print()
+        return 0
+
+
 @dataclass
 class Tasks:
     """List the tasks, each with its algebraic class, how many generators and labels it has, and its chance level.
@@ -357,6 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "compile": Compile,
             "verify": Verify,
             "certify": Certify,
+            "generate": Generate,
             "data": tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Data]],
             "tasks": Tasks,
             "mixers": Mixers,
