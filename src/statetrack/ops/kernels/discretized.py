@@ -9,13 +9,10 @@ With SERIAL one program walks through all tiles of its channels and hands the st
 tile: what tiles do to any state has been found by `summarize_*` and the states between them by `join_tiles`.
 """
 
-# What a branch on a constant leaves out does not exist in the compiled kernel.
-# pyright: reportPossiblyUnboundVariable=false
-
 from __future__ import annotations
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
