@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import ROOT, environment, write_results
-from statetrack import DeltaNet, DeltaProductConfig, LanguageModel
+from statetrack import DeltaNet, DeltaProductConfig, EigenvalueRange, LanguageModel
 from statetrack.automata import group_automaton
 from statetrack.config import RunConfig, TrainingConfig, run_config
 from statetrack.evaluation import evaluate
