@@ -22,7 +22,7 @@ class AutomatonTask(EndlessTask):
         draws: which letter each of D equally likely draws means in each state, where not all letters are wanted in all
             states: D letters for every state. None if every letter is as likely as every other in every state.
         known_class: the algebraic class, where the maker knows it; otherwise it is computed when it is asked for.
-        known_chance: the chance level, where the maker knows it; otherwise it is computed, by matrices [states, states].
+        known_chance: the chance level, where the maker knows it; otherwise it is computed, from a matrix of all states.
     """
 
     vocab_size: int = field(init=False)
