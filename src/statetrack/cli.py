@@ -1,6 +1,7 @@
 """The commands, from `statetrack demo` to `statetrack mixers`. No defaults of its own beyond paths.
 
-Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`.
+Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`, those about data in
+`data/commands.py`.
 
 Bad input ends with one sentence on standard error and exit status 2, an interruption with 130.
 """
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import tyro
@@ -25,12 +26,23 @@ from rich.table import Table
 
 import statetrack
 from statetrack.config import RunConfig, TrainingConfig, run_config
+from statetrack.data.commands import Data
 from statetrack.mixers import mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNetConfig
+from statetrack.mixers.mixer import refuse_absent
 from statetrack.model import ModelConfig
 from statetrack.runs import RunDirectory
 from statetrack.tasks import TaskFamily, get_task, list_tasks
-from statetrack.theory.commands import Analyze, Certify, Compile, Language, Verify, bare_json
+from statetrack.theory.commands import (
+    Analyze,
+    Certify,
+    Compile,
+    Interval,
+    Language,
+    Verify,
+    bare_json,
+    stabilized,
+)
 from statetrack.training import train
 from statetrack.transition import EigenvalueRange
 
@@ -156,6 +168,9 @@ class Evaluate:
         sequences: how many sequences; if left out 512, and 32 at lengths from 10,000 on.
         seed: seed of the sequences.
         task: judge on another task with the same vocabulary and labels than the one it was trained on.
+        dtype: of weights and activations, if other than that of the run; states are float32 in any case.
+        stabilize: set the state back on one that short words lead to, every so many tokens: a number, or auto for one
+            that suits the model. The run keeps its evaluation of the model as it is.
         json: also write the result to this file.
         device: cpu or cuda; if left out, cuda where there is one.
     """
@@ -165,6 +180,8 @@ class Evaluate:
     sequences: int | None = None
     seed: int = 0
     task: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    stabilize: Interval | None = None
     json: Path | None = None
     device: str | None = None
 
@@ -183,9 +200,12 @@ class Evaluate:
                 f"{self.run} was trained with {config.model.vocab_size} tokens and {config.model.output_size} labels; "
                 f"the task {task.name} has {task.vocab_size} and {task.num_labels}"
             )
+        if self.dtype is not None:
+            model = model.to(getattr(torch, self.dtype))
+        tracker, corrections = stabilized(model, self.stabilize)
         with evaluation_progress() as show:
             results = evaluate(
-                model,
+                tracker,
                 task,
                 lengths,
                 seed=self.seed,
@@ -193,12 +213,16 @@ class Evaluate:
                 device=device,
                 on_progress=show,
             )
-        table = Table("length", "accuracy", "sequences", title=f"{task.name}: {self.run}", title_justify="left")
+        title = ", ".join([f"{task.name}: {self.run}", *filter(None, [self.dtype])])
+        table = Table("length", "accuracy", "sequences", title=title, title_justify="left")
         for result in results:
             table.add_row(f"{result.length:,}", f"{result.accuracy:.4f}", f"{result.sequences:,}")
         Console().print(table)
         data = evaluation_data(results, task, self.seed)
-        if self.task is None:
+        if corrections is not None:
+            data["stabilized"] = corrections
+            print("stabilized: {states} states, corrected every {interval} tokens".format(**corrections))
+        if self.task is None and self.dtype is None and self.stabilize is None:
             directory.write_evaluation(data)
         if self.json is not None:
             atomic_write(self.json, json.dumps(data | {"run": str(self.run)}, indent=2) + "\n")
@@ -230,6 +254,59 @@ class Report:
             records, self.out, title=f"{names}: {len(records)} run{'s' * (len(records) > 1)}", provenance=provenance()
         )
         print(f"wrote {self.out}")
+        return 0
+
+
+@dataclass(kw_only=True)
+class Generate:
+    """Write text with a language model, as it is drawn; in constant memory, whatever the length, without attention.
+
+    Attributes:
+        model: a directory with a language model and its tokenizer, as `statetrack.hf` saves them; any checkpoint that
+            `from_pretrained` reads will do.
+        prompt: the text to go on from.
+        max_new_tokens: how many tokens are drawn at most; none after the end of a document.
+        temperature: of the draws; 0 takes the most likely token always.
+        top_k: draw from the so many most likely tokens only.
+        seed: of the draws.
+        device: cpu or cuda; if left out, cuda where there is one.
+    """
+
+    model: tyro.conf.Positional[Path]
+    prompt: str = ""
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    seed: int = 0
+    device: str | None = None
+
+    def __call__(self) -> int:
+        from statetrack.data.tokenizer import load_tokenizer
+        from statetrack.generation import generate, streamed
+        from statetrack.pretrained import from_pretrained
+        from statetrack.pretrained.files import read_config
+
+        if "task" in (config := read_config(self.model)):  # a run, trained or compiled
+            raise ValueError(
+                f"{self.model} is a run of the task {config['task']}, whose model answers with labels; generate needs "
+                "a language model"
+            )
+        device = _device(self.device)
+        model, tokenizer = from_pretrained(self.model).to(device), load_tokenizer(self.model)
+        (prompt,) = tokenizer.encode([self.prompt])
+        tokens = generate(
+            model,
+            [tokenizer.separator, *prompt.tolist()],
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            stop=tokenizer.separator,
+            seed=self.seed,
+        )
+        print(self.prompt, end="", flush=True)
+        for text in streamed(tokens, tokenizer.decode):
+            print(text, end="", flush=True)
+        print()
         return 0
 
 
@@ -267,7 +344,7 @@ class Tasks:
 
 def _task_facts(info: TaskFamily) -> dict[str, Any]:
     """What `statetrack tasks` says about a family: facts about its example, None where a package for it is missing."""
-    facts = dict.fromkeys(("algebraic_class", "num_generators", "vocab_size", "num_labels", "chance"))
+    facts: dict[str, Any] = dict.fromkeys(("algebraic_class", "num_generators", "vocab_size", "num_labels", "chance"))
     if not info.needs or find_spec(info.needs):
         task = get_task(info.example)
         facts = {key: getattr(task, key) for key in facts}
@@ -333,6 +410,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "compile": Compile,
             "verify": Verify,
             "certify": Certify,
+            "generate": Generate,
+            "data": tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Data]],
             "tasks": Tasks,
             "mixers": Mixers,
         }
@@ -341,7 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands, prog="statetrack", description=description, args=words, registry=_registry()
         )
         return command()
-    except (ValueError, RuntimeError, MemoryError, OverflowError, OSError) as error:
+    except (ValueError, RuntimeError, MemoryError, OverflowError, OSError, ModuleNotFoundError) as error:
         print(f"statetrack: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -359,6 +438,7 @@ def _train_command(words: Sequence[str]) -> type:
             mixer = word.removeprefix("--mixer=")
         elif word == "--mixer" and words[index + 1 :]:  # without a value, the parser itself will complain
             mixer = words[index + 1]
+    refuse_absent(mixer_config(mixer), [_option_name(word) for word in words if word.startswith("--")])
     options = _options(mixer_config(mixer))
     model = _options(ModelConfig, without=("vocab_size", "output_size", "mixer", "norm_placement"))
     flat = tyro.conf.arg(name="")
@@ -396,6 +476,11 @@ def _train_command(words: Sequence[str]) -> type:
         device: cpu or cuda; if left out, cuda where there is one.
     """
     return command
+
+
+def _option_name(word: str) -> str:
+    """`eigenvalue_range` of `--eigenvalue-range=-1,1`."""
+    return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
 def _options(config: type, without: Sequence[str] = ()) -> type:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from statetrack import seeds
-from statetrack.model import LanguageModel, ModelState
+from statetrack.model import LanguageModel, ModelState, Tracker
 from statetrack.tasks import IGNORE, Batch, EndlessTask, Task
 
 LONG = 10_000
@@ -39,7 +39,7 @@ class Accuracy:
 
 @torch.inference_mode()
 def evaluate(
-    model: LanguageModel,
+    model: Tracker,
     task: Task,
     lengths: Iterable[int],
     *,
@@ -55,7 +55,7 @@ def evaluate(
     length. Where sequences end with the answer (expressions, programs), each length has sequences of its own.
 
     Args:
-        model: the model, in evaluation mode.
+        model: the model, in evaluation mode; or the `StabilizedModel` of it.
         task: the task; it must have a label at the lengths asked for (`Task.fits`).
         lengths: positions counted from 1.
         seed: seed of the sequences; their stream is another than that of the training data.

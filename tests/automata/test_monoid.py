@@ -123,8 +123,32 @@ def test_json_of_both_kinds_is_read(tmp_path):
         ('{"transitions": [[0]], "outputs": [0], "alphabet": "a"}', "unknown key alphabet"),
         ('{"transitions": [[0]]}', "needs transitions, and either outputs or accepting"),
         ('{"transitions": [[0], [1, 1]], "outputs": [0, 0]}', "transitions must be a list of lists of integers"),
-        ('{"transitions": [[0]], "accepting": [3]}', "accepting must list states from 0 to 0"),
         ('{"initial_state": "p"}', "a DFA needs"),
+        ("", "not valid JSON"),
+        ("[]", "an automaton is a JSON object"),
+        ("[" * 100_000, "nested too deep"),
+        ("{}", "needs transitions"),
+        ('{"transitions": [[0, 1], [1]], "outputs": [0, 1]}', "all as long"),
+        ('{"transitions": [[0, 1], [1, true]], "outputs": [0, 1]}', "integers"),
+        ('{"transitions": [[0, 1.0], [1, 0]], "outputs": [0, 1]}', "integers"),
+        ('{"transitions": [[0, 2], [1, 0]], "outputs": [0, 1]}', "states from 0 to 1"),
+        ('{"transitions": [[0, 1], [1, 0]], "outputs": [0, 1], "start": true}', "start must be the number of a state"),
+        ('{"transitions": [[0, 1], [1, 0]], "outputs": [0, 1000000000000]}', "labels from 0 to 65,535"),
+        ('{"transitions": [[0, 1], [1, 0]], "accepting": 1}', "accepting must be a list"),
+        ('{"transitions": [[0, 1], [1, 0]], "accepting": null}', "accepting must be a list"),
+        ('{"transitions": [[0, 1], [1, 0]], "accepting": [2]}', "states from 0 to 1"),
+        ('{"transitions": [[0, 1], [1, 0]], "outputs": [0, 1], "colour": 1}', "unknown key colour"),
+        ('{"initial_state": "p"}', "is missing"),
+        (
+            '{"states": ["p"], "input_symbols": ["a"], "transitions": {"p": {"a": "q"}}, "initial_state": "p", '
+            '"final_states": []}',
+            "not the arguments of automata-lib's DFA",
+        ),
+        (
+            '{"states": ["p"], "input_symbols": ["a"], "transitions": {}, "initial_state": "p", "final_states": [], '
+            '"colour": 1}',
+            "unknown key colour",
+        ),
     ],
 )
 def test_json_of_no_automaton_is_refused(text, message):

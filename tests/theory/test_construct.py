@@ -22,6 +22,10 @@ def random_automaton(seed):
     return Automaton(transitions, 0, torch.randint(3, (states,), generator=generator))
 
 
+# Three turn, and four merge into one of them in one step.
+FORGETFUL = Automaton(
+    torch.tensor([[1, 0], [2, 1], [0, 2], [4, 0], [5, 0], [6, 0], [3, 0]]), 3, torch.arange(7), ("turn", "merge")
+)
 GROUPS = ["Z2", "Z3", "Z4", "Z7", "Z12", "S3", "S4", "D5", "Q8", "A5", "S5", "Z2xZ2xS3"]
 EXPRESSIONS = ["(ab)*", "a*b*", "a(a|b)*", "(a|b)*abb", "(a|b)*a(a|b)(a|b)", "(aa)*", "(a|b)*aba(a|b)*", "a"]
 
@@ -36,7 +40,7 @@ def test_groups_are_exact_at_every_length_in_one_layer(name, dtype):
     assert count_errors(model, automaton, words=2, length=300) == (0, None)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "exclusion"])
+@pytest.mark.parametrize("strategy", ["auto", "exclusion", "holonomy"])
 @pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_expressions_are_exact_at_every_length(expression, strategy):
     automaton = Automaton.from_regex(expression)
@@ -48,7 +52,7 @@ def test_expressions_are_exact_at_every_length(expression, strategy):
 @pytest.mark.parametrize("seed", range(20))
 def test_random_automata_are_exact_by_every_strategy(seed):
     automaton = random_automaton(seed)
-    for strategy in ("auto", "exclusion"):
+    for strategy in ("auto", "exclusion", "holonomy"):
         proof = verify(compile(automaton, strategy=strategy, dtype=torch.bfloat16), automaton, mode="exhaustive")
         assert proof.exact, proof
 
@@ -60,6 +64,17 @@ def test_all_maps_of_five_states_take_four_levels_and_every_order_of_exclusion_i
     proof = verify(model, automaton, mode="exhaustive")
     assert proof.exact
     assert proof.states == 120
+
+
+@pytest.mark.parametrize(
+    ("automaton", "layers", "exclusion_layers"),
+    [(full(4), 3, 3), (FORGETFUL, 2, 6), (group_automaton("S4", "two"), 1, 23), (dyck(4), 5, 5)],
+)
+def test_holonomy_has_a_layer_for_each_height(automaton, layers, exclusion_layers):
+    assert plan(automaton, "exclusion").num_layers == exclusion_layers
+    model = compile(automaton, strategy="holonomy")
+    assert model.config.num_layers == layers == plan(automaton, "holonomy").num_layers
+    assert verify(model, automaton, mode="exhaustive").exact
 
 
 @pytest.mark.parametrize(
@@ -122,6 +137,8 @@ def test_how_many_last_letters_decide():
         (full(3), {"strategy": "exclusion", "keys": "pair"}, "use raw keys"),
         (full(3), {"keys": "odd"}, "keys must be raw or pair"),
         (full(300), {}, "300 states, and integers above 256"),
+        (full(3), {"strategy": "holonomy", "keys": "pair"}, "use raw keys"),
+        (full(12), {"strategy": "holonomy"}, "more than 2,048 sets.*the exclusion cascade has 11 layers"),
     ],
 )
 def test_what_can_not_be_compiled_is_refused_with_the_nearest_that_can(automaton, options, message):
@@ -133,6 +150,17 @@ def test_models_of_an_impractical_size_are_refused(monkeypatch):
     monkeypatch.setattr(construct, "MAX_PARAMETERS", 1000)
     with pytest.raises(ConstructionError, match="parameters in 4 layers, more than the 1,000"):
         compile(full(5))
+    with pytest.raises(ConstructionError, match="the exclusion cascade has 4 layers and smaller ones"):
+        compile(full(5), strategy="holonomy")
+
+
+def test_compiling_draws_nothing_at_random():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = compile(full(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    for a, b in zip(first.parameters(), compile(full(3)).parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 # Negative controls

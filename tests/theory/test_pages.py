@@ -2,9 +2,13 @@
 
 import re
 
+import pytest
+import torch
 from automaton_examples import full
 
+from statetrack import LanguageModel, ModelConfig, mixer_config
 from statetrack.automata import Automaton, group_automaton
+from statetrack.report import canvas, theory
 from statetrack.report.theory import eggboxes, write_analysis, write_certificate
 from statetrack.theory.certify import certify
 from statetrack.theory.construct import compile
@@ -34,4 +38,42 @@ def test_the_page_of_a_certificate_has_a_disc_for_each_spectrum(tmp_path):
     page = tmp_path / "page.html"
     certificate = certify(compile(group_automaton("S3")))
     write_certificate("S3", certificate, page)
-    assert page.read_text().count("<figure>") == len(certificate.spectra) == 4
+    text = page.read_text()
+    assert "<h1>S3</h1>" in text
+    # One token, where all tokens are known, and products of two and three.
+    assert text.count("<figure>") == 3
+    assert "vocabulary, exact: from -1, flips or turns last for ever, beta 0 from 2" in text
+    assert "No theorem" not in text
+
+
+def test_a_page_draws_the_region_that_a_sound_bound_leaves(tmp_path):
+    page = tmp_path / "page.html"
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=2, d_model=8, num_layers=2, mixer=mixer_config("deltaproduct")(num_heads=2))
+    certificate = certify(LanguageModel(config).eval())
+    write_certificate("run", certificate, page)
+    text = page.read_text()
+    assert text.count("<figure>") == 2 * 2 * 3
+    assert text.count("sound bound: from") == 4
+    assert not re.search(r'(?:src|href)="(?!#)', text)
+
+
+def test_large_models_are_drawn_in_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(theory, "MOST_HEADS", 2)
+    config = ModelConfig(vocab_size=2, d_model=8, num_layers=1, mixer=mixer_config("deltanet")(num_heads=4))
+    write_certificate("run", certify(LanguageModel(config).eval()), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("<figure>") == 6
+    assert "The first 2 of 4 heads are drawn" in text
+
+
+@pytest.mark.parametrize("states", [1, 2, 7])
+def test_the_drawing_names_every_letter_and_state(states):
+    table = [[(state + 1) % states, state] for state in range(states)]
+    automaton = Automaton(torch.tensor(table), 0, torch.zeros(states, dtype=torch.int64), ("next", "stay"))
+    svg = canvas.inline_svg(
+        lambda axes: theory.draw_automaton(axes, automaton), 400, 400, margins=(0,) * 4, prefix="a", label="drawing"
+    )
+    words = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert sorted(word for word in words if word.isdigit()) == sorted(map(str, range(states)))
+    assert sum("stay" in word for word in words) == sum("next" in word for word in words) == states

@@ -1,6 +1,7 @@
 """Analyses against known monoids, groups and the constructions that exist."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -81,6 +82,34 @@ def test_beyond_the_limit_primes_and_a_witness_are_still_found():
     assert limited.solvable == whole.solvable == False  # noqa: E712
     assert limited.one_layer_obstruction is not None
     assert [g.name for g in limited.groups] == [g.name for g in whole.groups] == ["S5", "S4", "S3", "Z2"]
+
+
+@pytest.mark.parametrize(("states", "order"), [(12, 479001600), (100, math.factorial(100))])
+def test_symmetric_groups_beyond_the_limit_are_named(states, order):
+    generator = torch.Generator().manual_seed(0)
+    letters = [(torch.arange(states) + 1) % states, torch.randperm(states, generator=generator)]
+    analysis = analyze(Automaton(torch.stack(letters, 1), 0, torch.arange(states)), monoid_limit=1000)
+    assert [(g.name, g.order, g.solvable) for g in analysis.groups] == [(f"S{states}", order, False)]
+    assert analysis.primes[-1] == {12: 11, 100: 97}[states]
+    assert analysis.one_layer_obstruction is None
+
+
+def test_alternating_groups_beyond_the_limit_are_named():
+    states = torch.arange(11)
+    cycle, three = (states + 1) % 11, torch.tensor([1, 2, 0, *range(3, 11)])
+    analysis = analyze(Automaton(torch.stack([cycle, three], 1), 0, states), monoid_limit=1000)
+    assert [(g.name, g.order) for g in analysis.groups] == [("A11", 19958400)]
+
+
+@pytest.mark.parametrize(
+    ("states", "merges", "message"), [(96, True, "too many to analyse"), (1200, False, "too large")]
+)
+def test_monoids_that_are_out_of_reach_are_refused(states, merges, message):
+    generator = torch.Generator().manual_seed(0)
+    letters = [torch.randint(states, (states,), generator=generator)] if merges else []
+    letters += [torch.randperm(states, generator=generator) for _ in range(2)]
+    with pytest.raises(ValueError, match=message):
+        analyze(Automaton(torch.stack(letters, 1), 0, torch.arange(states)), monoid_limit=1000)
 
 
 def test_requirements_name_the_theorem_for_each_need():

@@ -202,7 +202,7 @@ def image_groups(automaton: Automaton, limit: int = 200_000) -> list[ImageGroup]
         if len(sets) > limit:
             raise ValueError(
                 f"words lead the set of all {automaton.num_states} states to more than {limit:,} sets, too many to "
-                "analyse; raise the limit or give a smaller automaton"
+                "analyse; give an automaton with fewer states"
             )
     component = strongly_connected(np.array(successors))
     groups, seen = [], set()

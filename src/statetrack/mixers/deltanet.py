@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.layers import RMSNorm, ShortConvolution, l2_normalize
+from statetrack.mixers.bounds import FactorBounds, Interval, gate_interval, linear_interval
 from statetrack.mixers.mixer import (
     Mixer,
     State,
@@ -298,6 +299,35 @@ class DeltaNet(Mixer):
     def eigenvalue_parameters(self) -> list[Tensor]:
         gates: list[Tensor] = [self.b_proj.weight, *self.widening.parameters()]
         return gates if self.decay_range is None else [*gates, *self.a_proj.parameters(), self.A_log, self.dt_bias]
+
+    def factor_bounds(self, scale: Tensor) -> FactorBounds | None:
+        if not self.config.normalize:
+            return None  # keys as rounded may be longer than 1
+        gain, h = self.config.beta_gain, self.num_heads
+        gate = gate_interval(torch.sigmoid, linear_interval(gain * self.b_proj.weight, scale))[1].view(-1, h)
+        beta = self.widening.householder_beta(gate).double()
+        lo, hi = 1 - beta, torch.ones_like(beta)
+        if self.decay_range is not None:
+            decays = self._decay_interval(self.decay_range, scale)
+            if len(self.decay_shape) == 1:  # one number a head: it scales the first factor
+                ends = torch.stack([end * factor[0] for end in decays for factor in (lo, hi)])
+                lo, hi = torch.cat([ends.amin(0)[None], lo[1:]]), torch.cat([ends.amax(0)[None], hi[1:]])
+            else:
+                lo = torch.cat([decays[0].amin(1)[None], lo])
+                hi = torch.cat([decays[1].amax(1)[None], hi])
+        return FactorBounds(lo, hi, beta.amax(0))
+
+    def _decay_interval(self, decay_range: EigenvalueRange, scale: Tensor) -> Interval:
+        """Where the decays lie, [H] or [H, K] each."""
+        if isinstance(self.a_proj, nn.Sequential):
+            first, second = (self.a_proj.get_parameter(f"{part}.weight").double() for part in (0, 1))
+            weight = second @ first
+        else:
+            weight = self.a_proj.weight
+        rate = self.A_log.double().exp().view(-1, *(1 for _ in self.decay_shape[1:]))
+        steps = linear_interval(weight, scale, self.dt_bias.flatten())
+        lo, hi = gate_interval(lambda x: torch.exp(-rate * F.softplus(x.view(self.decay_shape))), steps)
+        return decay_range.widen(lo), decay_range.widen(hi)
 
     def _convolutions(self) -> list[tuple[str, ShortConvolution]]:
         return [(name, conv) for name, conv in self.convolutions.items() if isinstance(conv, ShortConvolution)]

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from statetrack.mixers.bounds import FactorBounds, gate_interval, linear_interval
 from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
 from statetrack.ops import check_packing, linear_recurrence
 from statetrack.transition import EigenvalueRange, Householder, accumulated, accumulation_dtype
@@ -117,6 +118,11 @@ class ExactDeltaProduct(Mixer):
 
     def eigenvalue_parameters(self) -> list[Tensor]:
         return [self.b_proj.weight]
+
+    def factor_bounds(self, scale: Tensor) -> FactorBounds:
+        gate = gate_interval(lambda x: x.clamp(0, 1), linear_interval(self.b_proj.weight, scale))[1]
+        beta = self.config.eigenvalue_range.householder_beta(gate.view(-1, self.config.num_heads))
+        return FactorBounds(1 - beta, torch.ones_like(beta), beta.amax(0))
 
     def _before(self, o: Tensor, initial: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """What the state before each update reads: as the query is fixed, what the one after the token before did."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.layers import RMSNorm
+from statetrack.mixers.bounds import FactorBounds, diagonal_bounds, gate_interval, linear_interval
 from statetrack.mixers.mixer import (
     Mixer,
     State,
@@ -148,6 +149,14 @@ class GLA(Mixer):
 
     def eigenvalue_parameters(self) -> list[Tensor]:
         return [*self.gk_proj.parameters(), *self.widening.parameters()]
+
+    def factor_bounds(self, scale: Tensor) -> FactorBounds:
+        gain, heads = self.config.gate_gain, self.config.num_heads
+        first, second, bias = (self.gk_proj.get_parameter(name).double() for name in ("0.weight", "1.weight", "1.bias"))
+        logits = linear_interval(gain * (second @ first), scale, gain * bias)
+        gates = gate_interval(lambda x: torch.exp(F.logsigmoid(x) / self.config.gate_normalizer), logits)
+        lo, hi = (self.widening(gate.view(heads, -1).mT).mT.double() for gate in gates)
+        return diagonal_bounds((lo, hi))
 
 
 MIXERS = (GLAConfig,)

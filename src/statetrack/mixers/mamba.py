@@ -18,6 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.layers import ShortConvolution
+from statetrack.mixers.bounds import (
+    FactorBounds,
+    diagonal_bounds,
+    gate_interval,
+    linear_interval,
+    map_interval,
+    silu_interval,
+)
 from statetrack.mixers.mixer import (
     Mixer,
     State,
@@ -118,6 +126,20 @@ class Mamba(Mixer):
 
     def eigenvalue_parameters(self) -> list[Tensor]:
         return [self.dt_proj.weight, self.dt_proj.bias, self.A_log, *self.widening.parameters()]
+
+    def factor_bounds(self, scale: Tensor) -> FactorBounds:
+        lo, hi = linear_interval(self.in_proj.weight[: self.channels], scale)
+        if self.conv1d is not None:
+            reach = hi * self.conv1d.weight.double().abs().sum((1, 2))
+            bias = 0 if self.conv1d.bias is None else self.conv1d.bias.double()
+            lo, hi = bias - reach, bias + reach
+        to_steps = self.dt_proj.weight.double() @ self.x_proj.weight[: self.dt_rank].double()
+        steps = map_interval(to_steps, silu_interval((lo, hi)), self.dt_proj.bias)
+        rate = self.A_log.double().exp().mT
+        gates = gate_interval(lambda x: torch.exp(-rate * F.softplus(x)), steps)
+        # All channels are value channels of one head.
+        lo, hi = (self.widening(gate).double().reshape(1, -1) for gate in gates)
+        return diagonal_bounds((lo, hi))
 
     def _convolve(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor, State]:
         """The activated channels [B, T, V], the output gate [B, T, V], and the state of the convolution."""

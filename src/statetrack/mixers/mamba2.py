@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.layers import ShortConvolution
+from statetrack.mixers.bounds import FactorBounds, diagonal_bounds, gate_interval, linear_interval
 from statetrack.mixers.mixer import (
     Mixer,
     State,
@@ -170,6 +171,14 @@ class Mamba2(Mixer):
     def eigenvalue_parameters(self) -> list[Tensor]:
         # The rows of in_proj that make the step sizes can't be told from the rest of that matrix, as in the original.
         return [self.A_log, self.dt_bias, *self.widening.parameters()]
+
+    def factor_bounds(self, scale: Tensor) -> FactorBounds:
+        weight = self.config.gate_gain * self.in_proj.weight[-self.config.num_heads :]
+        steps = linear_interval(weight, scale, self.dt_bias)
+        rate = self.A_log.double().exp()
+        limits = (self.config.dt_min, self.config.dt_max)
+        lo, hi = gate_interval(lambda x: torch.exp(-rate * F.softplus(x).clamp(*limits)), steps)
+        return diagonal_bounds((self.widening(lo).double().unsqueeze(1), self.widening(hi).double().unsqueeze(1)))
 
     def _step_sizes(self, r: Tensor) -> Tensor:
         dt = F.softplus(self.config.gate_gain * accumulated(r) + accumulated(self.dt_bias))

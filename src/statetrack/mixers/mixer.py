@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from statetrack.mixers.bounds import FactorBounds
 from statetrack.ops.packing import pack, unpack
 from statetrack.transition import EigenvalueRange, Transition, accumulated
 
@@ -153,6 +154,18 @@ class Mixer(nn.Module, ABC):
     def eigenvalue_parameters(self) -> list[Tensor]:
         """The parameters that decide on the eigenvalues alone; weight decay leaves them out."""
         return []
+
+    def factor_bounds(self, scale: Tensor) -> FactorBounds | None:
+        """What every `A_t` is made of for all inputs `x = scale * u` with |u| <= 1, whatever their order.
+
+        Args:
+            scale: [D].
+
+        Returns:
+            None where nothing is known: for a mixer without a transition, or with one that is no product of symmetric
+            matrices.
+        """
+        return None
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Outputs [B, T, D]; `mask` is as in `scan_padded`."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from statetrack.mixers.bounds import FactorBounds, diagonal_bounds, gate_interval, linear_interval
 from statetrack.mixers.mixer import (
     Mixer,
     State,
@@ -168,6 +169,12 @@ class MLSTM(Mixer):
 
     def eigenvalue_parameters(self) -> list[Tensor]:
         return [*self.fgate_preact.parameters(), *self.widening.parameters()]
+
+    def factor_bounds(self, scale: Tensor) -> FactorBounds:
+        gain, gate = self.config.gate_gain, self.fgate_preact
+        logits = linear_interval(gain * gate.weight, scale, gain * gate.bias)
+        lo, hi = gate_interval(lambda x: torch.sigmoid(self._cap(x)), logits)
+        return diagonal_bounds((self.widening(lo).double().unsqueeze(1), self.widening(hi).double().unsqueeze(1)))
 
     def _forget(self, x: Tensor) -> Tensor:
         """The signed forget gates [B, T, H]."""

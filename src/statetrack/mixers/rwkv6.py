@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.layers import HeadNorm, LowRankMap, token_shift
+from statetrack.mixers.bounds import FactorBounds, diagonal_bounds, gate_interval
 from statetrack.mixers.mixer import (
     Mixer,
     State,
@@ -148,6 +149,14 @@ class RWKV6(Mixer):
     def eigenvalue_parameters(self) -> list[Tensor]:
         return [*self.w_map.parameters(), *self.widening.parameters()]
 
+    def factor_bounds(self, scale: Tensor) -> FactorBounds:
+        # Whatever the inputs are, the tanh in the middle of the map stays in [-1, 1].
+        reach, bias = self.w_map.up.weight.double().abs().sum(1), self.w_map.bias
+        bias = torch.zeros_like(reach) if bias is None else bias.double()
+        gates = gate_interval(_decay_gate, (bias - reach, bias + reach))
+        lo, hi = (self.widening(self._heads(gate).mT).mT.double() for gate in gates)
+        return diagonal_bounds((lo, hi))
+
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, self.head_dim))
 
@@ -167,9 +176,13 @@ class RWKV6(Mixer):
         return dict(zip(self.inputs, mixed.unbind(0), strict=True)), {"shift": last}
 
     def _transition(self, inputs: State) -> Diagonal:
-        # From 7 on the gate is 0 even in float64; beyond, the gradient would be 0 * inf.
-        gate = torch.exp(-torch.exp(self._heads(self.w_map(inputs["w"])).clamp(max=7)))
+        gate = _decay_gate(self._heads(self.w_map(inputs["w"])))
         return Diagonal(self.widening(gate.mT).mT)  # `Widening` wants the heads last
+
+
+def _decay_gate(logits: Tensor) -> Tensor:
+    # From 7 on the gate is 0 even in float64; beyond, the gradient would be 0 * inf.
+    return torch.exp(-torch.exp(logits.clamp(max=7)))
 
 
 def _read_before_update(

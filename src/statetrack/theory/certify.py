@@ -4,6 +4,8 @@ Every statement has a scope, from the strongest to the weakest:
 
 - "architecture": holds for all weights of this configuration;
 - "vocabulary, exact": holds for these weights and every token; of a first layer that sees the current token alone;
+- "sound bound": holds for these weights and all inputs that a layer can get, by the norms of its weights; the truth may
+  be better. Of layers whose matrices are products of symmetric ones, behind an RMS norm (`mixers.bounds`);
 - "measured": what random words showed. It proves nothing.
 
 The theorems are those of `requirements`. Of attention, LSTMs and models with any such layer none of them speaks.
@@ -21,11 +23,12 @@ from torch import Tensor
 
 from statetrack import seeds
 from statetrack.mixers import MixerConfig
+from statetrack.mixers.bounds import FactorBounds
 from statetrack.mixers.mixer import WidenedMixerConfig
-from statetrack.model import LanguageModel
+from statetrack.model import Block, LanguageModel
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, Transition
 
-Scope = Literal["architecture", "vocabulary, exact", "measured"]
+Scope = Literal["architecture", "vocabulary, exact", "sound bound", "measured"]
 Capability = Literal["parity", "counting modulo m", "first letter"]
 
 FADED = 2.0**-8
@@ -33,6 +36,9 @@ FADED = 2.0**-8
 
 REAL = 1e-6
 """Imaginary parts up to this are rounding errors of the eigenvalue solver."""
+
+MOST_TOKENS = 4096
+"""Larger vocabularies are measured on words and not token by token."""
 
 _PRODUCTS = (1, 2, 3)
 
@@ -65,13 +71,15 @@ class Spectrum:
         head: from 0.
         scope: for what they hold.
         tokens: how many tokens' matrices are multiplied.
-        lowest: the least real part.
-        largest: the largest modulus.
+        lowest: the least real part; of a sound bound none is less.
+        largest: the largest modulus; of a sound bound none is larger, and so on.
         imaginary: the largest imaginary part.
         horizon: tokens after which what the most lasting negative or non-real eigenvalue carries has shrunk to
-            `FADED`; None if there is none, inf if it never shrinks.
+            `FADED`; None if there is none, inf if it never shrinks. Of a sound bound that leaves room for non-real ones
+            it is about those with a negative real part: a turn by a small angle may last longer.
         beta_gap: how far the largest beta stays from 2; None for matrices that are no reflections.
-        values: some of the eigenvalues, as pairs of real and imaginary part, for pictures.
+        values: some of the eigenvalues, as pairs of real and imaginary part, for pictures; of a sound bound points
+            around the region that holds them.
     """
 
     layer: int
@@ -84,6 +92,16 @@ class Spectrum:
     horizon: float | None
     beta_gap: float | None
     values: tuple[tuple[float, float], ...] = field(repr=False)
+
+    def lasting(self) -> str:
+        """The horizon in words; empty if there is none."""
+        if self.horizon is None:
+            return ""
+        if self.horizon == math.inf:
+            return "as long as can be told" if self.scope == "sound bound" else "for ever"
+        count = math.ceil(self.horizon)
+        most = "at most " if self.scope == "sound bound" else ""
+        return f"{most}{count:,} application{'s' * (count != 1)}"
 
 
 @dataclass(frozen=True)
@@ -143,8 +161,7 @@ class Certificate:
                 f"imaginary parts up to {s.imaginary:.4f}",
             ]
             if s.horizon is not None:
-                lasts = "for ever" if s.horizon == math.inf else f"{s.horizon:,.0f} applications"
-                parts.append(f"what flips or turns lasts {lasts}")
+                parts.append(f"what flips or turns lasts {s.lasting()}")
             if s.beta_gap is not None:
                 parts.append(f"beta stays {s.beta_gap:.2g} from 2")
             lines.append(", ".join(parts))
@@ -177,14 +194,17 @@ def certify(
     vocabulary = _vocabulary_transition(model)
     if vocabulary is not None:
         spectra += _spectra(vocabulary, 0, "vocabulary, exact", structures[0], products=(1,))
+    bounds = [_bounds(model, layer) for layer in range(len(mixers))]
     for layer, transition in enumerate(measured):
+        if (found := bounds[layer]) is not None:
+            spectra += [_bound_spectrum(found, layer, head) for head in range(found.lo.shape[1])]
         if transition is not None:
             spectra += _spectra(transition, layer, "measured", structures[layer], products=_PRODUCTS)
     known = [s for s in structures if s is not None]
     if len(known) < len(structures):
         note = "no theorem here speaks of models with layers that have no state-transition matrix, such as attention"
         return Certificate((), tuple(spectra), structures, note)
-    return Certificate(tuple(_claims(model, known, spectra)), tuple(spectra), structures)
+    return Certificate(tuple(_claims(model, known, bounds, spectra)), tuple(spectra), structures)
 
 
 @singledispatch
@@ -234,15 +254,65 @@ def _range(config: MixerConfig, name: str) -> EigenvalueRange | None:
     return value if isinstance(value, EigenvalueRange) else None
 
 
+def _sees_one_token(block: Block) -> bool:
+    """Whether the mixer of a first layer sees the current token alone: no convolution, nothing else that remembers."""
+    return set(block.mixer.init_state(1)) == {"recurrence"}
+
+
 def _vocabulary_transition(model: LanguageModel) -> Transition | None:
-    """The first layer's matrices for every token, [1, vocabulary, ...]; None if it sees more than the current token."""
+    """The first layer's matrices for every token, [1, vocabulary, ...].
+
+    None if it sees more than the current token, or if there are more tokens than are worth a table.
+    """
     block = model._blocks()[0]
-    if set(block.mixer.init_state(1)) != {"recurrence"}:
-        return None  # a short convolution, or something else that remembers tokens
+    if model.config.vocab_size > MOST_TOKENS or not _sees_one_token(block):
+        return None
     return block.mixer.transition(block.mixer_input(model.embedding.weight.unsqueeze(0)))
 
 
-def _claims(model: LanguageModel, structures: list[Structure], spectra: list[Spectrum]) -> list[Claim]:
+def _bounds(model: LanguageModel, layer: int) -> FactorBounds | None:
+    block = model._blocks()[layer]
+    scale = block.mixer_input_scale()
+    return None if scale is None else block.mixer.factor_bounds(scale)
+
+
+def _bound_spectrum(bounds: FactorBounds, layer: int, head: int) -> Spectrum:
+    """The region that holds the eigenvalues of every matrix of a head: an interval, or a disc that ends at 1."""
+    interval, spread = bounds.real_interval(head), bounds.spread(head)
+    if interval is not None:
+        lowest, highest = interval
+        imaginary, moving = 0.0, max(0.0, -lowest)
+        values = ((lowest, 0.0), (highest, 0.0))
+    else:
+        # The disc between (1 - R) / (1 + R) and 1; with a real part below 0 moduli end where it crosses that axis.
+        radius = spread / (1 + spread) if spread < math.inf else 1.0
+        lowest, highest, imaginary = 1 - 2 * radius, 1.0, radius
+        moving = math.sqrt(max(0.0, 2 * radius - 1))
+        angles = [2 * math.pi * step / 48 for step in range(49)]
+        values = tuple((1 - radius + radius * math.cos(a), radius * math.sin(a)) for a in angles)
+    return Spectrum(
+        layer=layer,
+        head=head,
+        scope="sound bound",
+        tokens=1,
+        lowest=lowest,
+        largest=max(abs(lowest), abs(highest)),
+        imaginary=imaginary,
+        # Gates are computed in float32, which has nothing between this and -1.
+        horizon=_horizon(moving if moving < 1 - 2**-24 else 1.0) if moving > 0 else None,
+        beta_gap=None if bounds.beta is None else 2 - float(bounds.beta[head]),
+        values=values,
+    )
+
+
+def _horizon(modulus: float) -> float:
+    """Applications after which an eigenvalue of this modulus has shrunk to `FADED`."""
+    return math.inf if modulus >= 1 - 1e-12 else 0.0 if modulus == 0 else math.log(FADED) / math.log(modulus)
+
+
+def _claims(
+    model: LanguageModel, structures: list[Structure], bounds: list[FactorBounds | None], spectra: list[Spectrum]
+) -> list[Claim]:
     claims = []
     layers = len(structures)
     every = f"finite precision, answers that stay apart by a margin, {layers} layer{'s' * (layers > 1)}"
@@ -266,6 +336,16 @@ def _claims(model: LanguageModel, structures: list[Structure], spectra: list[Spe
     elif layers == 1 and exact and all(s.lowest >= 0 and s.imaginary <= REAL for s in exact):
         claims.append(
             Claim("parity", "vocabulary, exact", "T1", every, "cannot solve parity: no token has an eigenvalue below 0")
+        )
+    elif all(s.nonnegative or _stays_positive(b) for s, b in zip(structures, bounds, strict=True)):
+        claims.append(
+            Claim(
+                "parity",
+                "sound bound",
+                "T1",
+                every,
+                "cannot solve parity: with these weights no input takes an eigenvalue below 0 or off the axis",
+            )
         )
     if all(s.rests for s in structures):
         claims.append(
@@ -300,7 +380,7 @@ def _claims(model: LanguageModel, structures: list[Structure], spectra: list[Spe
         )
     # A head that also reads the state before the update sees one letter more, as a convolution does.
     before = model.config.layer_mixers()[0].reads_before_update()
-    if layers == 1 and structures[0].contraction and not before and _vocabulary_transition(model) is not None:
+    if layers == 1 and structures[0].contraction and not before and _sees_one_token(model._blocks()[0]):
         claims.append(
             Claim(
                 "first letter",
@@ -313,11 +393,21 @@ def _claims(model: LanguageModel, structures: list[Structure], spectra: list[Spe
     return claims
 
 
+def _stays_positive(bounds: FactorBounds | None) -> bool:
+    """Whether all matrices of a layer have eigenvalues in [0, inf)."""
+    if bounds is None:
+        return False
+    intervals = [bounds.real_interval(head) for head in range(bounds.lo.shape[1])]
+    return all(interval is not None and interval[0] >= 0 for interval in intervals)
+
+
 def _spectra(
     transition: Transition, layer: int, scope: Scope, known: Structure | None, products: tuple[int, ...]
 ) -> list[Spectrum]:
     found = []
     gaps = None
+    # Products in float32 would be off by more than what an eigenvalue of -0.9999999 lacks to -1.
+    transition = transition.map_tokens(torch.Tensor.double)
     if isinstance(transition, Householder):
         along = transition.effective_beta * transition.k.to(transition.effective_beta.dtype).square().sum(-1)
         gaps = (2 - along).abs().amin((0, 1, 2))
@@ -331,7 +421,7 @@ def _spectra(
             horizon = None
             if len(moving):
                 rho = float(moving.max())
-                horizon = math.inf if rho >= 1 - 1e-12 else 0.0 if rho == 0 else math.log(FADED) / math.log(rho)
+                horizon = _horizon(rho)
             found.append(
                 Spectrum(
                     layer=layer,
@@ -357,7 +447,7 @@ def _product_eigenvalues(transition: Transition, tokens: int, *, diagonal: bool)
     count = values.shape[1] - tokens + 1
     if diagonal:
         return torch.stack([values[:, i : i + count] for i in range(tokens)]).prod(0)
-    dense = transition.dense().double()
+    dense = transition.dense()
     product = dense[:, :count]
     for i in range(1, tokens):
         product = dense[:, i : i + count] @ product
@@ -365,7 +455,10 @@ def _product_eigenvalues(transition: Transition, tokens: int, *, diagonal: bool)
 
 
 def _some(values: Tensor, most: int = 400) -> tuple[tuple[float, float], ...]:
-    pairs = torch.view_as_real(values).mul(1e4).round().div(1e4).unique(dim=0)
-    if len(pairs) > most:
-        pairs = pairs[torch.linspace(0, len(pairs) - 1, most).long()]
-    return tuple((x, y) for x, y in pairs.tolist())
+    # On a grid of a ten-thousandth, as one integer a point: unique numbers are found much faster than unique rows.
+    grid, width = torch.view_as_real(values).mul(1e4).round().long(), 1 << 31
+    points = (grid[..., 0] * width + grid[..., 1] + width // 2).unique()
+    if len(points) > most:
+        points = points[torch.linspace(0, len(points) - 1, most).long()]
+    x, y = points.div(width, rounding_mode="floor"), points.remainder(width) - width // 2
+    return tuple(zip((x / 1e4).tolist(), (y / 1e4).tolist(), strict=True))

@@ -25,73 +25,60 @@ That theorem 4 holds with n - 1 layers in place of 2^n is our own finding. The p
 the state after the update where it needs the one before, which does not determine the action; here levels read both.
 Between two levels a ReLU MLP with three hidden layers computes the action from X, Y and the letter, so that the size
 of a model grows with n^2 times the letters for each level and not with the number of subsets.
+
+The holonomy decomposition (`automata.holonomy`) is the other cascade, on request. Its levels are the heights of the
+sets that words lead all states to: fewer than n - 1 where words merge many states at once, more where sets of equal
+size lead to each other in one direction only. The groups of its levels are subgroups of the transition monoid, so that
+an aperiodic automaton needs resets alone, which no exclusion cascade promises. Its MLPs look the action up in tables
+with an entry for each X, Y and letter, so that it serves automata with few such sets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from statetrack.automata import Automaton
+from statetrack.automata.holonomy import HolonomyError
 from statetrack.automata.monoid import TransitionMonoid, transition_monoid
 from statetrack.automata.representations import (
     MAX_ORDER,
     Representation,
     smallest_representation,
 )
-from statetrack.layers import ReLUMLP
 from statetrack.mixers import MixerConfig
 from statetrack.mixers.deltanet import DeltaNet, DeltaProductConfig
-from statetrack.mixers.exact_deltaproduct import ExactDeltaProduct, ExactDeltaProductConfig
+from statetrack.mixers.exact_deltaproduct import ExactDeltaProduct
 from statetrack.model import Block, LanguageModel, ModelConfig
+from statetrack.theory.cascades import Exclusion, Holonomy
+from statetrack.theory.construction import (
+    MAX_INTEGER,
+    Construction,
+    ConstructionError,
+    Plan,
+    bumps,
+    completed,
+    exact_mixer,
+    letter_name,
+    reflections,
+    relu_mlp,
+)
 from statetrack.theory.wiring import ONE, Coordinates, Name, Sum, total, wire_mlp
 
-Strategy = Literal["auto", "one_layer", "exclusion"]
-STRATEGIES: tuple[Strategy, ...] = ("auto", "one_layer", "exclusion")
+Strategy = Literal["auto", "one_layer", "exclusion", "holonomy"]
+STRATEGIES: tuple[Strategy, ...] = ("auto", "one_layer", "exclusion", "holonomy")
 
 MAX_PARAMETERS = 100_000_000
 """Larger models are refused."""
 
-MAX_INTEGER = 256
-"""bfloat16 has every integer up to here."""
-
 _MAX_PATTERNS = 4096
 _MAX_DECODED = 256
-
-
-class ConstructionError(ValueError):
-    """An automaton for which there is no model of the kind asked for, and the nearest that there is."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a compiled model is made of.
-
-    Attributes:
-        strategy: "representation", "states", "definite" or "exclusion".
-        num_layers: blocks.
-        num_householder: N, factors for each token.
-        num_heads: H.
-        head_dim: K.
-        value_dim: V.
-        theorem: why that is enough.
-        why: the same in a sentence.
-    """
-
-    strategy: str
-    num_layers: int
-    num_householder: int
-    num_heads: int
-    head_dim: int
-    value_dim: int
-    theorem: str
-    why: str
 
 
 def plan(automaton: Automaton, strategy: Strategy = "auto") -> Plan:
@@ -115,7 +102,8 @@ def compile(
 
     Args:
         automaton: any automaton; it is minimized first.
-        strategy: "auto", one layer if that is enough; "one_layer" refuses if not; "exclusion" always works.
+        strategy: "auto", one layer if that is enough; "one_layer" refuses if not; "exclusion" and
+            "holonomy" are cascades of layers, of which the second refuses automata with too many sets of states.
         keys: "raw" for `exact_deltaproduct`, whose keys are integers; "pair" for the ordinary `deltaproduct`, which
             normalizes its keys: an exchange of two pairs of coordinates has the key (1, 1, -1, -1) / 2, whose length is
             exactly 1. Pairs serve groups with a representation by permutations.
@@ -134,24 +122,26 @@ def compile(
     # Outputs that no word leads to are classes all the same: a model has those of its task.
     construction.num_classes = automaton.num_outputs
     if (parameters := construction.num_parameters()) > MAX_PARAMETERS:
+        nearest = "the size grows with the square of the states times the letters, so give fewer letters or states"
+        if construction.plan.strategy == "holonomy":
+            nearest = f"the exclusion cascade has {construction.automaton.num_states - 1} layers and smaller ones"
         raise ConstructionError(
             f"the model would have {parameters:,} parameters in {construction.plan.num_layers} layers, more than the "
-            f"{MAX_PARAMETERS:,} that are practical; the size grows with the square of the states times the letters, "
-            "so give fewer letters or states"
+            f"{MAX_PARAMETERS:,} that are practical; {nearest}"
         )
     return construction.build().to(dtype).eval()
 
 
-def _choose(automaton: Automaton, strategy: str, keys: str) -> _Construction:
+def _choose(automaton: Automaton, strategy: str, keys: str) -> Construction:
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; the strategies are {', '.join(STRATEGIES)}")
-    if strategy == "exclusion" and automaton.num_states > 1:  # a single state leaves nothing to exclude
+    if strategy in ("exclusion", "holonomy") and automaton.num_states > 1:  # a single state leaves nothing to track
         if keys == "pair":
             raise ConstructionError(
                 "a cascade overwrites coordinates, for which keys in pairs have no factor; use raw keys"
             )
-        return _Exclusion(automaton)
-    candidates: list[_Construction] = [*_group_constructions(automaton, keys)]
+        return Exclusion(automaton) if strategy == "exclusion" else _holonomy(automaton)
+    candidates: list[Construction] = [*_group_constructions(automaton, keys)]
     if keys == "raw":
         candidates += _state_constructions(automaton)
         if not candidates and (register := _definite(automaton)) is not None:
@@ -169,126 +159,23 @@ def _choose(automaton: Automaton, strategy: str, keys: str) -> _Construction:
             "constants or partial injections, and no bounded number of last letters decides; "
             f"the exclusion cascade has {automaton.num_states - 1} layers"
         )
-    return _Exclusion(automaton)
+    return Exclusion(automaton)
 
 
-# What all constructions share
-
-
-class _Construction:
-    """A model to be: its plan, its config, and the writing of its weights."""
-
-    plan: Plan
-
-    def __init__(self, automaton: Automaton) -> None:
-        self.automaton = automaton
-        self.table = automaton.transitions.cpu().numpy()
-        self.outputs: list[int] = automaton.outputs.tolist()
-        self.num_classes = automaton.num_outputs
-
-    @property
-    def work(self) -> int:
-        p = self.plan
-        return p.num_layers * p.num_heads * p.num_householder * (p.head_dim + p.value_dim)
-
-    @cached_property
-    def config(self) -> ModelConfig:
-        raise NotImplementedError
-
-    def write(self, model: LanguageModel) -> None:
-        """Writes the weights that are not 0."""
-        raise NotImplementedError
-
-    @property
-    def letters(self) -> range:
-        return range(self.automaton.num_letters)
-
-    def num_parameters(self) -> int:
-        with torch.device("meta"):
-            return LanguageModel(self.config).num_parameters()
-
-    def build(self) -> LanguageModel:
-        model = LanguageModel(self.config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.zero_()
-            self.write(model)
-        return model
-
-    def model_config(self, stream: Coordinates, hidden: int, depth: int, mixer: MixerConfig) -> ModelConfig:
-        return ModelConfig(
-            vocab_size=self.automaton.num_letters,
-            output_size=self.num_classes,
-            d_model=len(stream),
-            num_layers=self.plan.num_layers,
-            mlp_ratio=hidden / len(stream),
-            mlp="relu" if hidden else "gated",
-            mlp_depth=depth if hidden else 1,
-            final_norm=False,
-            norm_placement="none",
-            mixer=mixer,
-        )
-
-    def mixer_config(self, **options: Any) -> ExactDeltaProductConfig:
-        p = self.plan
-        return ExactDeltaProductConfig(
-            num_heads=p.num_heads,
-            head_dim=p.head_dim,
-            value_dim=p.value_dim,
-            num_householder=p.num_householder,
-            **options,
-        )
-
-    def label_rows(self, states: Sequence[Name]) -> list[Sum]:
-        """The rows of the output layer, given a coordinate for each state that is 1 in this state and 0 in others."""
-        rows: list[Sum] = [{} for _ in range(self.num_classes)]
-        for state, name in enumerate(states):
-            rows[self.outputs[state]][name] = 1
-        return rows
-
-
-def _letter(letter: int) -> Name:
-    return ("letter", letter)
-
-
-def _exact(block: Block) -> ExactDeltaProduct:
-    assert isinstance(block.mixer, ExactDeltaProduct)
-    return block.mixer
-
-
-def _relu(block: Block) -> ReLUMLP:
-    assert isinstance(block.mlp, ReLUMLP)
-    return block.mlp
-
-
-def reflections(images: np.ndarray, signs: np.ndarray | None = None) -> list[np.ndarray]:
-    """Keys of reflections whose product, the first applied first, is a signed permutation matrix A.
-
-    As many as the rank of I - A (the theorem of Cartan and Dieudonne): with k = v - A v the reflection takes v to A v,
-    and what is left to do fixes A v and whatever A fixed. Entries are 0, 1 and -1.
-    """
-    images = images.copy()
-    signs = np.ones_like(images) if signs is None else signs.copy()
-    keys = []
-    for axis in range(len(images)):
-        while (target := int(images[axis])) != axis or signs[axis] < 0:
-            key = np.zeros(len(images), dtype=np.int64)
-            key[axis] = 1
-            if target == axis:
-                signs[axis] = 1
-            else:
-                key[target] = -signs[axis]
-                # A after the reflection sends the axis where A sent the target, up to the sign, and fixes the target.
-                images[axis], signs[axis] = images[target], signs[axis] * signs[target]
-                images[target], signs[target] = target, 1
-            keys.append(key)
-    return keys
+def _holonomy(automaton: Automaton) -> Holonomy:
+    try:
+        return Holonomy(automaton)
+    except HolonomyError as error:
+        raise ConstructionError(
+            f"{error}; the exclusion cascade has {automaton.num_states - 1:,} layers and serves automata of up to "
+            f"{MAX_INTEGER} states"
+        ) from None
 
 
 # Groups: the matrix of the product so far
 
 
-class _Product(_Construction):
+class _Product(Construction):
     """One layer that holds the matrices of the product of all letters, one head for each representation."""
 
     def __init__(
@@ -323,7 +210,7 @@ class _Product(_Construction):
         # With a class for each element the output layer can compare by itself; otherwise hidden units do, one each.
         self.direct = len(set(self.outputs)) == len(self.outputs) == len(elements)
         self.coordinates = [("read", h, i) for h, degree in enumerate(self.degrees) for i in range(degree)]
-        names = [ONE, *map(_letter, self.letters), *self.coordinates]
+        names = [ONE, *map(letter_name, self.letters), *self.coordinates]
         self.stream = Coordinates(names if self.direct else [*names, *self.label_names])
 
     @property
@@ -354,7 +241,7 @@ class _Product(_Construction):
     def write(self, model: LanguageModel) -> None:
         (block,) = model._blocks()
         for letter in self.letters:
-            model.embedding.weight[letter] = self.stream.vector({ONE: 1, _letter(letter): 1})
+            model.embedding.weight[letter] = self.stream.vector({ONE: 1, letter_name(letter): 1})
         self._write_mixer(block)
         # The head holds the matrix less the identity, which reads as the first element does.
         matches = [
@@ -377,7 +264,7 @@ class _Product(_Construction):
         writes: dict[Name, Sum] = {name: {} for name in self.label_names}
         for g, state in enumerate(self.state_of):
             writes[("label", self.outputs[state])][("element", g)] = 1
-        wire_mlp(_relu(block), self.stream, [units], writes)
+        wire_mlp(relu_mlp(block), self.stream, [units], writes)
         labels = self.stream.matrix([{name: 1} for name in self.label_names])
         model.output_weight[: len(labels)] = labels
 
@@ -389,7 +276,7 @@ class _Product(_Construction):
         for letter, factors in enumerate(self.factors):
             for head, keys in enumerate(factors):
                 for slot, key in enumerate(keys):
-                    column = self.stream[_letter(letter)]
+                    column = self.stream[letter_name(letter)]
                     # Writing -k into the difference from the identity reflects the whole matrix.
                     v_weights[slot, head, : len(key), column] = -torch.from_numpy(key).float()
                     k_weights[slot, head, :, column] = self._key(key)
@@ -426,7 +313,7 @@ _SATURATED = 64.0
 _LONG = 128.0
 
 
-def _group_constructions(automaton: Automaton, keys: str) -> Iterable[_Construction]:
+def _group_constructions(automaton: Automaton, keys: str) -> Iterable[Construction]:
     if not automaton.is_permutation_automaton:
         return
     monoid = transition_monoid(automaton, MAX_ORDER)
@@ -470,7 +357,7 @@ class _Factor:
     value: float = 0
 
 
-class _States(_Construction):
+class _States(Construction):
     """One layer, one head: the current state as a unit vector, or as 0 if it is the state `zero`."""
 
     def __init__(self, automaton: Automaton, zero: int | None, factors: list[list[_Factor]]) -> None:
@@ -491,7 +378,7 @@ class _States(_Construction):
             why=f"every letter permutes the {automaton.num_states} states or sends all to one{beside}",
         )
         self.state_names: list[Name] = [("state", state) for state in range(automaton.num_states)]
-        self.stream = Coordinates([ONE, *map(_letter, self.letters), "read", *self.state_names])
+        self.stream = Coordinates([ONE, *map(letter_name, self.letters), "read", *self.state_names])
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -500,12 +387,12 @@ class _States(_Construction):
     def write(self, model: LanguageModel) -> None:
         (block,) = model._blocks()
         for letter in self.letters:
-            model.embedding.weight[letter] = self.stream.vector({ONE: 1, _letter(letter): 1})
+            model.embedding.weight[letter] = self.stream.vector({ONE: 1, letter_name(letter): 1})
         start = np.array([float(point == self.automaton.start) for point in self.points])
-        mixer = _exact(block)
+        mixer = exact_mixer(block)
         k_weights = mixer.k_proj.weight.view(self.plan.num_householder, -1, len(self.stream))
         for letter, factors in enumerate(self.factors):
-            column = self.stream[_letter(letter)]
+            column = self.stream[letter_name(letter)]
             for slot, factor in enumerate(factors):
                 k_weights[slot, :, column] = torch.from_numpy(factor.key).float()
                 mixer.v_proj.weight[slot, column] = factor.value - float(factor.key @ start)
@@ -514,33 +401,16 @@ class _States(_Construction):
         mixer.query[0, : len(positions)] = positions
         mixer.o_proj.weight[self.stream["read"], 0] = 1
         offset = float(positions.numpy() @ start)
-        hinges, bumps = _bumps("read", offset, len(self.points))
-        writes: dict[Name, Sum] = {("state", state): bumps[position] for position, state in enumerate(self.points)}
+        hinges, peaks = bumps("read", offset, len(self.points))
+        writes: dict[Name, Sum] = {("state", state): peaks[position] for position, state in enumerate(self.points)}
         if self.zero is not None:
             hinges["nothing"] = {"read": -1, ONE: 1 - offset}
             writes["state", self.zero] = {"nothing": 1}
-        wire_mlp(_relu(block), self.stream, [hinges], writes)
+        wire_mlp(relu_mlp(block), self.stream, [hinges], writes)
         model.output_weight.copy_(self.stream.matrix(self.label_rows(self.state_names)))
 
 
-def _bumps(read: Name, offset: float, count: int) -> tuple[dict[Name, Sum], list[Sum]]:
-    """Hidden units, and sums of them that are 1 where `read + offset` is 1, 2, ..., count and 0 at other integers.
-
-    relu(x - j + 1) - 2 relu(x - j) + relu(x - j - 1) is 1 at x = j and 0 at all other integers.
-    """
-    hinges: dict[Name, Sum] = {(read, j): {read: 1, ONE: offset - j} for j in range(count)}
-    bumps = []
-    for j in range(1, count + 1):
-        bump: Sum = {(read, j - 1): 1}
-        if j < count:
-            bump[read, j] = -2
-        if j + 1 < count:
-            bump[read, j + 1] = 1
-        bumps.append(bump)
-    return hinges, bumps
-
-
-def _state_constructions(automaton: Automaton) -> Iterable[_Construction]:
+def _state_constructions(automaton: Automaton) -> Iterable[Construction]:
     if automaton.num_states > MAX_INTEGER:
         return
     table = automaton.transitions.cpu().numpy()
@@ -565,32 +435,16 @@ def _letter_factors(images: np.ndarray, zero: int | None) -> list[_Factor] | Non
     if len(set(targets)) < len(targets):
         return None
     erased = [_Factor(unit[place[state]], False) for state in points if images[state] == zero]
-    permutation = _completed(
+    permutation = completed(
         {place[state]: place[target] for state, target in zip(kept, targets, strict=True)}, len(points)
     )
     return erased + [_Factor(key, True) for key in reflections(permutation)]
 
 
-def _completed(injection: dict[int, int], size: int) -> np.ndarray:
-    """The permutation that continues a partial injection with the fewest exchanges: every path becomes a cycle."""
-    images = np.arange(size)
-    hit = set(injection.values())
-    for begin in range(size):
-        if begin in hit:
-            continue
-        end = begin
-        while end in injection:
-            end = injection[end]
-        images[end] = begin
-    for source, target in injection.items():
-        images[source] = target
-    return images
-
-
 # The last letters
 
 
-class _Definite(_Construction):
+class _Definite(Construction):
     """One layer: a shift register of the last k letters, read by a head for each."""
 
     def __init__(self, automaton: Automaton, length: int, patterns: list[_Pattern]) -> None:
@@ -609,7 +463,7 @@ class _Definite(_Construction):
         self.slots: list[list[Name]] = [[("slot", i, letter) for letter in self.letters] for i in range(length)]
         self.state_names: list[Name] = [("state", state) for state in range(automaton.num_states)]
         flat = [name for slot in self.slots for name in slot]
-        self.stream = Coordinates([ONE, *map(_letter, self.letters), *flat, *self.state_names])
+        self.stream = Coordinates([ONE, *map(letter_name, self.letters), *flat, *self.state_names])
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -618,8 +472,8 @@ class _Definite(_Construction):
     def write(self, model: LanguageModel) -> None:
         (block,) = model._blocks()
         for letter in self.letters:
-            model.embedding.weight[letter] = self.stream.vector({ONE: 1, _letter(letter): 1})
-        mixer, length = _exact(block), self.plan.num_householder
+            model.embedding.weight[letter] = self.stream.vector({ONE: 1, letter_name(letter): 1})
+        mixer, length = exact_mixer(block), self.plan.num_householder
         k_weights = mixer.k_proj.weight.view(length, length, length, -1)
         v_weights = mixer.v_proj.weight.view(length, length, self.automaton.num_letters, -1)
         b_weights = mixer.b_proj.weight.view(length, length, -1)
@@ -632,7 +486,7 @@ class _Definite(_Construction):
         k_weights[length - 1, :, 0, one] = 1
         b_weights[length - 1, :, one] = 0.5
         for letter in self.letters:
-            v_weights[length - 1, :, letter, self.stream[_letter(letter)]] = 1
+            v_weights[length - 1, :, letter, self.stream[letter_name(letter)]] = 1
         for slot, names in enumerate(self.slots):
             mixer.query[slot, slot] = 1
             for letter, name in enumerate(names):
@@ -644,7 +498,7 @@ class _Definite(_Construction):
             more: Sum = dict.fromkeys(self.slots[len(pattern.last)], -1.0) if pattern.whole else {}
             units["pattern", number] = total(seen, more, {ONE: 1.0 - len(pattern.last)})
             writes["state", pattern.state]["pattern", number] = 1
-        wire_mlp(_relu(block), self.stream, [units], writes)
+        wire_mlp(relu_mlp(block), self.stream, [units], writes)
         model.output_weight.copy_(self.stream.matrix(self.label_rows(self.state_names)))
 
 
@@ -669,7 +523,7 @@ def definite_length(table: np.ndarray) -> int | None:
     return None
 
 
-def _definite(automaton: Automaton) -> _Construction | None:
+def _definite(automaton: Automaton) -> Construction | None:
     table = automaton.transitions.cpu().numpy()
     length = definite_length(table)
     if not length or length > MAX_INTEGER:
@@ -688,175 +542,3 @@ def _definite(automaton: Automaton) -> _Construction | None:
         if len(patterns) + len(pending) > _MAX_PATTERNS:
             return None
     return _Definite(automaton, length, patterns)
-
-
-# The exclusion cascade
-
-
-class _Exclusion(_Construction):
-    """n - 1 layers: each excludes one more state that the automaton is not in."""
-
-    def __init__(self, automaton: Automaton) -> None:
-        super().__init__(automaton)
-        self.n = n = automaton.num_states
-        if n > MAX_INTEGER:
-            raise ConstructionError(
-                f"the automaton has {n:,} states, and integers above {MAX_INTEGER} are not exact in bfloat16; "
-                "the exclusion cascade serves smaller ones"
-            )
-        self.classes = [_kernel_classes(column) for column in self.table.T]
-        self.permutations = [reflections(self._after_merging(letter)) for letter in self.letters]
-        widest = max(len(c) + len(p) for c, p in zip(self.classes, self.permutations, strict=True))
-        self.plan = Plan(
-            strategy="exclusion",
-            num_layers=max(1, n - 1),
-            num_householder=max(1, widest, n),
-            num_heads=1,
-            head_dim=n,
-            value_dim=1,
-            theorem="T4 with n - 1 layers (ours)",
-            why=f"a cascade of {max(1, n - 1)} levels, each of which permutes or resets one of {n} states",
-        )
-        self.merged = [("merge", a, x) for a in self.letters for members in self.classes[a] for x in members[1:]]
-        self.moves = [("move", a) for a in self.letters]
-        self.resets = [("reset", x) for x in range(n)]
-        self.buffers: list[Name] = [*self.merged, *self.moves, *self.resets]
-        self.before: list[Name] = [("before", x) for x in range(n)]
-        self.after: list[Name] = [("after", x) for x in range(n)]
-        self.stream = Coordinates(
-            [ONE, *map(_letter, self.letters), "read before", "read after", *self.before, *self.after, *self.buffers]
-        )
-        self.excluded_at_start = [state for state in range(n) if state != automaton.start]
-
-    def _after_merging(self, letter: int) -> np.ndarray:
-        """The permutation that a letter is once every state was exchanged for the representative of its class."""
-        column = self.table[:, letter]
-        merged = {x for members in self.classes[letter] for x in members[1:]}
-        return _completed({x: int(column[x]) for x in range(self.n) if x not in merged}, self.n)
-
-    @cached_property
-    def config(self) -> ModelConfig:
-        hidden = max(len(units) for units in self._mlp(0, last=self.plan.num_layers == 1)[0])
-        if self.plan.num_layers > 1:
-            hidden = max(hidden, *(len(units) for units in self._mlp(0, last=False)[0]))
-        return self.model_config(self.stream, hidden, 3, self.mixer_config(read_before=True))
-
-    def write(self, model: LanguageModel) -> None:
-        everything: Sum = dict.fromkeys((*self.before, *self.after), 1.0)
-        for letter in self.letters:
-            model.embedding.weight[letter] = self.stream.vector(
-                total({ONE: 1, _letter(letter): 1}, everything, self._first_action(letter))
-            )
-        blocks = model._blocks()
-        for level, block in enumerate(blocks):
-            if self.n > 1:
-                self._write_mixer(_exact(block), self.excluded_at_start[level])
-                layers, writes = self._mlp(level, last=level == len(blocks) - 1)
-                wire_mlp(_relu(block), self.stream, layers, writes)
-        model.output_weight.copy_(self.stream.matrix(self.label_rows(self.after)))
-
-    def _first_action(self, letter: int) -> Sum:
-        """The buffers of the first level, whose action the letter alone decides: a permutation or a reset."""
-        unhit = sorted(set(range(self.n)) - set(self.table[:, letter].tolist()))
-        return {("reset", unhit[0]): 1} if unhit else {("move", letter): 1}
-
-    def _write_mixer(self, mixer: ExactDeltaProduct, start: int) -> None:
-        n = self.plan.num_householder
-        k_weights = mixer.k_proj.weight.view(n, self.n, -1)
-
-        def reflect(slot: int, key: dict[int, float], when: Name) -> None:
-            column = self.stream[when]
-            for axis, value in key.items():
-                k_weights[slot, axis, column] += value
-            mixer.v_proj.weight[slot, column] -= key.get(start, 0)
-
-        for letter in self.letters:
-            for slot, (representative, *others) in enumerate(self.classes[letter]):
-                # At most one of the class is left, and it takes the representative's place.
-                for x in others:
-                    reflect(slot, {x: 1, representative: -1}, ("merge", letter, x))
-            for slot, key in enumerate(self.permutations[letter], len(self.classes[letter])):
-                axes = np.flatnonzero(key)
-                reflect(slot, {int(x): float(key[x]) for x in axes}, ("move", letter))
-        mixer.b_proj.weight[:, self.stream[ONE]] = 1
-        for x in range(self.n):
-            column = self.stream["reset", x]
-            mixer.b_proj.weight[:, column] = -0.5  # beta = 1 overwrites where beta = 2 reflects
-            for slot in range(self.n):
-                k_weights[slot, slot, column] += 1
-                mixer.v_proj.weight[slot, column] += float(slot == x) - float(slot == start)
-        mixer.query[0] = torch.arange(1.0, self.n + 1)
-        mixer.o_proj.weight[self.stream["read after"], 0] = 1
-        mixer.o_proj.weight[self.stream["read before"], 1] = 1
-
-    def _mlp(self, level: int, *, last: bool) -> tuple[list[dict[Name, Sum]], dict[Name, Sum]]:
-        """The MLP after a level: leaves its state out of both sets and computes the next level's action.
-
-        Its layers: hinges that turn positions into unit vectors; the sets without them, and with each letter how many
-        states merge and which are not hit; the least of those, and the permutation unless states merge.
-        """
-        n, offset = self.n, float(self.excluded_at_start[level] + 1)
-        kept: dict[Name, Sum] = {name: {name: 1} for name in self.buffers}
-        letters: dict[Name, Sum] = {_letter(a): {_letter(a): 1} for a in self.letters}
-        sets: dict[Name, Sum] = {name: {name: 1.0} for name in (*self.before, *self.after)}
-        hinges_before, bumps_before = _bumps("read before", offset, n)
-        hinges_after, bumps_after = _bumps("read after", offset, n)
-        first = {**hinges_before, **hinges_after, **sets, **letters, **kept}
-
-        # What the level excluded, as unit vectors, and the sets without it.
-        excluded: dict[Name, Sum] = {("excluded before", x): bumps_before[x] for x in range(n)}
-        excluded |= {("excluded after", x): bumps_after[x] for x in range(n)}
-        reads: dict[Name, Sum] = {side: {(side, 0): 1} for side in ("read before", "read after")}
-        left_before = [total({("before", x): 1}, total(bumps_before[x], scale=-1)) for x in range(n)]
-        left_after = [total({("after", x): 1}, total(bumps_after[x], scale=-1)) for x in range(n)]
-        second = {**excluded, **reads, **kept}
-        third: dict[Name, Sum] = {ONE: {ONE: 1}}
-        third |= {name: {name: 1} for name in (*excluded, *reads, *self.buffers)}
-        writes: dict[Name, Sum] = {("before", x): {("excluded before", x): -1} for x in range(n)}
-        writes |= {("after", x): {("excluded after", x): -1} for x in range(n)}
-        writes |= {side: {side: -1, ONE: offset} for side in ("read before", "read after")}
-        writes |= {name: {name: -1} for name in self.buffers}
-        if last:
-            return [first, second, third], writes
-
-        surplus: Sum = {}
-        for a in self.letters:
-            second[_letter(a)] = {_letter(a): 1}
-            for number, members in enumerate(self.classes[a]):
-                # One less than the members that are left, if the letter is a; negative, so 0, if it is another.
-                count = total(*(left_before[x] for x in members), {ONE: -1.0 - len(members)})
-                second["surplus", a, number] = total(count, {_letter(a): len(members)})
-                surplus["surplus", a, number] = 1
-                for x in members[1:]:
-                    second["left", a, x] = total(left_before[x], {_letter(a): 1, ONE: -1})
-        unhit: list[Sum] = [{} for _ in range(n)]
-        for a in self.letters:
-            for y in range(n):
-                sources = total(*(left_before[x] for x in np.flatnonzero(self.table[:, a] == y)), scale=-1)
-                second["unhit", a, y] = total(left_after[y], sources, {_letter(a): 1, ONE: -1})
-                unhit[y]["unhit", a, y] = 1
-        # If nothing merges, all of Y is hit and no reset is written; if something does, no permutation is.
-        for _, a, x in self.merged:
-            third["next merge", a, x] = total({("left", a, x): 1}, total(surplus, scale=-1))
-            writes["merge", a, x]["next merge", a, x] = 1
-        for a in self.letters:
-            third["next move", a] = total({_letter(a): 1}, total(surplus, scale=-1))
-            writes["move", a]["next move", a] = 1
-        for y in range(n):
-            third["next reset", y] = total(unhit[y], total(*unhit[:y], scale=-1))
-            writes["reset", y]["next reset", y] = 1
-        return [first, second, third], writes
-
-
-def _kernel_classes(column: np.ndarray) -> list[list[int]]:
-    """The states that a letter merges, by class with two members or more, the representative first.
-
-    A state that the letter fixes represents its class, which leaves the least to do afterwards.
-    """
-    classes = []
-    for image in np.unique(column).tolist():
-        members = np.flatnonzero(column == image).tolist()
-        if len(members) > 1:
-            representative = image if image in members else members[0]
-            classes.append([representative, *(x for x in members if x != representative)])
-    return classes

@@ -12,20 +12,33 @@ the unit-modulus argument are our own; tests support them and nobody has reviewe
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from statetrack.automata import Automaton
+from statetrack.automata.holonomy import HolonomyError, holonomy
 from statetrack.automata.monoid import TransitionMonoid, image_groups, transition_monoid
-from statetrack.automata.representations import MAX_ORDER, count_reflections, smallest_representation
+from statetrack.automata.representations import MAX_ORDER, count_reflections, cycles, smallest_representation
 from statetrack.theory.construct import ConstructionError, Plan, plan
 
 if TYPE_CHECKING:
     from sympy.combinatorics import Permutation, PermutationGroup
 
 MONOID_LIMIT = 200_000
+
+_MOST_ENTRIES = 40_000_000
+"""Numbers that the table of a monoid may have: elements times states."""
+
+_MOST_IMAGE_STATES = 20_000_000
+"""The same for the images of all states under words: sets times states."""
+
+_MOST_POINTS = 1000
+
+_GIANT = 8
+"""From this degree on a test for symmetric and alternating groups comes first: SymPy takes long to count those."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +163,8 @@ class Analysis:
 def analyze(automaton: Automaton, *, monoid_limit: int = MONOID_LIMIT) -> Analysis:
     """Analyses a language, or any automaton with outputs, by its minimal automaton.
 
-    Up to `monoid_limit` elements the transition monoid is enumerated; beyond that the groups are those on images of
-    the states under words, which have the same primes.
+    Up to `monoid_limit` elements (and so many that their table fits into memory) the transition monoid is enumerated;
+    beyond that the groups are those on images of the states under words, which have the same primes.
 
     Raises:
         ValueError: for a limit below 1, or an automaton whose images are too many as well.
@@ -159,10 +172,21 @@ def analyze(automaton: Automaton, *, monoid_limit: int = MONOID_LIMIT) -> Analys
     if monoid_limit < 1:
         raise ValueError(f"monoid_limit must be at least 1, got {monoid_limit}")
     automaton = automaton.minimized()
-    monoid = transition_monoid(automaton, monoid_limit)
+    monoid = transition_monoid(automaton, max(1, min(monoid_limit, _MOST_ENTRIES // automaton.num_states)))
     if monoid is None:
-        groups = [_permutation_group(found.generators) for found in image_groups(automaton) if found.generators]
-        obstruction, searched, green = _quick_obstruction(automaton), "idempotents of short words", {}
+        images = image_groups(automaton, max(1, min(200_000, _MOST_IMAGE_STATES // automaton.num_states)))
+        for found in images:
+            if found.generators and len(found.states) > _MOST_POINTS:
+                raise ValueError(
+                    f"words permute {len(found.states):,} states, and a group on more than {_MOST_POINTS:,} is too "
+                    "large to analyse unless it can be enumerated; give an automaton with fewer states"
+                )
+        groups = [_permutation_group(found.generators) for found in images if found.generators]
+        green: dict[str, int] = {}
+        if automaton.is_permutation_automaton:  # the only idempotent is the identity
+            obstruction, searched = None, "all idempotents"
+        else:
+            obstruction, searched = _quick_obstruction(automaton), "idempotents of short words"
     else:
         groups = _monoid_groups(monoid, automaton.is_permutation_automaton)
         obstruction, searched = _obstruction(automaton, monoid), "all idempotents"
@@ -188,7 +212,7 @@ def analyze(automaton: Automaton, *, monoid_limit: int = MONOID_LIMIT) -> Analys
         monoid_size=None if monoid is None else len(monoid),
         obstruction_searched=searched,
         green=green,
-        requirements=tuple(_requirements(**facts)),
+        requirements=tuple(_requirements(automaton=automaton, **facts)),
         automaton=automaton,
         **facts,
     )
@@ -250,8 +274,13 @@ def _permutation_group(generators: Any) -> PermutationGroup:
 
 
 def _describe(group: PermutationGroup) -> Subgroup:
-    from sympy import primefactors
+    from sympy import primefactors, primerange
 
+    degree = group.degree
+    if degree >= _GIANT and group.is_alt_sym():  # if this says yes, it is certain
+        even = all(generator.is_even for generator in cast("list[Permutation]", group.generators))
+        order = math.factorial(degree) // (2 if even else 1)
+        return Subgroup(f"{'A' if even else 'S'}{degree}", order, False, tuple(primerange(2, degree + 1)))
     order = int(group.order())
     return Subgroup(_name(group, order), order, bool(group.is_solvable), tuple(int(p) for p in primefactors(order)))
 
@@ -347,10 +376,7 @@ def _letter_facts(automaton: Automaton, letter: int) -> LetterFacts:
     core, before = np.unique(images), -1
     while len(core) != before:
         before, core = len(core), np.unique(images[core])
-    place = np.searchsorted(core, images[core])
-    period, power = 1, place
-    while not (power == np.arange(len(core))).all():
-        power, period = place[power], period + 1
+    period = math.lcm(*map(len, cycles(np.searchsorted(core, images[core]))))
     if kind in ("identity", "permutation"):
         rank = int(count_reflections(images))
     else:
@@ -358,8 +384,17 @@ def _letter_facts(automaton: Automaton, letter: int) -> LetterFacts:
     return LetterFacts(_spelt(automaton, (letter,))[0], kind, int((images != states).sum()), rank, period)
 
 
+def _levels(automaton: Automaton) -> str:
+    """How many levels the holonomy decomposition has, in brackets; empty if it is too large to say."""
+    try:
+        return f" ({holonomy(automaton).num_levels})"
+    except HolonomyError:
+        return ""
+
+
 def _requirements(
     *,
+    automaton: Automaton,
     states: int,
     aperiodic: bool,
     group: bool,
@@ -379,7 +414,7 @@ def _requirements(
                 "[0, 1]",
                 "sufficient",
                 "Krohn-Rhodes, T4",
-                "as many layers as its decomposition has levels",
+                "as many layers as its holonomy decomposition has levels" + _levels(automaton),
                 "No word goes round in a cycle, so the language is made of resets alone, and forgetting needs no "
                 "eigenvalue below 0.",
             )
@@ -463,7 +498,8 @@ def _requirements(
                 str(plan.num_householder),
                 "sufficient",
                 plan.theorem,
-                f"{plan.num_layers} layers, {plan.num_heads} heads, K = {plan.head_dim}, V = {plan.value_dim}",
+                f"{counted(plan.num_layers, 'layer')}, {counted(plan.num_heads, 'head')}, K = {plan.head_dim}, "
+                f"V = {plan.value_dim}",
                 "The compiled model has so many factors for each token.",
             ),
         ]
@@ -480,6 +516,11 @@ def _requirements(
             )
         )
     return rows
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things: "1 layer", "2 layers"."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _green_counts(monoid: TransitionMonoid) -> dict[str, int]:

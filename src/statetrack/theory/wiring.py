@@ -47,17 +47,15 @@ class Coordinates:
 
     def vector(self, values: Mapping[Name, float]) -> Tensor:
         """A vector with the given values and 0 elsewhere: float32 [coordinates]."""
-        vector = torch.zeros(len(self))
-        for name, value in values.items():
-            vector[self[name]] += value
-        return vector
+        return self.matrix([values])[0]
 
     def matrix(self, rows: Sequence[Mapping[Name, float]]) -> Tensor:
         """A matrix whose rows are linear combinations of the coordinates: float32 [rows, coordinates]."""
+        places = [(row, self[name]) for row, values in enumerate(rows) for name in values]
         matrix = torch.zeros(len(rows), len(self))
-        for row, values in zip(matrix, rows, strict=True):
-            for name, value in values.items():
-                row[self[name]] += value
+        if places:
+            coefficients = torch.tensor([float(value) for values in rows for value in values.values()])
+            matrix[tuple(torch.tensor(places).T)] = coefficients  # a name occurs once in a sum, so no place does twice
         return matrix
 
 
