@@ -145,7 +145,7 @@ def token_shift(x: Tensor, state: Tensor, cu_seqlens: Tensor | None = None) -> t
         return torch.cat([state.unsqueeze(1), x[:, :-1]], 1), x[:, -1]
     shifted = F.pad(x[:, :-1], (0, 0, 1, 0))
     filled = cu_seqlens.diff() > 0  # an empty sequence keeps its state
-    shifted = shifted.index_copy(1, cu_seqlens[:-1][filled], state[filled].unsqueeze(0))
+    shifted = shifted.index_copy(1, cu_seqlens[:-1][filled].long(), state[filled].unsqueeze(0))
     last = x[0].index_select(0, (cu_seqlens[1:] - 1).clamp(min=0))
     return shifted, torch.where(filled.unsqueeze(1), last, state)
 

@@ -126,6 +126,7 @@ def test_packed_sequences_equal_sequences_alone(config):
     mixer, x = make(config), torch.randn(1, 20, D_MODEL, dtype=torch.float64)
     cu_seqlens = torch.tensor([0, 1, 1, 3, 13, 20])
     packed, states = mixer.scan(x, None, cu_seqlens)
+    assert torch.equal(mixer(x, cu_seqlens.int()), packed)
     for index, (start, stop) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens[1:].tolist(), strict=False)):
         if start == stop:
             continue
