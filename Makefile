@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format benchmark build clean
+.PHONY: help demo test test-all test-kernels check format benchmark corpora build clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,19 +33,29 @@ check: $(VENV)/installed-dev ## ruff and pyright
 
 test: check ## ruff, pyright and the tests, in minutes
 	$(BIN)/pytest -n 2
+	$(MAKE) test-kernels
+
+test-kernels: $(VENV)/installed-dev ## The Triton kernels on a CPU, in triton's interpreter; skipped where triton is missing
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/ops/test_triton_*.py
 
 test-all: check ## Also the long tests
 	$(BIN)/pytest -n 2 -m 'not gpu'
+	$(MAKE) test-kernels
 
 format: $(VENV)/installed-dev ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 benchmark: $(VENV)/installed-benchmark ## Measure against others' implementations; writes results/
+	$(BIN)/python -m benchmarks.cpu_ops
 	$(BIN)/python -m benchmarks.delta_rule
 	$(BIN)/python -m benchmarks.selective_scan
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.recipes
+	$(BIN)/python -m benchmarks.recipes --experiment parity --models all --seeds 5 --first 2000 --out results/cpu/parity.json
+
+corpora: $(VENV)/installed-dev ## Build corpora of code, formal mathematics and technical English; writes runs/corpora
+	$(BIN)/python -m benchmarks.corpora
 
 build: $(VENV)/installed-dev ## Build the wheel
 	$(BIN)/python -m build

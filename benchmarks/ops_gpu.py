@@ -1,9 +1,11 @@
-"""The delta rule and DeltaProduct on one GPU beside flash-linear-attention; to results/ops/h100.json.
+"""The recurrences on one GPU beside flash-linear-attention and mamba-ssm; to results/ops/h100.json.
 
-Every row is one op at one shape in bfloat16: keys of length 1 and beta in [0, 2], the median time of a forward and of a
-forward with its backward, the peak memory beyond what is allocated before the call, and the memory floor, that is
-inputs read once and outputs written once at the device's own copy bandwidth. `--peer` also times flash-linear-attention
-in the same process; its autotuning takes about 100 s an op and shape, so choose rows with `--rows`.
+Every row is one op at one shape in bfloat16: keys of length 1 and beta in [0, 2], decays in (0, 1) because the peers
+take their logarithms, the median time of a forward and of a forward with its backward, the peak memory beyond what is
+allocated before the call, and the memory floor, that is inputs read once and outputs written once at the device's own
+copy bandwidth. `--peer` also times the peer in the same process; flash-linear-attention's autotuning takes about 100 s
+an op and shape, so choose rows with `--rows`. First `python -m benchmarks.ops_gpu_accuracy` says whether what is timed
+is right.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from torch import Tensor
 
 from benchmarks.common import ROOT, environment, write_results
 from statetrack.ops import linear_recurrence
-from statetrack.transition import Householder
+from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
 
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Row:
-    """One op at one shape: `n` factors a token, with a decay or without."""
+    """One op at one shape: `n` factors a token, with a decay or without; a scan has D channels with n numbers each."""
 
     name: str
     b: int
@@ -36,11 +38,18 @@ class Row:
     d: int
     n: int = 1
     gated: bool = False
+    kind: str = "delta rule"
 
     @property
     def op(self) -> str:
+        if self.kind != "delta rule":
+            return self.kind
         gated = "gated " if self.gated else ""
         return f"{gated}delta rule" if self.n == 1 else f"{gated}DeltaProduct"
+
+    @property
+    def peer(self) -> str:
+        return "mamba-ssm" if self.kind == "selective scan" else "flash-linear-attention"
 
 
 ROWS = [
@@ -58,6 +67,18 @@ ROWS = [
     Row("small-40", 256, 40, 4, 32),
     Row("small-64", 256, 64, 4, 32),
     Row("small-255", 256, 255, 4, 32),
+    Row("simple-wide", 1, 8192, 96, 128, kind="simple GLA"),
+    Row("simple-b4", 4, 2048, 16, 128, kind="simple GLA"),
+    Row("simple-d64", 8, 1024, 8, 64, kind="simple GLA"),
+    Row("gla-wide", 1, 8192, 96, 128, kind="GLA"),
+    Row("gla-b4", 4, 2048, 16, 128, kind="GLA"),
+    Row("gla-d64", 8, 1024, 8, 64, kind="GLA"),
+    Row("scan-wide", 8, 2048, 1, 2048, n=16, kind="selective scan"),
+    Row("scan-long", 1, 65536, 1, 2048, n=16, kind="selective scan"),
+    Row("scan-small", 256, 64, 1, 256, n=16, kind="selective scan"),
+    Row("rwkv-b8", 8, 2048, 32, 64, kind="RWKV-7"),
+    Row("rwkv-b1", 1, 8192, 32, 64, kind="RWKV-7"),
+    Row("kda-b4", 4, 2048, 16, 128, kind="KDA"),
 ]
 
 
@@ -71,7 +92,7 @@ def main() -> None:
         raise SystemExit("this benchmark needs a CUDA device")
     bandwidth = _copy_bandwidth()
     results = {
-        "environment": environment(["triton", "fla-core"]),
+        "environment": environment(["triton", "fla-core", "mamba-ssm"]),
         "device": torch.cuda.get_device_name(),
         "copy_bytes_per_second": bandwidth,
         "rows": [],
@@ -88,21 +109,21 @@ def main() -> None:
 def _measure(row: Row, with_peer: bool, bandwidth: float) -> list[dict[str, Any]]:
     inputs = _inputs(row)
     leaves = [x for x in inputs.values() if x.requires_grad]
-    out = inputs["v"].numel() // row.n * inputs["v"].element_size()
+    out = row.b * row.t * row.h * row.d * inputs["v"].element_size()
     read = sum(x.numel() * x.element_size() for x in leaves)
     # The backward reads the inputs and the gradient of o, and writes as much as the inputs.
     floors = {"fwd": (read + out) / bandwidth * 1e3, "fwd+bwd": (3 * read + 2 * out) / bandwidth * 1e3}
-    functions: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {"ours": _ours}
+    functions: dict[str, Callable[[Row, dict[str, Tensor]], Tensor]] = {"ours": _ours}
     if with_peer:
-        functions["peer"] = _peer(row)
+        functions["peer"] = _peer
     rows = []
     for which, floor in floors.items():
         result: dict[str, Any] = {
             "op": row.op, "B": row.b, "T": row.t, "H": row.h, "D": row.d, "n": row.n, "pass": which, "floor_ms": floor,
-            "peer": "flash-linear-attention" if with_peer else None,
+            "peer": row.peer if with_peer else None,
         }  # fmt: skip
         for name, function in functions.items():
-            call = _call(function, inputs, leaves, backward=which != "fwd")
+            call = _call(function, inputs, leaves, row, backward=which != "fwd")
             result[f"{name}_ms"], result[f"{name}_mib"] = _time(call), _peak_mib(call)
         if with_peer:
             result["ratio"] = result["peer_ms"] / result["ours_ms"]
@@ -116,58 +137,106 @@ def _inputs(row: Row) -> dict[str, Tensor]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cuda")
 
+    def keys(*shape: int) -> Tensor:
+        return torch.nn.functional.normalize(randn(*shape), dim=-1)
+
     b, t, h, d, n = row.b, row.t, row.h, row.d, row.n
-    inputs = {
-        "q": (torch.nn.functional.normalize(randn(b, t, h, d), dim=-1) / d**0.5).bfloat16(),
-        "k": torch.nn.functional.normalize(randn(b, t, n, h, d), dim=-1).bfloat16(),
-        "v": randn(b, t, n, h, d).bfloat16(),
-        "beta": 2 * torch.sigmoid(randn(b, t, n, h)),
-    }
-    if row.gated:
+    if row.kind == "selective scan":
+        inputs = {
+            "dt": torch.nn.functional.softplus(randn(b, t, h, d) - 4).bfloat16(),
+            "A": -torch.arange(1.0, n + 1, device="cuda").view(1, n, 1).repeat(h, 1, d),
+            "q": randn(b, t, h, n).bfloat16(),
+            "write": randn(b, t, h, n).bfloat16(),
+            "v": randn(b, t, h, d).bfloat16(),
+        }
+        return {name: x.requires_grad_() for name, x in inputs.items()}
+    inputs = {"q": (keys(b, t, h, d) / d**0.5).bfloat16()}
+    if row.kind in ("delta rule", "KDA"):
+        inputs |= {
+            "k": keys(b, t, n, h, d).bfloat16(),
+            "v": randn(b, t, n, h, d).bfloat16(),
+            "beta": 2 * torch.sigmoid(randn(b, t, n, h)),
+        }
+    else:
+        inputs |= {"write": keys(b, t, h, d).bfloat16(), "v": randn(b, t, h, d).bfloat16()}
+    if row.kind == "RWKV-7":
+        w = keys(b, t, h, d)
+        inputs |= {"w": w.bfloat16(), "u": (w * torch.sigmoid(randn(b, t, h, d))).bfloat16()}
+    if row.kind in ("GLA", "RWKV-7", "KDA"):
+        inputs["decay"] = torch.sigmoid(randn(b, t, h, d) + 3)
+    elif row.gated or row.kind == "simple GLA":
         inputs["decay"] = torch.sigmoid(randn(b, t, h) + 3)
     return {name: x.requires_grad_() for name, x in inputs.items()}
 
 
-def _ours(inputs: dict[str, Tensor]) -> Tensor:
-    transition = Householder(inputs["k"], inputs["beta"], inputs.get("decay"), normalize=True)
-    return linear_recurrence(transition, inputs["q"], inputs["v"], backend="triton")[0]
+def _transition(row: Row, inputs: dict[str, Tensor]) -> Transition:
+    if row.kind == "selective scan":
+        return Discretized(inputs["dt"], inputs["A"])
+    if row.kind in ("GLA", "simple GLA"):
+        return Diagonal(inputs["decay"])
+    if row.kind == "RWKV-7":
+        return LowRank(inputs["decay"], inputs["u"], inputs["w"])
+    return Householder(inputs["k"], inputs["beta"], inputs.get("decay"), normalize=True)
 
 
-def _peer(row: Row) -> Callable[[dict[str, Tensor]], Tensor]:
-    if row.n > 1:
+def _ours(row: Row, inputs: dict[str, Tensor]) -> Tensor:
+    # Mamba writes dt x, which its own kernel multiplies by itself.
+    v = inputs["dt"] * inputs["v"] if row.kind == "selective scan" else inputs["v"]
+    return linear_recurrence(_transition(row, inputs), inputs["q"], v, write=inputs.get("write"), backend="triton")[0]
+
+
+def _peer(row: Row, inputs: dict[str, Tensor]) -> Tensor:
+    if row.kind == "selective scan":
+        scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+        rows = {name: inputs[name][:, :, 0].mT for name in ("dt", "q", "write", "v")}
+        return scan(rows["v"], rows["dt"], inputs["A"][0].mT.contiguous(), rows["write"], rows["q"]).mT.unsqueeze(2)
+    if row.kind == "GLA":
+        function = importlib.import_module("fla.ops.gla").chunk_gla
+        return function(inputs["q"], inputs["write"], inputs["v"], g=inputs["decay"].log(), scale=1.0)[0]
+    if row.kind == "simple GLA":
+        function = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
+        return function(inputs["q"], inputs["write"], inputs["v"], g=inputs["decay"].log(), scale=1.0)[0]
+    if row.kind == "RWKV-7":
+        function = importlib.import_module("fla.ops.rwkv7").chunk_rwkv7
+        # Its a reads the state and its b is added to it.
+        q, w, write, v, u, decay = (inputs[name] for name in ("q", "w", "write", "v", "u", "decay"))
+        return function(q, decay.log().bfloat16(), write, v, w, -u, scale=1.0)[0]
+    k, v, beta = (inputs[name].flatten(1, 2) for name in ("k", "v", "beta"))
+    options: dict[str, Any] = {"scale": 1.0}
+    if row.gated:
+        # It refuses its gated backward with this triton, whose result may be wrong; for its time alone it may run.
+        vars(importlib.import_module("fla.ops.common.chunk_o"))["TRITON_ABOVE_3_7_1"] = True
+    if row.kind == "KDA":
+        function = importlib.import_module("fla.ops.kda").chunk_kda
+    elif row.n > 1:
         function = importlib.import_module("fla.ops.gated_delta_product").chunk_gated_delta_product
+        options |= {"num_householder": row.n, "g": None}
     elif row.gated:
         function = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
     else:
         function = importlib.import_module("fla.ops.delta_rule").chunk_delta_rule
-    if row.gated:
-        # It refuses its gated backward with this triton, whose result may be wrong; for its time alone it may run.
-        vars(importlib.import_module("fla.ops.common.chunk_o"))["TRITON_ABOVE_3_7_1"] = True
-
-    def call(inputs: dict[str, Tensor]) -> Tensor:
-        k, v, beta = (inputs[name].flatten(1, 2) for name in ("k", "v", "beta"))
-        options: dict[str, Any] = {"scale": 1.0}
-        if row.n > 1:
-            options |= {"num_householder": row.n, "g": None}
-        if row.gated:
-            options["g"] = inputs["decay"].log()
-        return function(q=inputs["q"], k=k, v=v, beta=beta.bfloat16(), **options)[0]
-
-    return call
+    if "decay" in inputs:
+        options["g"] = inputs["decay"].log()
+    return function(q=inputs["q"], k=k, v=v, beta=beta.bfloat16(), **options)[0]
 
 
 def _call(
-    function: Callable[[dict[str, Tensor]], Tensor], inputs: dict[str, Tensor], leaves: list[Tensor], *, backward: bool
+    function: Callable[[Row, dict[str, Tensor]], Tensor],
+    inputs: dict[str, Tensor],
+    leaves: list[Tensor],
+    row: Row,
+    *,
+    backward: bool,
 ) -> Callable[[], object]:
     if not backward:
 
         def forward() -> object:
             with torch.no_grad():
-                return function(inputs)
+                return function(row, inputs)
 
         return forward
-    d_o = torch.randn(inputs["q"].shape, device="cuda").bfloat16()
-    return lambda: torch.autograd.grad(function(inputs), leaves, d_o)
+    d_o = torch.randn(row.b, row.t, row.h, row.d, device="cuda").bfloat16()
+    return lambda: torch.autograd.grad(function(row, inputs), leaves, d_o)
 
 
 def _time(call: Callable[[], object]) -> float:

@@ -2,17 +2,20 @@
 
 `speed` takes the CPU time of one thread of what the command line does. `exactness` compiles automata, proves them right
 by enumerating the states of the model, and reads one random word of 1,000,000 tokens in bfloat16 through the same
-operations as training does.
+operations as training does: the groups of the task list, and the automata of the tests (up to 12 states), which
+`COLLECTION` repeats. Its rows are written as they come, so that a run that is cut off loses none: --resume goes on.
 
     python -m benchmarks.theory speed
-    python -m benchmarks.theory exactness
+    python -m benchmarks.theory exactness [--resume]
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +27,14 @@ from statetrack.theory.requirements import analyze
 from statetrack.theory.verify import count_errors, verify
 
 TOKENS = 1_000_000
-CASCADE_TOKENS = 100_000
-GROUPS = ("Z2", "Z3", "Z4", "Z5", "Z6", "Z7", "S3", "S4", "S5", "A5", "D4", "D5", "D6", "Q8", "A5xZ9", "Z60")
+GROUPS = (
+    *("Z2", "Z3", "Z4", "Z5", "Z6", "Z7", "Z8", "Z12", "S3", "S4", "S5", "A5", "D4", "D5", "D6", "Q8"),
+    *("Z2xZ2xS3", "A5xZ9", "Z60"),
+)
+EXPRESSIONS = (
+    *("(ab)*", "a*b*", "a(a|b)*", "(a|b)*abb", "(a|b)*a(a|b)(a|b)", "(aa)*", "(a|b)*aba(a|b)*", "a"),
+    *("(aaa)*", "(aaaaaa)*", "((a|b)(a|b))*", "(aa|bb)*", "(ab|ba)*"),
+)
 SEEDS = range(40)
 
 
@@ -38,6 +47,13 @@ def full(states: int) -> Automaton:
 def random_automaton(states: int, letters: int, seed: int) -> Automaton:
     generator = torch.Generator().manual_seed(seed)
     return Automaton(torch.randint(states, (states, letters), generator=generator), 0, torch.arange(states))
+
+
+def dyck(depth: int) -> Automaton:
+    """One kind of brackets, nested at most so deep; words that are balanced are accepted."""
+    trap = depth + 1
+    rows = [[level + 1, level - 1 if level else trap] for level in range(trap)]
+    return Automaton(torch.tensor([*rows, [trap, trap]]), 0, torch.tensor([1] + [0] * trap))
 
 
 def seconds(function: Callable[[], Any], rounds: int = 3) -> float:
@@ -74,18 +90,28 @@ def speed() -> dict[str, Any]:
     }
 
 
-def exactness() -> dict[str, Any]:
-    rows = {}
-    for name in GROUPS:
-        rows[name] = row = _exactness(group_automaton(name), TOKENS)
-        print(name, row, flush=True)
+def collection() -> dict[str, Callable[[], Automaton]]:
+    """Every automaton that is read for 1,000,000 tokens, by its name."""
+    made: dict[str, Callable[[], Automaton]] = {name: partial(group_automaton, name) for name in GROUPS}
+    for name in ("S5", "S4", "A5"):
+        made[f"{name}, two generators"] = partial(group_automaton, name, "two")
+    made["S5, swaps"] = partial(group_automaton, "S5", "swaps")
+    made |= {f"regex {text}": partial(Automaton.from_regex, text) for text in EXPRESSIONS}
+    made |= {f"brackets nested {depth} deep": partial(dyck, depth) for depth in range(2, 11)}
     for seed in SEEDS:
         states, letters = 2 + seed % 11, 1 + seed % 4
-        automaton = random_automaton(states, letters, seed)
         name = f"random {states} states, {letters} letters, seed {seed}"
-        rows[name] = row = _exactness(automaton, CASCADE_TOKENS)
-        print(name, row, flush=True)
-    return rows
+        made[name] = partial(random_automaton, states, letters, seed)
+    return made | {f"all maps of {states} states": partial(full, states) for states in (*range(2, 9), 12)}
+
+
+def exactness(rows: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows so far, after each automaton that `rows` does not have yet."""
+    for name, automaton in collection().items():
+        if name not in rows:
+            rows[name] = _exactness(automaton(), TOKENS)
+            print(name, rows[name], flush=True)
+        yield rows
 
 
 def _exactness(automaton: Automaton, tokens: int) -> dict[str, Any]:
@@ -107,15 +133,17 @@ def _exactness(automaton: Automaton, tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parts = {"speed": speed, "exactness": exactness}
-    for name in sys.argv[1:] or parts:
-        results = parts[name]()
-        if name == "speed":
-            print(results)
-        write_results(
-            ROOT / "results" / "theory" / f"{name}.json",
-            {"environment": environment(["numpy", "sympy", "automata-lib"]), "results": results},
-        )
+    words = sys.argv[1:]
+    resume = "--resume" in words
+    for part in [word for word in words if word != "--resume"] or ["speed", "exactness"]:
+        path = ROOT / "results" / "theory" / f"{part}.json"
+        if part == "speed":
+            results = [speed()]
+            print(*results)
+        else:
+            results = exactness(json.loads(path.read_text())["results"] if resume else {})
+        for rows in results:
+            write_results(path, {"environment": environment(["numpy", "sympy", "automata-lib"]), "results": rows})
 
 
 if __name__ == "__main__":

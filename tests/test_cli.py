@@ -106,6 +106,8 @@ def test_tasks_and_mixers_are_listed(capsys):
         ("train parity --out OUT --eigenvalue-range=1", "two numbers"),
         ("train parity --out OUT --eigenvalue-range=-1,0.5", "ends at 1"),
         ("train parity --out OUT --eigenvalue-range=nan,1", "-1 <= lo < hi"),
+        ("train parity --out OUT --mixer retnet --eigenvalue-range=-1,1", "no gate to widen"),
+        ("train parity --out OUT --mixer attention --eigenvalue-range -1,1", "no state-transition matrix"),
         ("train parity --out OUT --num-heads 3", "must divide d_model"),
         ("train parity --out OUT --num-heads x", "--num-heads"),
         ("train parity --out OUT --d-model 0", "d_model must be a positive integer"),

@@ -41,6 +41,28 @@ def test_a_sweep_makes_a_run_for_every_entry_and_seed():
     assert len(read_experiment(SMALL, [9]).runs) == 2
 
 
+def test_what_runs_share_stands_once():
+    run = SMALL["run"][0]
+    shared = {key: value for key, value in run.items() if key not in ("training", "mixer")}
+    shared |= {"training": {**run["training"], "steps": 9}, "mixer": run["mixer"]}
+    own = {"training": {"steps": 4}, "mixer": {"num_heads": 2}}
+    file = {"title": "small", "seeds": [3, 4], "shared": shared, "run": [own]}
+    assert read_experiment(file) == read_experiment(SMALL)
+
+
+def test_the_parity_experiment_has_every_family_at_both_ranges():
+    experiment = load_experiment("parity", [0])
+    ranges = {}
+    for run in experiment.runs:
+        mixer = run.config.model.mixer
+        ranges.setdefault(mixer.name, []).append(str(getattr(mixer, "eigenvalue_range", "")))
+        assert run.explanation
+    assert ranges.pop("retnet") == [""]
+    assert ranges.pop("rwkv7") == ["0,1", "-0.4548,1", "-1,1"]
+    assert ranges.keys() == {"gla", "mamba2", "mlstm", "gated_deltanet", "deltaproduct"}
+    assert all(tried == ["0,1", "-1,1"] for tried in ranges.values())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,6 +1,7 @@
 """The commands, from `statetrack demo` to `statetrack mixers`. No defaults of its own beyond paths.
 
-Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`.
+Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`, those about data in
+`data/commands.py`.
 
 Bad input ends with one sentence on standard error and exit status 2, an interruption with 130.
 """
@@ -13,9 +14,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, make_dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 import tyro
@@ -24,12 +26,23 @@ from rich.table import Table
 
 import statetrack
 from statetrack.config import RunConfig, TrainingConfig, run_config
+from statetrack.data.commands import Data
 from statetrack.mixers import mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNetConfig
+from statetrack.mixers.mixer import refuse_absent
 from statetrack.model import ModelConfig
 from statetrack.runs import RunDirectory
-from statetrack.tasks import get_task, list_tasks
-from statetrack.theory.commands import Analyze, Certify, Compile, Language, Verify, bare_json
+from statetrack.tasks import TaskFamily, get_task, list_tasks
+from statetrack.theory.commands import (
+    Analyze,
+    Certify,
+    Compile,
+    Interval,
+    Language,
+    Verify,
+    bare_json,
+    stabilized,
+)
 from statetrack.training import train
 from statetrack.transition import EigenvalueRange
 
@@ -65,6 +78,87 @@ class Demo:
 
 
 @dataclass
+class Reproduce:
+    """Run a published experiment again and set the numbers beside the published ones, in a table and on a page.
+
+    The same command again goes on: what is done is not repeated.
+
+    Attributes:
+        experiment: its name, as --list shows them.
+        list: list the experiments and their presets.
+        preset: a smaller version of the experiment.
+        out: directory of the results; runs/NAME, or runs/NAME-PRESET, if left out.
+        seeds: seeds of every model, such as 0,1,2; those of the experiment if left out.
+        workers: runs at the same time; one for each core or GPU if left out.
+        devices: where they run, such as cpu or cuda:0,cuda:1; if left out, all GPUs, or the CPU where there are none.
+        budget_minutes: stop after so many minutes, with checkpoints and with what is done on the page.
+    """
+
+    experiment: tyro.conf.Positional[str] = ""
+    list: bool = False
+    preset: str | None = None
+    out: Path | None = None
+    seeds: str | None = None
+    workers: int | None = None
+    devices: str | None = None
+    budget_minutes: float | None = None
+
+    def __call__(self) -> int:
+        from statetrack.experiments import load_experiment
+        from statetrack.reproduce import reproductions, run_reproduction
+
+        known = reproductions()
+        if self.list:
+            _show_experiments(known)
+            return 0
+        if self.experiment not in known:
+            raise ValueError(
+                f"unknown experiment {self.experiment!r}; those that can be reproduced are {', '.join(known)}"
+            )
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if self.budget_minutes is not None and not self.budget_minutes > 0:
+            raise ValueError(f"budget_minutes must be positive, got {self.budget_minutes}")
+        seeds = None if self.seeds is None else _integers(self.seeds, "seeds", minimum=0)
+        experiment = load_experiment(self.experiment, seeds, self.preset)
+        out = self.out or Path("runs") / "-".join(filter(None, [self.experiment, self.preset]))
+        with _stop_on_signal() as stopping:
+            outcomes = run_reproduction(
+                experiment,
+                out,
+                workers=self.workers,
+                devices=_devices(self.devices),
+                budget_minutes=self.budget_minutes,
+                should_stop=stopping,
+            )
+            interrupted = stopping()
+        print(f"the numbers: {out / 'summary.json'}, {out / 'table.md'}    the page: {out / 'report.html'}")
+        missing = sum(outcome.record is None for outcome in outcomes)
+        if missing:
+            print(f"{missing} of {len(outcomes)} runs are left; the same command goes on", file=sys.stderr)
+        return INTERRUPTED if interrupted else 0
+
+
+def _show_experiments(known: dict[str, dict[str, Any]]) -> None:
+    from statetrack.experiments.experiment import read_experiment
+
+    table = Table("experiment", "runs", "what it is", "protocol")
+    for name, data in known.items():
+        for preset in (None, *data.get("preset", {})):
+            experiment = read_experiment(data, preset=preset)
+            label = name if preset is None else f"{name} --preset {preset}"
+            published = experiment.published
+            table.add_row(label, str(len(experiment.runs)), experiment.title, published.protocol if published else "")
+    Console().print(table)
+
+
+def _devices(names: str | None) -> list[str]:
+    if names is None:
+        return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    return [str(_device(name)) for name in names.split(",")]
+
+
+@dataclass
 class Evaluate:
     """Judge a trained model on fresh sequences, at any length, in constant memory.
 
@@ -74,6 +168,9 @@ class Evaluate:
         sequences: how many sequences; if left out 512, and 32 at lengths from 10,000 on.
         seed: seed of the sequences.
         task: judge on another task with the same vocabulary and labels than the one it was trained on.
+        dtype: of weights and activations, if other than that of the run; states are float32 in any case.
+        stabilize: set the state back on one that short words lead to, every so many tokens: a number, or auto for one
+            that suits the model. The run keeps its evaluation of the model as it is.
         json: also write the result to this file.
         device: cpu or cuda; if left out, cuda where there is one.
     """
@@ -83,6 +180,8 @@ class Evaluate:
     sequences: int | None = None
     seed: int = 0
     task: str | None = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    stabilize: Interval | None = None
     json: Path | None = None
     device: str | None = None
 
@@ -101,9 +200,12 @@ class Evaluate:
                 f"{self.run} was trained with {config.model.vocab_size} tokens and {config.model.output_size} labels; "
                 f"the task {task.name} has {task.vocab_size} and {task.num_labels}"
             )
+        if self.dtype is not None:
+            model = model.to(getattr(torch, self.dtype))
+        tracker, corrections = stabilized(model, self.stabilize)
         with evaluation_progress() as show:
             results = evaluate(
-                model,
+                tracker,
                 task,
                 lengths,
                 seed=self.seed,
@@ -111,12 +213,16 @@ class Evaluate:
                 device=device,
                 on_progress=show,
             )
-        table = Table("length", "accuracy", "sequences", title=f"{task.name}: {self.run}", title_justify="left")
+        title = ", ".join([f"{task.name}: {self.run}", *filter(None, [self.dtype])])
+        table = Table("length", "accuracy", "sequences", title=title, title_justify="left")
         for result in results:
             table.add_row(f"{result.length:,}", f"{result.accuracy:.4f}", f"{result.sequences:,}")
         Console().print(table)
         data = evaluation_data(results, task, self.seed)
-        if self.task is None:
+        if corrections is not None:
+            data["stabilized"] = corrections
+            print("stabilized: {states} states, corrected every {interval} tokens".format(**corrections))
+        if self.task is None and self.dtype is None and self.stabilize is None:
             directory.write_evaluation(data)
         if self.json is not None:
             atomic_write(self.json, json.dumps(data | {"run": str(self.run)}, indent=2) + "\n")
@@ -151,16 +257,98 @@ class Report:
         return 0
 
 
-@dataclass
-class Tasks:
-    """List the tasks."""
+@dataclass(kw_only=True)
+class Generate:
+    """Write text with a language model, as it is drawn; in constant memory, whatever the length, without attention.
+
+    Attributes:
+        model: a directory with a language model and its tokenizer, as `statetrack.hf` saves them; any checkpoint that
+            `from_pretrained` reads will do.
+        prompt: the text to go on from.
+        max_new_tokens: how many tokens are drawn at most; none after the end of a document.
+        temperature: of the draws; 0 takes the most likely token always.
+        top_k: draw from the so many most likely tokens only.
+        seed: of the draws.
+        device: cpu or cuda; if left out, cuda where there is one.
+    """
+
+    model: tyro.conf.Positional[Path]
+    prompt: str = ""
+    max_new_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    seed: int = 0
+    device: str | None = None
 
     def __call__(self) -> int:
-        table = Table("task", "example", "what it asks")
-        for info in list_tasks():
-            table.add_row(info.syntax, info.example, info.description)
+        from statetrack.data.tokenizer import load_tokenizer
+        from statetrack.generation import generate, streamed
+        from statetrack.pretrained import from_pretrained
+        from statetrack.pretrained.files import read_config
+
+        if "task" in (config := read_config(self.model)):  # a run, trained or compiled
+            raise ValueError(
+                f"{self.model} is a run of the task {config['task']}, whose model answers with labels; generate needs "
+                "a language model"
+            )
+        device = _device(self.device)
+        model, tokenizer = from_pretrained(self.model).to(device), load_tokenizer(self.model)
+        (prompt,) = tokenizer.encode([self.prompt])
+        tokens = generate(
+            model,
+            [tokenizer.separator, *prompt.tolist()],
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            stop=tokenizer.separator,
+            seed=self.seed,
+        )
+        print(self.prompt, end="", flush=True)
+        for text in streamed(tokens, tokenizer.decode):
+            print(text, end="", flush=True)
+        print()
+        return 0
+
+
+@dataclass
+class Tasks:
+    """List the tasks, each with its algebraic class, how many generators and labels it has, and its chance level.
+
+    Attributes:
+        json: also write the list to this file; without a file to standard output.
+    """
+
+    json: Path | None = None
+
+    def __call__(self) -> int:
+        from statetrack.files import atomic_write
+
+        rows = [_task_facts(info) for info in list_tasks()]
+        if self.json is not None:
+            text = json.dumps(rows, indent=2) + "\n"
+            if str(self.json) == "-":
+                print(text, end="")
+                return 0
+            atomic_write(self.json, text)
+        table = Table("task, for example", "algebra", "what it asks", show_lines=True)
+        for row in rows:
+            facts = [row["algebraic_class"] or f"needs the package {row['needs']}"]
+            if row["num_generators"] is not None:
+                facts.append(f"{row['num_generators']} generators")
+            if row["chance"] is not None:
+                facts.append(f"{row['num_labels']} labels, chance {row['chance']:.3g}")
+            table.add_row(f"{row['task']}\n{row['example']}", "\n".join(facts), row["description"])
         Console().print(table)
         return 0
+
+
+def _task_facts(info: TaskFamily) -> dict[str, Any]:
+    """What `statetrack tasks` says about a family: facts about its example, None where a package for it is missing."""
+    facts: dict[str, Any] = dict.fromkeys(("algebraic_class", "num_generators", "vocab_size", "num_labels", "chance"))
+    if not info.needs or find_spec(info.needs):
+        task = get_task(info.example)
+        facts = {key: getattr(task, key) for key in facts}
+    return {"task": info.syntax, "example": info.example, **facts, "needs": info.needs, "description": info.description}
 
 
 @dataclass
@@ -214,6 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         commands = {
             "demo": Demo,
+            "reproduce": Reproduce,
             "train": _train_command(words),
             "evaluate": Evaluate,
             "report": Report,
@@ -221,6 +410,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "compile": Compile,
             "verify": Verify,
             "certify": Certify,
+            "generate": Generate,
+            "data": tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Data]],
             "tasks": Tasks,
             "mixers": Mixers,
         }
@@ -229,7 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands, prog="statetrack", description=description, args=words, registry=_registry()
         )
         return command()
-    except (ValueError, RuntimeError, MemoryError, OverflowError, OSError) as error:
+    except (ValueError, RuntimeError, MemoryError, OverflowError, OSError, ModuleNotFoundError) as error:
         print(f"statetrack: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -247,6 +438,7 @@ def _train_command(words: Sequence[str]) -> type:
             mixer = word.removeprefix("--mixer=")
         elif word == "--mixer" and words[index + 1 :]:  # without a value, the parser itself will complain
             mixer = words[index + 1]
+    refuse_absent(mixer_config(mixer), [_option_name(word) for word in words if word.startswith("--")])
     options = _options(mixer_config(mixer))
     model = _options(ModelConfig, without=("vocab_size", "output_size", "mixer", "norm_placement"))
     flat = tyro.conf.arg(name="")
@@ -284,6 +476,11 @@ def _train_command(words: Sequence[str]) -> type:
         device: cpu or cuda; if left out, cuda where there is one.
     """
     return command
+
+
+def _option_name(word: str) -> str:
+    """`eigenvalue_range` of `--eigenvalue-range=-1,1`."""
+    return word.removeprefix("--").partition("=")[0].replace("-", "_")
 
 
 def _options(config: type, without: Sequence[str] = ()) -> type:

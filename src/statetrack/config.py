@@ -1,18 +1,16 @@
-"""Configs as plain data: the JSON of a run directory and the TOML of an experiment, read strictly."""
+"""The configs of a run. As plain data (`plain`) they are the JSON of a run directory and the TOML of an experiment."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-import dacite
-
-from statetrack.mixers import MixerConfig, mixer_config
-from statetrack.mixers.mixer import refuse_absent
-from statetrack.model import Mixers, ModelConfig, NormPlacements
+from statetrack.model import Mixers, ModelConfig
+from statetrack.plain import from_data, read_mixer, read_mixers, to_data
 from statetrack.tasks import Task, get_task
-from statetrack.transition import EigenvalueRange
+
+__all__ = ["RunConfig", "TrainingConfig", "from_data", "read_mixer", "read_mixers", "run_config", "to_data"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +20,10 @@ class TrainingConfig:
     Attributes:
         steps: optimizer steps.
         batch_size: sequences for each step.
-        min_length: shortest training sequence, in tokens; every batch draws one length, uniformly.
+        min_length: shortest training sequence, in tokens; every batch draws one length, uniformly among those that the
+            task has.
         max_length: longest training sequence, in tokens.
+        last_label_only: learn from the last label of every sequence alone, as from one question at the end.
         learning_rate: peak learning rate.
         warmup: share of the steps, at the start, in which the learning rate rises linearly from 0.
         decay: share of the steps, at the end, in which it falls to 0; it is constant in between.
@@ -47,6 +47,7 @@ class TrainingConfig:
     batch_size: int = 64
     min_length: int = 3
     max_length: int = 40
+    last_label_only: bool = False
     learning_rate: float = 1e-3
     warmup: float = 0.1
     decay: float = 0.9
@@ -106,59 +107,6 @@ class RunConfig:
             )
 
 
-Config = TypeVar("Config")
-
-
-def to_data(config: Any) -> Any:
-    """A config as dicts, lists, strings and numbers; `from_data` reads it back."""
-    if isinstance(config, EigenvalueRange):
-        return [config.lo, config.hi]
-    if is_dataclass(config):
-        name = {"name": config.name} if isinstance(config, MixerConfig) else {}
-        return name | {f.name: to_data(getattr(config, f.name)) for f in fields(config)}
-    if isinstance(config, tuple):
-        return [to_data(value) for value in config]
-    return config
-
-
-def from_data(kind: type[Config], data: Mapping[str, Any]) -> Config:
-    """Reads a config.
-
-    Raises:
-        ValueError: for unknown, missing or ill-typed keys and for values that a config refuses, in one sentence.
-    """
-    hooks = {
-        EigenvalueRange: EigenvalueRange.of,
-        Mixers: read_mixers,
-        NormPlacements: lambda data: tuple(data) if isinstance(data, list) else data,
-        float: _read_float,
-        int: _read_int,
-    }
-    try:
-        return dacite.from_dict(kind, data, dacite.Config(strict=True, type_hooks=hooks))  # type: ignore[type-var]
-    except dacite.UnexpectedDataError as error:
-        known = ", ".join(f.name for f in fields(kind))  # type: ignore[arg-type]
-        raise ValueError(f"unknown key {', '.join(sorted(error.keys))}; the keys here are {known}") from None
-    except dacite.DaciteError as error:
-        raise ValueError(str(error)) from None
-
-
-def read_mixer(data: Any) -> MixerConfig:
-    """A mixer's config from plain data, `{"name": ..., option: value, ...}`; a config is passed on as it is."""
-    if isinstance(data, MixerConfig):
-        return data
-    if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
-        raise ValueError(f"a mixer is a table with a name, for example {{name = 'deltanet'}}; got {data!r}")
-    kind, options = mixer_config(data["name"]), {key: value for key, value in data.items() if key != "name"}
-    refuse_absent(kind, options)
-    return from_data(kind, options)
-
-
-def read_mixers(data: Any) -> Mixers:
-    """A mixer's config from plain data, as `read_mixer` reads it; or a list of them, the pattern of a hybrid."""
-    return tuple(map(read_mixer, data)) if isinstance(data, (list, tuple)) else read_mixer(data)
-
-
 def run_config(task: str, mixer: Mixers, model: Mapping[str, Any], training: TrainingConfig) -> RunConfig:
     """A `RunConfig` whose model has the vocabulary and the outputs of its task.
 
@@ -171,12 +119,3 @@ def run_config(task: str, mixer: Mixers, model: Mapping[str, Any], training: Tra
     found: Task = get_task(task)
     sizes = {"vocab_size": found.vocab_size, "output_size": found.num_labels}
     return RunConfig(task=task, model=from_data(ModelConfig, {**model, **sizes, "mixer": mixer}), training=training)
-
-
-def _read_float(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _read_int(value: Any) -> Any:
-    # A bool is an int to Python, so `steps: true` would pass for 1.
-    return repr(value) if isinstance(value, bool) else value

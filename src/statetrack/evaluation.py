@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from statetrack import seeds
-from statetrack.model import LanguageModel, ModelState
-from statetrack.tasks import IGNORE, Task
+from statetrack.model import LanguageModel, ModelState, Tracker
+from statetrack.tasks import IGNORE, Batch, EndlessTask, Task
 
 LONG = 10_000
 """Lengths from here on are judged on fewer sequences."""
@@ -28,7 +28,7 @@ class Accuracy:
 
     Attributes:
         length: position of the label that was judged, counted from 1.
-        accuracy: share of fresh sequences whose label at this position the model got right.
+        accuracy: share of fresh sequences whose label at this position, or all up to it, the model got right.
         sequences: how many sequences were judged.
     """
 
@@ -39,26 +39,28 @@ class Accuracy:
 
 @torch.inference_mode()
 def evaluate(
-    model: LanguageModel,
+    model: Tracker,
     task: Task,
     lengths: Iterable[int],
     *,
     seed: int = 0,
     sequences: int | None = None,
+    whole: bool = False,
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Accuracy]:
     """Judges the label at each of the lengths on sequences that training has not seen.
 
     A sequence is read in segments, with the state carried from one to the next, so that memory does not grow with
-    length.
+    length. Where sequences end with the answer (expressions, programs), each length has sequences of its own.
 
     Args:
-        model: the model, in evaluation mode.
-        task: the task; it must have a label at the lengths asked for.
+        model: the model, in evaluation mode; or the `StabilizedModel` of it.
+        task: the task; it must have a label at the lengths asked for (`Task.fits`).
         lengths: positions counted from 1.
         seed: seed of the sequences; their stream is another than that of the training data.
         sequences: how many; None for 512, and 32 at lengths from 10,000 on.
+        whole: a sequence counts as right at a length only if every label up to it is (sequence accuracy).
         device: where to evaluate.
         on_progress: called with the tokens done and the tokens in all after each segment.
 
@@ -71,31 +73,56 @@ def evaluate(
         raise ValueError(f"lengths must be positive integers, at least one of them, got {wanted}")
     if sequences is not None and sequences < 1:
         raise ValueError(f"sequences must be at least 1, got {sequences}")
-    groups: dict[int, list[int]] = {}
+    if unfit := [length for length in wanted if not task.fits(length)]:
+        near = [length for length in range(max(1, unfit[0] - 100), unfit[0] + 100) if task.fits(length)]
+        advice = f"; near {unfit[0]} there is one at {min(near, key=lambda n: abs(n - unfit[0]))}" if near else ""
+        raise ValueError(f"the task {task.name} has no label at length {', '.join(map(str, unfit))}{advice}")
+    groups: dict[tuple[int, int], list[int]] = {}
     for length in wanted:
-        groups.setdefault(sequences or (32 if length >= LONG else 512), []).append(length)
-    total = sum(count * group[-1] for count, group in groups.items())
+        count = sequences or (32 if length >= LONG else 512)
+        groups.setdefault((count, 0 if isinstance(task, EndlessTask) else length), []).append(length)
+    total = sum(count * group[-1] for (count, _), group in groups.items())
     done = 0
     results = []
-    for count, group in groups.items():
-        stream = task.stream(count, seeds.generator("evaluation data", seed, count, device=device))
+    for (count, alone), group in groups.items():
+        key = (seed, count, alone) if alone else (seed, count)
+        segments = _segments(task, count, group[-1], seeds.generator("evaluation data", *key, device=device))
         state: ModelState | None = None
+        so_far = torch.ones(count, dtype=torch.bool, device=device)
         position = 0
-        while position < group[-1]:
-            size = min(max(1, SEGMENT_TOKENS // count), group[-1] - position)
-            batch = stream.next(size)
+        for batch in segments:
+            size = batch.ids.shape[1]
             here = [length for length in group if position < length <= position + size]
             at = torch.tensor([length - position - 1 for length in here], dtype=torch.long, device=device)
-            logits, state = model.scan(batch.ids, state, positions=at)
+            logits, state = model.scan(batch.ids, state, positions=None if whole else at)
             answers = batch.labels[:, at]
             if (answers == IGNORE).any():
                 raise ValueError(f"the task {task.name} has no label at every one of the lengths {here}")
-            right = (logits.argmax(-1) == answers).double().mean(0)
-            results += [Accuracy(n, float(share), count) for n, share in zip(here, right, strict=True)]
+            if whole:
+                right = (logits.argmax(-1) == batch.labels) | (batch.labels == IGNORE)
+                right[:, 0] &= so_far
+                right = right.cummin(1).values
+                right, so_far = right[:, at], right[:, -1]
+            else:
+                right = logits.argmax(-1) == answers
+            shares = right.double().mean(0)
+            results += [Accuracy(n, float(share), count) for n, share in zip(here, shares, strict=True)]
             position += size
             done += size * count
             on_progress(done, total)
     return sorted(results, key=lambda result: result.length)
+
+
+def _segments(task: Task, count: int, length: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Sequences of a length in segments of at most `SEGMENT_TOKENS` tokens in all."""
+    size = max(1, SEGMENT_TOKENS // count)
+    if isinstance(task, EndlessTask):
+        stream = task.stream(count, generator)
+        for position in range(0, length, size):
+            yield stream.next(min(size, length - position))
+    else:
+        batch = task.sample(count, length, generator)
+        yield from map(Batch, batch.ids.split(size, 1), batch.labels.split(size, 1))
 
 
 def solved(accuracy: Mapping[int, float]) -> bool:
@@ -126,13 +153,14 @@ def measure_eigenvalues(
         task: where the data comes from.
         seed: seed of the sequences.
         sequences: B, how many.
-        length: T, their length.
+        length: T, their length, or the longest below that the task has.
         most: eigenvalues kept in all, drawn at random where there are more.
 
     Returns:
         For each token that occurred, pairs (real part, imaginary part), rounded to four decimals, without duplicates.
     """
     random = seeds.generator("eigenvalues", seed)
+    length = next((fitting for fitting in range(length, 0, -1) if task.fits(fitting)), length)
     ids = task.sample(sequences, length, random).ids
     by_token: dict[int, set[tuple[float, float]]] = {}
     for transition in model.transitions(ids):

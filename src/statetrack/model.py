@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,27 @@ from statetrack.transition import Transition, accumulated
 ModelState = list[State]
 """The memory of a model between two calls: the state of each layer's mixer."""
 
+
+class Tracker(Protocol):
+    """What evaluation and verification ask of a model: a `LanguageModel`, or what takes the place of one."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def init_state(self, batch_size: int) -> ModelState: ...
+
+    def scan(
+        self, ids: Tensor, state: ModelState | None = None, *, positions: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]: ...
+
+    def step(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]: ...
+
+
 Mixers = MixerConfig | tuple[MixerConfig, ...]
 """One mixer for every layer, or a pattern of mixers that is repeated over the layers."""
+
+Checkpoint = Callable[..., tuple[Tensor, State]]
+"""Calls its first argument with the others and keeps none of the activations in between for the backward pass."""
 
 NormPlacement = Literal["before", "after", "none"]
 """Whether a block normalizes what its mixer and its MLP read, or what they add to the residual stream, or nothing."""
@@ -154,6 +173,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         placement = config.layer_norm_placements()[layer]
+        self.checkpoint: Checkpoint | None = None
         self.norm_after = placement == "after"
         self.residual_in_float32 = config.residual_in_float32
         self.mixer_norm = _norm(config, placement != "none")
@@ -167,6 +187,11 @@ class Block(nn.Module):
                 self.mlp = ReLUMLP(config.d_model, size, config.mlp_depth)
 
     def forward(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
+        if self.checkpoint is not None and torch.is_grad_enabled():
+            return self.checkpoint(self._forward, x, state, cu_seqlens)
+        return self._forward(x, state, cu_seqlens)
+
+    def _forward(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
         y, state = self.mixer.scan(self.mixer_input(x), state, cu_seqlens)
         x = self._add(x, self.mixer_norm(y) if self.norm_after else y)
         if self.mlp is not None:
@@ -234,7 +259,7 @@ class LanguageModel(nn.Module):
         """Logits and the state after the last token.
 
         Args:
-            ids: token ids [B, T].
+            ids: token ids [B, T], or the embeddings [B, T, D] of tokens in their place, floating-point.
             state: the state after the tokens before; None at the start of a sequence.
             cu_seqlens: integer boundaries [S + 1] of S sequences packed along T; then B = 1 and states have S rows.
             positions: compute the logits at these positions [P] only (integers in 0..T-1); None for all of them.
@@ -242,16 +267,25 @@ class LanguageModel(nn.Module):
                 has the logits 0, no token sees it, and the state is the one after the last token of each row.
 
         Raises:
-            ValueError: if ids is not an integer tensor [B, T] with B, T >= 1 and entries in 0..vocab_size-1; if the
-                mask does not fit, has no token at all, or comes with cu_seqlens.
+            ValueError: if ids is not an integer tensor [B, T] with B, T >= 1 and entries in 0..vocab_size-1, nor
+                embeddings; if the mask does not fit, has no token at all, or comes with cu_seqlens.
         """
-        self._check_shape(ids)
+        embedded = ids.ndim == 3 and ids.is_floating_point()
+        if not embedded:
+            self._check_shape(ids)
+        elif ids.numel() == 0 or ids.shape[2] != self.config.d_model:
+            raise ValueError(
+                f"embeddings must be [B, T, D] with B, T >= 1 and D = {self.config.d_model}, got {tuple(ids.shape)}"
+            )
         if mask is not None:
             if cu_seqlens is not None:
                 raise ValueError("give cu_seqlens for packed sequences or a mask for padded ones, not both")
             ids, cu_seqlens = pack(ids, mask)
-        self._check_entries(ids)
-        x = self.embedding(ids)
+        if embedded:
+            x = ids
+        else:
+            self._check_entries(ids)
+            x = self.embedding(ids)
         after: ModelState = []
         for index, block in enumerate(self._blocks()):
             x, layer_state = block(x, None if state is None else state[index], cu_seqlens)
@@ -291,6 +325,22 @@ class LanguageModel(nn.Module):
             transitions.append(block.mixer.transition(block.mixer_input(x)))
             x, _ = block(x, None, None)
         return transitions
+
+    def checkpoint_blocks(self, checkpoint: Checkpoint | None, every: int = 1) -> None:
+        """Computes the activations inside blocks again in the backward pass instead of keeping them.
+
+        Args:
+            checkpoint: `functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)`, or a function like
+                it; None to keep the activations of all blocks again.
+            every: 1 for every block, n for every nth one; the others keep theirs.
+
+        Raises:
+            ValueError: if `every` is less than 1.
+        """
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        for index, block in enumerate(self._blocks()):
+            block.checkpoint = None if index % every else checkpoint
 
     @property
     def output_size(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -89,10 +89,12 @@ def train(
 
     Raises:
         RunError: if the directory holds another run.
+        ValueError: if the task has no sequences of the lengths asked for.
         TrainingError: if the loss is no longer finite.
         OSError: if a checkpoint can't be written; the last one is intact.
     """
     options, task = config.training, get_task(config.task)
+    fitting = fitting_lengths(task, options)
     torch.manual_seed(int(seeds.generator("initial weights", options.seed).initial_seed()))
     model = LanguageModel(config.model).to(device)
     optimizer = _optimizer(model, options)
@@ -124,7 +126,7 @@ def train(
 
     while step < options.steps:
         learning_rate = learning_rate_at(step, options)
-        batch = _batch(task, options, step, device)
+        batch = _batch(task, options, fitting, step, device)
         loss, correct = _loss(model, *batch, options.z_loss)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -168,12 +170,31 @@ def learning_rate_at(step: int, options: TrainingConfig) -> float:
     return options.learning_rate * rise * fall
 
 
-def _batch(task: Task, options: TrainingConfig, step: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def fitting_lengths(task: Task, options: TrainingConfig) -> list[int]:
+    """The lengths that training draws from, each as often as the others: those within its bounds that the task has.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    fitting = [length for length in range(options.min_length, options.max_length + 1) if task.fits(length)]
+    if not fitting:
+        raise ValueError(
+            f"the task {task.name} has no sequences of {options.min_length} to {options.max_length} tokens; "
+            "choose another min_length and max_length"
+        )
+    return fitting
+
+
+def _batch(
+    task: Task, options: TrainingConfig, fitting: Sequence[int], step: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
     lengths = seeds.generator("training length", options.seed, step)
-    length = int(torch.randint(options.min_length, options.max_length + 1, (), generator=lengths))
+    length = fitting[int(torch.randint(len(fitting), (), generator=lengths))]
     data = seeds.generator("training data", options.seed, step, device=device)
-    batch = task.sample(options.batch_size, length, data)
-    return batch.ids, batch.labels
+    ids, labels = task.sample(options.batch_size, length, data)
+    if options.last_label_only:
+        labels[:, :-1] = IGNORE
+    return ids, labels
 
 
 def _loss(model: LanguageModel, ids: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
@@ -132,8 +132,7 @@ class Transition(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same kind of transition with `function` applied to every tensor whose first two axes are B and T."""
@@ -288,7 +287,7 @@ class Discretized(Transition):
         """The entries of the transition for step sizes [..., H, V]: [..., H, K, V], float32 or float64."""
         dtype = accumulation_dtype(dt, self.A)
         lo = None if self.lower_end is None else self.lower_end.to(dtype).unsqueeze(1)
-        return self.eigenvalue_range.widen(torch.exp(dt.to(dtype).unsqueeze(-2) * self.A.to(dtype)), lo)
+        return self.eigenvalue_range.widen((dt.to(dtype).unsqueeze(-2) * self.A.to(dtype)).exp_(), lo)
 
     def dense(self) -> Tensor:
         return torch.diag_embed(self.diagonal().mT)

@@ -9,7 +9,7 @@ from torch import nn
 
 from statetrack import DeltaNet, EigenvalueRange, LanguageModel, Mamba, ModelConfig, mixer_config, mixer_configs
 from statetrack.config import from_data, to_data
-from statetrack.mixers.mixer import Widening
+from statetrack.mixers.mixer import Widening, with_options
 
 D_MODEL = 24
 
@@ -277,8 +277,8 @@ def test_constant_inputs_and_extreme_gates_have_finite_gradients(name, mode):
             assert parameter.grad.isfinite().all()
 
 
-# torch's own tracing of autograd functions warns.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# Tracing and the compiler itself use what Python and torch call deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", mixer_configs())
 def test_compiled_in_one_graph(name, compiler):
@@ -346,6 +346,12 @@ def test_a_wrong_option_is_refused_in_one_sentence(make_wrong, message):
     with pytest.raises(ValueError, match=message) as caught:
         make_wrong()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [name for name in mixer_configs() if name not in with_option("eigenvalue_range")])
+def test_a_mixer_without_a_range_says_why(name):
+    with pytest.raises(ValueError, match=f"{name} has no eigenvalue_range: .{{20}}"):
+        with_options(mixer_config(name), None, {"eigenvalue_range": (-1, 1)})
 
 
 def test_the_whole_model_runs_with_every_mixer():

@@ -3,42 +3,18 @@
 The interpreter can't multiply bfloat16; `split` runs the path of bfloat16 with halves in float32 there.
 """
 
-import importlib.util
-import os
+import importlib
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from cases import Case, check_against_reference, relative_error
+from cases import check_against_reference, relative_error
 from test_householder import make_case, one_key, parity_bits
+from triton_cases import FLOAT32, check_on_gpu, interpreted, on_gpu
 
-from statetrack.ops import available_backends, linear_recurrence, triton_householder
-
-interpreted = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs triton and TRITON_INTERPRET=1",
-)
-FLOAT32 = {"dtype": torch.float32}
-
-
-@pytest.fixture(autouse=True)
-def interpreter():
-    """Mends triton 3.6's interpreter for numpy 2.4, where an array of one element is no index any more."""
-    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
-        yield
-        return
-    module = importlib.import_module("triton.runtime.interpreter")
-    original = module._patch_lang_tensor
-
-    def patch(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    module._patch_lang_tensor = patch
-    yield
-    module._patch_lang_tensor = original
+from statetrack.ops import available_backends, linear_recurrence, triton_common, triton_householder
 
 
 @pytest.fixture(params=["whole", "split", "segments"])
@@ -47,7 +23,7 @@ def path(request, monkeypatch):
     if request.param != "whole":
         monkeypatch.setattr(triton_householder, "_operands", lambda dtypes: (torch.float32, True))
     if request.param == "segments":
-        monkeypatch.setattr(triton_householder, "_processors", lambda device: 100)
+        monkeypatch.setattr(triton_householder, "processors", lambda device: 100)
         monkeypatch.setattr(triton_householder, "_FEWEST_SEGMENTS", 2)
         monkeypatch.setattr(triton_householder, "_SHORTEST_SEGMENT", 2)
 
@@ -61,7 +37,7 @@ def test_without_a_gpu_the_backend_says_why(monkeypatch):
 
 
 def test_without_triton_the_backend_says_why(monkeypatch):
-    monkeypatch.setattr(triton_householder, "_HAS_TRITON", False)
+    monkeypatch.setattr(triton_common, "HAS_TRITON", False)
     case = make_case(**FLOAT32)
     with pytest.raises(ValueError, match="the package triton is not installed"):
         case.run("triton")
@@ -78,7 +54,7 @@ def test_without_triton_the_backend_says_why(monkeypatch):
     ],
 )
 def test_what_is_not_served_is_said(arguments, reason, monkeypatch):
-    monkeypatch.setattr(triton_householder, "_HAS_TRITON", True)
+    monkeypatch.setattr(triton_common, "HAS_TRITON", True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert reason in (triton_householder.supports(make_case(**arguments).transition) or "")
 
@@ -93,9 +69,9 @@ def test_lengths_around_the_chunk_agree_with_the_reference(t, n, decay, path):
 
 @interpreted
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize(("n", "k", "v"), [(1, 1, 1), (2, 40, 72), (16, 17, 33), (5, 130, 20)])
+@pytest.mark.parametrize(("n", "k", "v"), [(1, 1, 1), (2, 40, 72), (16, 17, 9), (5, 130, 20)])
 def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(n, k, v, normalize, path):
-    check_against_reference(make_case(2, 30, n, 2, k, v, decay="head", normalize=normalize, **FLOAT32), "triton")
+    check_against_reference(make_case(1, 30, n, 2, k, v, decay="head", normalize=normalize, **FLOAT32), "triton")
 
 
 @interpreted
@@ -127,10 +103,6 @@ def test_decoding_agrees_with_the_reference(t):
 @pytest.mark.parametrize("beta", [2.0, 1.9, parity_bits], ids=["beta=2", "beta=1.9", "parity bits"])
 def test_one_key_repeated(beta, path):
     check_against_reference(one_key(1024, beta, k=16), "triton", 2e-5)
-
-
-def on_gpu(case) -> Case:
-    return case.with_tensors({name: x.cuda() for name, x in case.tensors().items()})
 
 
 @pytest.mark.gpu
@@ -174,26 +146,6 @@ def test_a_second_length_and_batch_compile_nothing_anew():
 
     before = run(1, 100)
     assert run(2, 333) == run(3, 64) == before
-
-
-def check_on_gpu(case, tolerance=None):
-    """As `check_against_reference`, whose weights are made on the CPU: o, the final state and every gradient."""
-    case = on_gpu(case)
-    limit = tolerance or {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 2e-5}[case.v.dtype]
-    computed = gpu_results(case, "triton")
-    exact = gpu_results(case.with_tensors({name: x.double() for name, x in case.tensors().items()}), "reference")
-    errors = {name: relative_error(computed[name], expected) for name, expected in exact.items()}
-    wrong = {name: error for name, error in errors.items() if not error <= limit}
-    assert not wrong, f"relative errors above {limit:g}: {wrong}"
-
-
-def gpu_results(case, backend):
-    inputs = {name: x.detach().clone().requires_grad_() for name, x in case.tensors().items()}
-    o, state = case.with_tensors(inputs).run(backend)
-    generator = torch.Generator("cuda").manual_seed(0)
-    weights = [torch.randn(x.shape, generator=generator, device="cuda").bfloat16().to(x.dtype) for x in (o, state)]
-    gradients = torch.autograd.grad([o, state], list(inputs.values()), weights)
-    return {"o": o.detach(), "final state": state.detach(), **dict(zip(inputs, gradients, strict=True))}
 
 
 def test_importing_the_package_imports_no_triton():

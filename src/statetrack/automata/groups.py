@@ -25,7 +25,7 @@ MAX_ELEMENTS = 5040
 """The order of S7. A multiplication table of a group so large takes 200 MB."""
 
 NAMES = (
-    "Z, S, A or D with a number, Q8, and products of them, such as S3, A5, D4 or A5xZ9, "
+    "Z, S, A or D with a number, Q8, and products and powers of them, such as S3, A5, D4, A5xZ9 or Z2^4, "
     "or what permutations generate, such as (1 2),(1 2 3)"
 )
 """Which groups there are, in words."""
@@ -109,7 +109,7 @@ def group_automaton(name: str, letters: str | None = None) -> Automaton:
 
     The groups are Z_m (cyclic, m >= 2), S_n (symmetric, n >= 2), A_n (alternating, n >= 3), D_n (dihedral, with 2n
     elements, n >= 3), Q8 (quaternions, as permutations of eight points), and direct products of any number of them such
-    as Z2xZ2xS3, up to `MAX_ELEMENTS` elements.
+    as Z2xZ2xS3 or Z2^2xS3, up to `MAX_ELEMENTS` elements.
 
     Elements are numbered by the lexicographic order of their permutations as lists of images, so the identity, which is
     the start, is 0, and the element k of Z_m is the shift by k. A product counts like an odometer: the last factor runs
@@ -127,6 +127,8 @@ def group_automaton(name: str, letters: str | None = None) -> Automaton:
             "swaps" - the identity and all swaps of two points;
             "3-cycles" - those and all cycles of three points, so all elements that move at most three points;
             "two" - SymPy's generators where they are two;
+            a number - so many elements: SymPy's generators, then what else products of them and their inverses make,
+                shorter products first, and the identity last (2, 6 or 60 letters of A5, for example);
             permutations of the group - these, in their order;
             None - all, or where `name` is permutations, these.
 
@@ -136,14 +138,18 @@ def group_automaton(name: str, letters: str | None = None) -> Automaton:
     """
     if letters is None:
         letters = name if "(" in name else "all"
-    if letters not in _LETTERS and "(" not in letters:
+    count = int(letters) if letters.isascii() and letters.isdecimal() and len(letters) <= 4 else None
+    if letters not in _LETTERS and "(" not in letters and count is None:
         raise ValueError(
-            f"unknown letters {letters!r} of a group; they may be {', '.join(LETTERS)}, or permutations such as (1 2)"
+            f"unknown letters {letters!r} of a group; they may be {', '.join(LETTERS)}, a number of elements, or "
+            "permutations such as (1 2)"
         )
     group = _generated(name) if "(" in name else _named(name)
     names = group.names
     if letters in _LETTERS:
         chosen = _LETTERS[letters](group)
+    elif count is not None:
+        chosen = _nearest(group, count, name)
     else:
         texts, images = _read_permutations(letters, degree=group.elements.shape[1])
         chosen = np.array([_number_of(group, image, text, name) for text, image in zip(texts, images, strict=True)])
@@ -164,8 +170,36 @@ def group_automaton(name: str, letters: str | None = None) -> Automaton:
     return automaton
 
 
+def group_class(name: str) -> str:
+    """What the group is, "abelian group", "solvable group" or "non-solvable group", without its table of products.
+
+    Raises:
+        ValueError: as `group_automaton`.
+    """
+    from sympy.combinatorics import Permutation, PermutationGroup
+
+    if "(" in name:
+        groups = [PermutationGroup([Permutation(image) for image in _read_permutations(name)[1].tolist()])]
+    else:
+        groups = [permutations() for _, permutations in _factors(name)]
+    if all(group.is_abelian for group in groups):
+        return "abelian group"
+    return "solvable group" if all(group.is_solvable for group in groups) else "non-solvable group"
+
+
+def _factors(name: str) -> list[tuple[int, Callable[[], PermutationGroup]]]:
+    """The order of each factor of a product, and what makes its permutations; a power is so many factors."""
+    found = []
+    for factor in name.split("x"):
+        base, _, exponent = factor.partition("^")
+        if exponent and not re.fullmatch(r"[1-9][0-9]?", exponent):
+            raise ValueError(f"the exponent of a power of groups, as in Z2^4, is from 1 to 99; got {factor!r}")
+        found += [_parse(base if exponent else factor, name)] * int(exponent or 1)
+    return found
+
+
 def _named(name: str) -> _Group:
-    factors = [_parse(factor, name) for factor in name.split("x")]
+    factors = _factors(name)
     if math.prod(order for order, _ in factors) > MAX_ELEMENTS:
         raise ValueError(f"the group {name} has more than {MAX_ELEMENTS:,} elements, the most that a table is made for")
     return reduce(_direct_product, [_from_permutations(_array_forms(permutations())) for _, permutations in factors])
@@ -229,6 +263,23 @@ def _two_generators(group: _Group) -> np.ndarray:
             "take 'generators', or give two permutations such as (1 2),(1 2 3)"
         )
     return group.generators
+
+
+def _nearest(group: _Group, count: int, name: str) -> np.ndarray:
+    """The first `count` elements, in the order in which a breadth-first search from the generators meets them."""
+    order, inverses = len(group.moved), group.products.argmin(1)  # the identity is 0, the least product of any element
+    if not 1 <= count <= order:
+        raise ValueError(f"{name} has {order} elements, so the number of letters is from 1 to {order}; got {count}")
+    steps = list(dict.fromkeys([*group.generators.tolist(), *inverses[group.generators].tolist()]))
+    met = dict.fromkeys(steps)
+    queue = list(met)
+    for element in queue:  # grows while it is read
+        for step in steps:
+            product = int(group.products[element, step])
+            if product and product not in met:
+                met[product] = None
+                queue.append(product)
+    return np.array([*queue, 0][:count])
 
 
 def _parse(factor: str, name: str) -> tuple[int, Callable[[], PermutationGroup]]:

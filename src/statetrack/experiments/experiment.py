@@ -13,9 +13,17 @@
     training = { steps = 300 }
     sweep = [ { eigenvalue_range = [0, 1], explanation = "..." }, { eigenvalue_range = [-1, 1], explanation = "..." } ]
 
+What several runs have in common may stand once, in a table `[shared]` with the same keys; a run's own `model`, `mixer`
+and `training` are laid over those tables, key by key, and its other keys replace them.
+
 Every entry of a sweep is the run with those options of its mixer replaced; every seed is a run of its own. A hybrid has
 a list of mixers, `mixer = [ { name = "deltanet" }, { name = "mamba" } ]`, which is the pattern of its layers. An entry
-of a sweep may also replace the mixer or the list as a whole, with `mixer = ...`.
+of a sweep may also replace the mixer or the list as a whole, with `mixer = ...`, and lay its own `model` and `training`
+over the run's.
+
+An experiment that others have published says so in a table `[published]` (see `Publication`), and what they measured
+stands beside each model as `published = { best = 1.0, median = 0.9 }`, or in words as `published = { text = "..." }`.
+`[preset.cpu]` and the like are smaller versions of the whole: `seeds`, and options that are laid over every run.
 """
 
 from __future__ import annotations
@@ -24,7 +32,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 from statetrack.config import RunConfig, TrainingConfig, from_data, read_mixers, run_config
 from statetrack.mixers import MixerConfig
@@ -38,27 +46,65 @@ class ExperimentRun:
         config: the run.
         lengths: positions of the labels that are judged.
         winner_lengths: further positions, judged only if the run solved its task.
+        sequences: how many sequences it is judged on; None for the default of `evaluate`.
+        whole: whether all labels up to a position must be right (sequence accuracy).
+        chance: what scaled accuracies are scaled by; None for the task's.
         explanation: why such a model can or can't do the task, in a few words.
+        published: what others measured for such a model: `best`, `median` or `text`.
     """
 
     config: RunConfig
     lengths: tuple[int, ...]
     winner_lengths: tuple[int, ...] = ()
+    sequences: int | None = None
+    whole: bool = False
+    chance: float | None = None
     explanation: str = ""
+    published: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """A name for directories and progress lines: `parity-deltanet[-1,1]n1-seed0`, or `...+attention-seed0`."""
-        mixers = "+".join(_mixer_name(mixer) for mixer in self.config.model.mixer_pattern)
-        return "-".join([self.config.task.replace(":", "_"), mixers, f"seed{self.config.training.seed}"])
+        """A name for directories and progress lines: `parity-deltanet[-1,1]n1-seed0`, or `...+attention-seed0`.
+
+        `x5` behind the mixers says that there are five layers, where the pattern alone doesn't.
+        """
+        model = self.config.model
+        mixers = "+".join(_mixer_name(mixer) for mixer in model.mixer_pattern)
+        layers = "" if model.num_layers == len(model.mixer_pattern) else f"x{model.num_layers}"
+        return "-".join([self.config.task.replace(":", "_"), mixers + layers, f"seed{self.config.training.seed}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """Where an experiment comes from, and in what ours differs.
+
+    Attributes:
+        source: the publication.
+        protocol: which of its protocols the grid follows: "paper", "released" (its code) or "ours".
+        measure: "scaled_accuracy", (accuracy - chance) / (1 - chance) on average over the lengths, or
+            "sequence_accuracy", the share of sequences that are right throughout, by length.
+        differences: what is done otherwise here, a sentence each.
+    """
+
+    source: str
+    protocol: Literal["paper", "released", "ours"]
+    measure: Literal["scaled_accuracy", "sequence_accuracy"]
+    differences: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """A titled list of runs."""
+    """A titled list of runs.
+
+    Attributes:
+        title: for people.
+        runs: in the order of the file.
+        published: where it comes from; None for one of our own.
+    """
 
     title: str
     runs: tuple[ExperimentRun, ...]
+    published: Publication | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,51 +115,102 @@ class _RunTable:
     mixer: dict[str, Any] | list[dict[str, Any]]
     lengths: list[int]
     winner_lengths: list[int] = field(default_factory=list)
+    sequences: int | None = None
+    chance: float | None = None
     explanation: str = ""
+    published: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
+    training: dict[str, Any] = field(default_factory=dict)
     sweep: list[dict[str, Any]] = field(default_factory=lambda: [{}])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _File:
     title: str
-    run: list[_RunTable]
+    run: list[dict[str, Any]]
     seeds: list[int] = field(default_factory=lambda: [0])
+    shared: dict[str, Any] = field(default_factory=dict)
+    preset: dict[str, dict[str, Any]] = field(default_factory=dict)
+    published: Publication | None = None
 
 
-def load_experiment(name: str, seeds: list[int] | None = None) -> Experiment:
-    """The experiment in the file `<name>.toml` of this folder, with its own seeds or with others."""
-    text = resources.files("statetrack.experiments").joinpath(f"{name}.toml").read_text(encoding="utf-8")
-    return read_experiment(tomllib.loads(text), seeds)
+def list_experiments() -> dict[str, dict[str, Any]]:
+    """The contents of all experiment files, by name."""
+    files = sorted(resources.files("statetrack.experiments").iterdir(), key=lambda file: file.name)
+    return {
+        file.name.removesuffix(".toml"): tomllib.loads(file.read_text(encoding="utf-8"))
+        for file in files
+        if file.name.endswith(".toml")
+    }
 
 
-def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None) -> Experiment:
+def load_experiment(name: str, seeds: list[int] | None = None, preset: str | None = None) -> Experiment:
+    """The experiment in the file `<name>.toml` of this folder, with its own seeds or with others.
+
+    Raises:
+        ValueError: if there is no such file or preset.
+    """
+    files = list_experiments()
+    if name not in files:
+        raise ValueError(f"unknown experiment {name!r}; there are {', '.join(files)}")
+    return read_experiment(files[name], seeds, preset)
+
+
+def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, preset: str | None = None) -> Experiment:
     """An experiment from the contents of its file.
 
     Raises:
-        ValueError: for unknown or missing keys and for options that a config refuses.
+        ValueError: for unknown or missing keys, for options that a config refuses, and for an unknown preset.
     """
     file = from_data(_File, data)
-    runs = [run for table in file.run for run in _expand(table, seeds or file.seeds)]
+    if preset is not None and preset not in file.preset:
+        raise ValueError(f"unknown preset {preset!r}; this experiment has {', '.join(file.preset) or 'none'}")
+    smaller = dict(file.preset[preset]) if preset is not None else {}
+    chosen = seeds or smaller.pop("seeds", file.seeds)
+    whole = file.published is not None and file.published.measure == "sequence_accuracy"
+    tables = [from_data(_RunTable, _laid_over(_laid_over(file.shared, table), smaller)) for table in file.run]
+    runs = [run for table in tables for run in _expand(table, chosen, whole)]
     names = [run.name for run in runs]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
             f"two runs of an experiment have the name {repeated[0]}: repeated seeds, or models alike in name"
         )
-    return Experiment(title=file.title, runs=tuple(runs))
+    published = file.published
+    if published is not None and preset is not None:
+        note = f"This is the preset {preset}: smaller models and fewer steps, to see the ordering and not the numbers."
+        published = replace(published, protocol="ours", differences=[note, *published.differences])
+    return Experiment(title=file.title, runs=tuple(runs), published=published)
 
 
-def _expand(table: _RunTable, seeds: list[int]) -> Iterator[ExperimentRun]:
+def _laid_over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own`, and what it leaves open from `shared`; tables are laid over tables."""
+    both = {**shared, **own}
+    for key in shared.keys() & own.keys():
+        if isinstance(shared[key], Mapping) and isinstance(own[key], Mapping):
+            both[key] = {**shared[key], **own[key]}
+    return both
+
+
+_NO_OPTIONS = ("explanation", "mixer", "model", "training", "published")
+"""Keys of an entry of a sweep that are no options of its mixer."""
+
+
+def _expand(table: _RunTable, seeds: list[int], whole: bool) -> Iterator[ExperimentRun]:
     for changes in table.sweep:
-        options = {key: value for key, value in changes.items() if key not in ("explanation", "mixer")}
+        options = {key: value for key, value in changes.items() if key not in _NO_OPTIONS}
         mixer = read_mixers(_with_options(changes.get("mixer", table.mixer), options))
+        model = {**table.model, **changes.get("model", {})}
+        training = from_data(TrainingConfig, {**table.training, **changes.get("training", {})})
         for seed in seeds:
             yield ExperimentRun(
-                config=run_config(table.task, mixer, table.model, replace(table.training, seed=seed)),
+                config=run_config(table.task, mixer, model, replace(training, seed=seed)),
                 lengths=tuple(table.lengths),
                 winner_lengths=tuple(table.winner_lengths),
+                sequences=table.sequences,
+                whole=whole,
+                chance=table.chance,
                 explanation=changes.get("explanation", table.explanation),
+                published=changes.get("published", table.published),
             )
 
 

@@ -1,4 +1,4 @@
-"""Runs an experiment: every run in a worker process of one thread, as many at once as there are cores."""
+"""Runs an experiment: every run in a worker process of one thread, as many at once as there are cores or GPUs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import queue
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
@@ -49,18 +49,20 @@ def run_experiment(
     out: Path,
     *,
     workers: int | None = None,
+    devices: Sequence[str] = ("cpu",),
     evaluation_seed: int = 0,
     on_event: Callable[[RunEvent], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Record] | None:
-    """Trains and evaluates every run on the CPU, each in a directory of its own below `out`.
+    """Trains and evaluates every run, each in a directory of its own below `out`.
 
     Runs that are finished there already, with the same config, are not repeated; half-finished ones go on.
 
     Args:
         experiment: what to run.
         out: the directory of the experiment.
-        workers: processes; None for one on each core.
+        workers: processes; None for one on each core, or one on each GPU.
+        devices: where they run, such as ("cuda:0", "cuda:1"); the workers are shared out among them.
         evaluation_seed: seed of the sequences that the models are judged on.
         on_event: called in this process with news of the runs.
         should_stop: asked a few times a second; on True all runs write a checkpoint and stop.
@@ -68,10 +70,13 @@ def run_experiment(
     Returns:
         A record for each run, in the experiment's order, those that failed included; None if it was told to stop.
     """
-    workers = workers or available_cores()
+    workers = workers or (available_cores() if list(devices) == ["cpu"] else len(devices))
     context = multiprocessing.get_context("spawn")
     events: Queue[RunEvent] = context.Queue()
     stop = context.Event()
+    places: Queue[str] = context.Queue()
+    for worker in range(workers):
+        places.put(devices[worker % len(devices)])
     records: dict[int, Record] = {}
 
     def drain(timeout: float) -> None:
@@ -83,7 +88,7 @@ def run_experiment(
         except queue.Empty:
             pass
 
-    with ProcessPoolExecutor(workers, context, _start_worker, (events, stop, os.getpid())) as pool:
+    with ProcessPoolExecutor(workers, context, _start_worker, (events, stop, places, os.getpid())) as pool:
         pending: dict[Future[Record | None], int] = {}
         for index, run in enumerate(experiment.runs):
             pending[pool.submit(_run, index, run, out / run.name, evaluation_seed)] = index
@@ -106,11 +111,12 @@ def run_experiment(
 
 _events: Queue[RunEvent]
 _stop: Event
+_device: str
 
 
-def _start_worker(events: Queue[RunEvent], stop: Event, parent: int) -> None:
-    global _events, _stop
-    _events, _stop = events, stop
+def _start_worker(events: Queue[RunEvent], stop: Event, places: Queue[str], parent: int) -> None:
+    global _events, _stop, _device
+    _events, _stop, _device = events, stop, places.get()
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group; only the parent acts on it, and tells the workers through `stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -137,6 +143,7 @@ def _run(index: int, run: ExperimentRun, path: Path, evaluation_seed: int) -> Re
         result = train(
             config,
             directory,
+            device=_device,
             on_progress=lambda progress: _events.put(RunEvent(index, progress=progress)),
             should_stop=_stop.is_set,
         )
@@ -153,7 +160,16 @@ def _run(index: int, run: ExperimentRun, path: Path, evaluation_seed: int) -> Re
                     raise _Stopped
                 _events.put(RunEvent(index, evaluated=done / total))
 
-            return evaluate(result.model, task, lengths, seed=evaluation_seed, on_progress=on_progress)
+            return evaluate(
+                result.model,
+                task,
+                lengths,
+                seed=evaluation_seed,
+                sequences=run.sequences,
+                whole=run.whole,
+                device=_device,
+                on_progress=on_progress,
+            )
 
         try:
             results = judge(run.lengths)

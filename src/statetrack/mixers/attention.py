@@ -48,6 +48,9 @@ class AttentionConfig(MixerConfig):
     name: ClassVar[str] = "attention"
     title: ClassVar[str] = "Attention"
     summary: ClassVar[str] = "causal softmax attention with rotary positions; no recurrence, a growing cache"
+    absent: ClassVar[dict[str, str]] = {
+        "eigenvalue_range": "attention has no eigenvalue_range: it keeps all tokens and has no state-transition matrix"
+    }
 
     num_heads: int = 4
     num_key_value_heads: int | None = None

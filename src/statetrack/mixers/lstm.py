@@ -30,6 +30,9 @@ class LSTMConfig(MixerConfig):
     name: ClassVar[str] = "lstm"
     title: ClassVar[str] = "LSTM"
     summary: ClassVar[str] = "the classical gated RNN; its recurrence is not linear"
+    absent: ClassVar[dict[str, str]] = {
+        "eigenvalue_range": "lstm has no eigenvalue_range: its recurrence is not linear and has no transition matrix"
+    }
 
     hidden_size: int | None = None
 

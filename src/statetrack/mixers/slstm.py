@@ -46,6 +46,9 @@ class SLSTMConfig(MixerConfig):
     name: ClassVar[str] = "slstm"
     title: ClassVar[str] = "sLSTM"
     summary: ClassVar[str] = "an LSTM with exponential gates and a normalizer; its recurrence is not linear"
+    absent: ClassVar[dict[str, str]] = {
+        "eigenvalue_range": "slstm has no eigenvalue_range: its recurrence is not linear and has no transition matrix"
+    }
 
     num_heads: int = 4
     head_dim: int | None = None

@@ -60,9 +60,10 @@ def linear_recurrence(
             the transition.
     """
     _check(transition, q, v, write, initial_state, cu_seqlens)
-    chosen = _choose(transition, q.shape[1], backend)
-    if backend == "auto" and q.shape[1] == 1 and cu_seqlens is None and not chosen.decodes:
+    a_step = backend == "auto" and q.shape[1] == 1 and cu_seqlens is None
+    if a_step and not any(decoder.supports(transition) is None for decoder in _DECODERS):
         return one_token(transition, q, v, write, initial_state)
+    chosen = _choose(transition, q.shape[1], backend)
     return chosen.run(transition, q, v, write, initial_state, cu_seqlens)
 
 
@@ -173,3 +174,4 @@ def _find_backends() -> tuple[Backend, ...]:
 
 
 _BACKENDS = _find_backends()
+_DECODERS = tuple(backend for backend in _BACKENDS if backend.decodes)

@@ -32,37 +32,40 @@ def _one_token(
     key_dim, value_dim = q.shape[-1], v.shape[-1]
 
     def rows(x: Tensor, *shape: int) -> Tensor:
-        return x.to(dtype).reshape(b * h, *shape)
+        return (x if x.dtype == dtype else x.to(dtype)).reshape(b * h, *shape)
+
+    def add_product(state: Tensor, column: Tensor, row: Tensor, sign: int = 1) -> Tensor:
+        """state + sign column row^T; by elementwise multiplication, which costs half as much as a matrix product."""
+        shape = (key_dim, 1), (1, value_dim)
+        if state is before or torch.is_grad_enabled():
+            return torch.addcmul(state, rows(column, *shape[0]), rows(row, *shape[1]), value=sign)
+        return state.addcmul_(rows(column, *shape[0]), rows(row, *shape[1]), value=sign)
 
     if initial_state is None:
-        state = q.new_zeros(b * h, key_dim, value_dim, dtype=dtype)
+        before = q.new_zeros(b * h, key_dim, value_dim, dtype=dtype)
     else:
-        state = rows(initial_state, key_dim, value_dim)
+        before = rows(initial_state, key_dim, value_dim)
 
     if isinstance(transition, Householder):
-        if transition.decay is not None:
-            state = rows(transition.decay, -1, 1) * state
-        factors = zip(
-            *(x.to(dtype).unbind(2) for x in (transition.k, transition.effective_beta, v)),
-            strict=True,
-        )
+        state = before if transition.decay is None else rows(transition.decay, -1, 1) * before
+        factors = zip(transition.k.unbind(2), transition.effective_beta.unbind(2), v.unbind(2), strict=True)
         for k, beta, value in factors:
-            k = k.reshape(b * h, 1, key_dim)
-            error = torch.baddbmm(value.reshape(b * h, 1, value_dim), k, state, alpha=-1)
-            state = torch.baddbmm(state, k.mT, beta.reshape(b * h, 1, 1) * error)
+            error = torch.baddbmm(rows(value, 1, value_dim), rows(k, 1, key_dim), state, alpha=-1)
+            state = add_product(state, k, rows(beta, 1, 1) * error)
     else:
         assert write is not None
         if isinstance(transition, Discretized):
-            exact = replace(transition, A=transition.A.to(dtype))
-            state = rows(exact.decay_of(transition.dt.to(dtype)), key_dim, value_dim) * state
+            # Step sizes and A laid out alike, or the product of the two would have to be copied into rows.
+            decay = replace(transition, A=transition.A.contiguous()).decay_of(transition.dt.to(dtype))
+            decay = decay.view(b * h, key_dim, value_dim)
+            state = decay * before if torch.is_grad_enabled() else decay.mul_(before)
         elif isinstance(transition, Diagonal):
-            state = rows(transition.decay, -1, 1) * state
+            state = rows(transition.decay, -1, 1) * before
         elif isinstance(transition, LowRank):
-            read = torch.bmm(rows(transition.w, 1, key_dim), state)
-            kept = rows(transition.decay, -1, 1) * state
-            state = torch.baddbmm(kept, rows(transition.u, key_dim, 1), read, alpha=-1)
+            read = torch.bmm(rows(transition.w, 1, key_dim), before)
+            state = add_product(rows(transition.decay, -1, 1) * before, transition.u, read, sign=-1)
         else:
             raise TypeError(f"no step is defined for {type(transition).__name__}")
-        state = torch.baddbmm(state, rows(write, key_dim, 1), rows(v, 1, value_dim))
+        state = add_product(state, write, v)
     o = torch.bmm(rows(q, 1, key_dim), state)
     return o.view(b, 1, h, value_dim).to(v.dtype), state.view(b, h, key_dim, value_dim)

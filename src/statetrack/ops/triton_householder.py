@@ -7,11 +7,8 @@ imported by the first call, not with the package. Tile sizes come from a table, 
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,12 +16,20 @@ from torch import Tensor
 
 from statetrack.ops.backend import Backend, register_operator
 from statetrack.ops.packing import run_packed
+from statetrack.ops.triton_common import (
+    CHECKED_ON_A_CARD,
+    LARGEST_KEY,
+    Launch,
+    as_float32,
+    check_inputs,
+    power_of_two,
+    processors,
+    unavailable,
+)
 from statetrack.transition import Householder, Transition
 
-_HAS_TRITON = find_spec("triton") is not None
 # The tensors that a state-free kernel leaves for the scans, and those that a forward scan leaves for the backward.
 _PREPARED = 6
-_LARGEST_KEY = 256
 _LARGEST_PRODUCT = 64
 # Shorter sequences go step by step: with so few tokens the state's own traffic is all there is.
 _STEP_BY_STEP = 4
@@ -36,18 +41,13 @@ _SHORTEST_SEGMENT = 8
 def supports(transition: Transition) -> str | None:
     if not isinstance(transition, Householder):
         return "triton_householder serves Householder transitions"
-    if not _HAS_TRITON:
-        return "the package triton is not installed"
     k = transition.k
-    if k.device.type != "cuda" and not _interpreted():
-        return f"triton serves tensors on a CUDA device, not on {k.device} (or anywhere with TRITON_INTERPRET=1)"
-    tensors = [x for x in (k, transition.beta, transition.decay) if x is not None]
-    if any(x.dtype == torch.float64 for x in tensors):
-        return "triton_householder computes in float32 and does not serve float64"
+    if reason := unavailable(k, transition.beta, transition.decay):
+        return reason
     if transition.decay is not None and transition.decay.ndim == 4:
         return "triton_householder serves one decay for each head, [B, T, H], not one for each channel"
-    if k.shape[-1] > _LARGEST_KEY:
-        return f"triton_householder serves keys of up to {_LARGEST_KEY} channels, not {k.shape[-1]}"
+    if k.shape[-1] > LARGEST_KEY:
+        return f"triton_householder serves keys of up to {LARGEST_KEY} channels, not {k.shape[-1]}"
     if k.shape[2] > _LARGEST_PRODUCT:
         return f"triton_householder serves up to {_LARGEST_PRODUCT} factors a token, not {k.shape[2]}"
     return None
@@ -61,16 +61,13 @@ def run(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if any(x is not None and x.dtype == torch.float64 for x in (q, v, initial_state)):
-        raise ValueError(
-            "backend 'triton' computes in float32: give q, v and initial_state in float32 or a shorter dtype"
-        )
+    check_inputs(q, v, initial_state)
     if cu_seqlens is None:
         return _run_dense(transition, q, v, write, initial_state)
     return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
 
 
-BACKEND = Backend(name="triton", supports=supports, run=run, priority=20, decodes=True)
+BACKEND = Backend(name="triton", supports=supports, run=run, priority=CHECKED_ON_A_CARD, decodes=True)
 
 
 def _run_dense(
@@ -115,15 +112,6 @@ class _TritonHouseholder(torch.autograd.Function):
         )
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 @cache
 def _kernels() -> Any:
     return import_module("statetrack.ops.kernels.householder")
@@ -134,32 +122,20 @@ def _operands(dtypes: set[torch.dtype]) -> tuple[torch.dtype, bool]:
     return (torch.bfloat16, True) if dtypes == {torch.bfloat16} else (torch.float32, False)
 
 
-@dataclass(frozen=True)
-class _Launch:
-    """Launch options of one kernel, and the width of its value tiles; for `prepare` its blocks of substitution."""
-
-    block: int
-    num_warps: int
-    num_stages: int
-
-
-def _power_of_two(x: int, least: int = 16) -> int:
-    return max(least, 1 << (x - 1).bit_length())
-
-
-# By kernel and by the key dimension's power of two, up to which an entry serves. Measured on an H100 in bfloat16.
-_TABLE: dict[str, dict[int, _Launch]] = {
-    "prepare": {64: _Launch(4, 4, 1), 128: _Launch(4, 4, 1), 256: _Launch(4, 4, 1)},
-    "scan_forward": {64: _Launch(64, 4, 2), 128: _Launch(128, 8, 2), 256: _Launch(64, 8, 1)},
-    "scan_backward": {64: _Launch(64, 4, 2), 128: _Launch(128, 8, 2), 256: _Launch(64, 8, 1)},
-    "gradients": {64: _Launch(64, 4, 2), 128: _Launch(64, 4, 2), 256: _Launch(32, 8, 1)},
+# By kernel and by the key dimension's power of two, up to which an entry serves. The block of `prepare` is
+# that of its substitution. Measured on an H100 in bfloat16.
+_TABLE: dict[str, dict[int, Launch]] = {
+    "prepare": {64: Launch(4, 4, 1), 128: Launch(4, 4, 1), 256: Launch(4, 4, 1)},
+    "scan_forward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(64, 8, 1)},
+    "scan_backward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(64, 8, 1)},
+    "gradients": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 8, 1)},
 }
 # float32 operands take twice the shared memory.
-_TABLE_FLOAT32: dict[str, dict[int, _Launch]] = {
-    "prepare": {64: _Launch(16, 4, 1), 128: _Launch(16, 4, 1), 256: _Launch(16, 8, 1)},
-    "scan_forward": {64: _Launch(32, 4, 1), 128: _Launch(32, 4, 1), 256: _Launch(16, 4, 1)},
-    "scan_backward": {64: _Launch(32, 4, 1), 128: _Launch(32, 4, 1), 256: _Launch(16, 4, 1)},
-    "gradients": {64: _Launch(32, 4, 1), 128: _Launch(32, 8, 1), 256: _Launch(16, 8, 1)},
+_TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
+    "prepare": {64: Launch(16, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 8, 1)},
+    "scan_forward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
+    "scan_backward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
+    "gradients": {64: Launch(32, 4, 1), 128: Launch(32, 8, 1), 256: Launch(16, 8, 1)},
 }
 
 
@@ -173,8 +149,8 @@ class _Shape:
         # Half a chunk does for the products of keys of 256 channels in float32, which would not fit on the chip.
         self.block_m = 32 if operand == torch.float32 and self.key_dim > 64 and self.factors <= 32 else 64
         self.tokens = self.block_m // self.factors
-        self.block_c = _power_of_two(self.tokens)
-        self.block_k = _power_of_two(self.key_dim)
+        self.block_c = power_of_two(self.tokens)
+        self.block_k = power_of_two(self.key_dim)
         self.chunks = -(-self.length // self.tokens)
         self.rows = self.batch * self.heads
 
@@ -185,8 +161,7 @@ class _Shape:
         """The entry's block and triton's options."""
         table = (_TABLE if self.split else _TABLE_FLOAT32)[kernel]
         entry = table[max(64, self.block_k)]
-        options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
-        return min(entry.block, _power_of_two(self.value_dim)), options
+        return min(entry.block, power_of_two(self.value_dim)), entry.options
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -218,7 +193,7 @@ class _Shape:
 
         Segments cost the scan almost three times the work, so there are none where rows fill the device by themselves.
         """
-        count = _processors(self.device) // (self.rows * blocks)
+        count = processors(self.device) // (self.rows * blocks)
         if count < _FEWEST_SEGMENTS or self.block_k > 128:
             return 1, self.chunks
         length = max(_SHORTEST_SEGMENT, -(-self.chunks // count))
@@ -234,7 +209,7 @@ class _Shape:
 
     def join(self, maps: Tensor, ends: Tensor, border: Tensor | None, borders: Tensor, *, reverse: bool) -> None:
         """Fills `borders` with the states between segments."""
-        block_v = min(64, _power_of_two(self.value_dim))
+        block_v = min(64, power_of_two(self.value_dim))
         _kernels().join_segments[(self.rows, -(-self.value_dim // block_v))](
             maps, ends, border, borders, maps.shape[1],
             K=self.key_dim, V=self.value_dim, BK=self.block_k, BV=block_v,
@@ -267,11 +242,11 @@ def _forward(
     shape = _Shape(k, v.shape[-1], operand, split)
     o = v.new_empty(shape.batch, shape.length, shape.heads, shape.value_dim)
     final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32)
-    initial = None if initial_state is None else initial_state.to(torch.float32).contiguous()
+    initial = None if initial_state is None else as_float32(initial_state)
     beta, decay = _parameters(beta, decay)
     with torch.cuda.device_of(k):
         if shape.length <= _STEP_BY_STEP and not save:
-            block_v = min(32, _power_of_two(shape.value_dim))
+            block_v = min(32, power_of_two(shape.value_dim))
             kernels.steps[(shape.rows, -(-shape.value_dim // block_v))](
                 q.contiguous(), k.contiguous(), v.contiguous(), beta, decay, initial, o, final,
                 shape.length, shape.heads,
@@ -299,7 +274,7 @@ def _forward(
             maps = shape.new(shape.rows, segments, shape.key_dim, shape.key_dim, dtype=torch.float32)
             ends = torch.empty_like(first)
             for what, target, width in ((2, ends, shape.value_dim), (3, maps, shape.key_dim)):
-                block = min(block_v, _power_of_two(width))
+                block = min(block_v, power_of_two(width))
                 kernels.scan_forward[(shape.rows * segments, -(-width // block))](
                     q, k, v, *prepared, None, o, target, *[None] * 3, *shape.sizes, segments, length,
                     V=width, BV=block, MODE=what, SAVE=False, **constants, **options,
@@ -359,7 +334,7 @@ def _backward(
         constants = shape.constants(V=shape.value_dim, BV=block_v, DECAY=has_decay)
         inputs = (operand_q, operand_k, *prepared, operand_d_o)
         segments, length = (maps[0].shape[1], -(-shape.chunks // maps[0].shape[1])) if maps else (1, shape.chunks)
-        mode, last = 0, d_state.to(torch.float32).contiguous()
+        mode, last = 0, as_float32(d_state)
         if maps:
             first = shape.new(shape.rows, segments, shape.value_dim, shape.key_dim, dtype=torch.float32)
             kernels.scan_backward[(shape.rows * segments, blocks)](
@@ -403,7 +378,7 @@ def _empty_gradients(
 
 
 def _parameters(beta: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return beta.to(torch.float32).contiguous(), None if decay is None else decay.to(torch.float32).contiguous()
+    return as_float32(beta), None if decay is None else as_float32(decay)
 
 
 _forward_op = register_operator("triton_householder", _forward, _empty_results)

@@ -40,7 +40,7 @@ def from_pretrained(
     widening: Widenings = "reinterpret",
     dtype: torch.dtype | None = None,
 ) -> LanguageModel:
-    """The model of a checkpoint of flash-linear-attention or transformers, in evaluation mode, on the CPU.
+    """The model of a checkpoint of flash-linear-attention, transformers or `statetrack.hf`, for evaluation, on the CPU.
 
     Args:
         path: a local directory with config.json and model.safetensors, or shards and model.safetensors.index.json.
@@ -107,9 +107,13 @@ def _load(model: LanguageModel, weights: dict[str, Tensor], source: Source, dire
     rows = source.rows(config, weights)
     if not config.tie_embeddings:
         rows = [*rows, Rows((source.head,), ("head.weight",))]
-    # Lower ends that are learned are no checkpoint's; they start where their config says.
-    ours = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("widening.lower_end")}
     named = sorted(name for row in rows for name in row.ours)
+    # Lower ends that a checkpoint has not learned start where their config says.
+    ours = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name in named or not name.endswith("widening.lower_end")
+    }
     if named != sorted(ours):
         raise AssertionError(f"{type(source).__name__} does not name each parameter once: {set(named) ^ set(ours)}")
 

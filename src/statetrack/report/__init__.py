@@ -4,8 +4,17 @@ The input is data, a list of `Record`s; no model is loaded and nothing is comput
 """
 
 from statetrack.report.origin import provenance
-from statetrack.report.page import write_figure, write_report
+from statetrack.report.page import ReportTable, write_figure, write_report
 from statetrack.report.record import Record, read_summary, write_summary
 from statetrack.report.tables import table
 
-__all__ = ["Record", "provenance", "read_summary", "table", "write_figure", "write_report", "write_summary"]
+__all__ = [
+    "Record",
+    "ReportTable",
+    "provenance",
+    "read_summary",
+    "table",
+    "write_figure",
+    "write_report",
+    "write_summary",
+]

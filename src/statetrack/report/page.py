@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -28,6 +29,23 @@ Draw = Callable[["Axes"], None]
 # matplotlib is imported where figures are drawn: it takes half a second, and who only makes records needs none.
 
 
+@dataclass(frozen=True)
+class ReportTable:
+    """A table of the page's own, above the tasks.
+
+    Attributes:
+        title: its heading.
+        text: a paragraph above it; empty for none.
+        header: of its columns.
+        rows: a cell of text for each column.
+    """
+
+    title: str
+    text: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 def write_report(
     records: Iterable[Record],
     path: Path | str,
@@ -37,6 +55,7 @@ def write_report(
     criterion: str = "",
     descriptions: Mapping[str, str] | None = None,
     provenance: Mapping[str, str] | None = None,
+    tables: Sequence[ReportTable] = (),
 ) -> None:
     """Writes one HTML page that needs no network, no font and no script; it follows the reader's light or dark scheme.
 
@@ -50,6 +69,7 @@ def write_report(
         criterion: when a run counts as solved, such as "99.9% right at length 256".
         descriptions: task -> what it asks, in a sentence.
         provenance: how the records were made, as `provenance()` gives it.
+        tables: what to show above the tasks.
 
     Raises:
         ValueError: if there are no records.
@@ -73,6 +93,7 @@ def write_report(
         key=svg(figures.draw_key, 260, 212, (0, 0, 0, 0), "An eigenvalue of 1 keeps, 0 forgets, −1 flips."),
         swatch=lambda model: svg(partial(figures.draw_swatch, style=styles[model]), 36, 12, (0, 0, 0, 0), ""),
         provenance=dict(provenance or {}),
+        tables=tables,
         has_spectra=any(g.representative() for g in groups),
         longest_training=max(record.train_lengths[1] for g in groups for record in g.records),
         longest=max((length for g in groups for length in g.lengths), default=0),

@@ -10,9 +10,9 @@ import importlib
 import pkgutil
 from functools import cache
 
-from statetrack.tasks.task import IGNORE, Batch, Stream, Task, TaskFamily
+from statetrack.tasks.task import IGNORE, Batch, EndlessTask, Stream, Task, TaskFamily
 
-__all__ = ["IGNORE", "Batch", "Stream", "Task", "TaskFamily", "get_task", "list_tasks"]
+__all__ = ["IGNORE", "Batch", "EndlessTask", "Stream", "Task", "TaskFamily", "get_task", "list_tasks"]
 
 
 def list_tasks() -> tuple[TaskFamily, ...]:

@@ -3,31 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from statetrack.automata import Automaton
-from statetrack.tasks.task import Batch, Stream, Task, check_length, check_stream
+from statetrack.automata.algebra import algebraic_class
+from statetrack.tasks.task import Batch, EndlessTask, Stream, check_length, check_stream
 
 
-@dataclass(frozen=True)
-class AutomatonTask(Task):
-    """Tokens are letters of an automaton, each drawn independently and uniformly; labels are the outputs after each.
+@dataclass(frozen=True, kw_only=True)
+class AutomatonTask(EndlessTask):
+    """Tokens are letters of an automaton, drawn independently and uniformly; labels are the outputs after each.
 
     Attributes:
         automaton: its letters are the tokens, its outputs the labels.
+        draws: which letter each of D equally likely draws means in each state, where not all letters are wanted in all
+            states: D letters for every state. None if every letter is as likely as every other in every state.
+        known_class: the algebraic class, where the maker knows it; otherwise it is computed when it is asked for.
+        known_chance: the chance level, where the maker knows it; otherwise it is computed, from a matrix of all states.
     """
 
     vocab_size: int = field(init=False)
     num_labels: int = field(init=False)
     chance: float = field(init=False)
     automaton: Automaton
+    draws: tuple[tuple[int, ...], ...] | None = None
+    known_class: str | None = None
+    known_chance: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocab_size", self.automaton.num_letters)
         object.__setattr__(self, "num_labels", self.automaton.num_outputs)
-        object.__setattr__(self, "chance", float(_long_run_outputs(self.automaton).max()))
+        chance = _long_run_outputs(self._driver).max() if self.known_chance is None else self.known_chance
+        object.__setattr__(self, "chance", float(chance))
+
+    @cached_property
+    def algebraic_class(self) -> str:
+        return self.known_class or algebraic_class(self.automaton)
+
+    @cached_property
+    def num_generators(self) -> int:
+        return len(self.automaton.transitions.unique(dim=1).T)
 
     @property
     def token_names(self) -> tuple[str, ...]:
@@ -37,7 +55,27 @@ class AutomatonTask(Task):
         self, batch_size: int, generator: torch.Generator, device: torch.device | str | None = None
     ) -> AutomatonStream:
         check_stream(batch_size, generator, device)
-        return AutomatonStream(self.automaton.to(generator.device), batch_size, generator)
+        driver = self._driver.to(generator.device)
+        return AutomatonStream(driver, self._letters_on(generator.device), batch_size, generator)
+
+    @cached_property
+    def _driver(self) -> Automaton:
+        """The automaton that reads draws instead of letters."""
+        if self.draws is None:
+            return self.automaton
+        return Automaton(
+            self.automaton.transitions.gather(1, torch.tensor(self.draws)), self.automaton.start, self.automaton.outputs
+        )
+
+    def _letters_on(self, device: torch.device) -> Tensor | None:
+        """`draws` as a table [states * draws] on a device; a copy is made once for each device and kept."""
+        if self.draws is not None and device not in self._letters:
+            self._letters[device] = torch.tensor(self.draws, device=device).view(-1)
+        return self._letters.get(device)
+
+    @cached_property
+    def _letters(self) -> dict[torch.device, Tensor]:
+        return {}
 
 
 class AutomatonStream(Stream):
@@ -45,27 +83,36 @@ class AutomatonStream(Stream):
 
     On a CPU the tokens depend on the generator's seed and the number of sequences alone, however they are cut into
     segments. On a GPU they depend on the cuts too, as every draw there starts a new part of the random stream.
+
+    Args:
+        driver: what reads the draws.
+        letters: the letter that a draw means in a state, int64 [states * draws]; None if a draw is a letter.
+        batch_size: how many words.
+        generator: decides the draws.
     """
 
-    def __init__(self, automaton: Automaton, batch_size: int, generator: torch.Generator) -> None:
-        self._automaton = automaton
+    def __init__(self, driver: Automaton, letters: Tensor | None, batch_size: int, generator: torch.Generator) -> None:
+        self._driver = driver
+        self._letters = letters
         self._generator = generator
-        self._state = torch.full((batch_size,), automaton.start, device=automaton.device)
+        self._state = torch.full((batch_size,), driver.start, device=driver.device)
 
     def next(self, length: int) -> Batch:
         check_length(length)
         # Drawn time first, so that the numbers of a segment follow those of the one before.
-        letters = torch.randint(
-            self._automaton.num_letters,
-            (length, len(self._state)),
-            generator=self._generator,
-            device=self._automaton.device,
+        draws = torch.randint(
+            self._driver.num_letters, (length, len(self._state)), generator=self._generator, device=self._driver.device
         )
-        states = self._automaton.run_time_first(letters, self._state)
+        states = self._driver.run_time_first(draws, self._state)
+        letters = draws
+        if self._letters is not None:
+            before = torch.cat([self._state.unsqueeze(0), states[:-1]])
+            places = torch.add(draws, before, alpha=self._driver.num_letters)
+            letters = self._letters.index_select(0, places.view(-1)).view_as(draws)
         # A copy, as a view of the last row would keep all the rows in memory.
         self._state = states[-1].clone()
         ids = letters.T.contiguous()
-        return Batch(ids, self._automaton.outputs.index_select(0, states.T.reshape(-1)).view_as(ids))
+        return Batch(ids, self._driver.outputs.index_select(0, states.T.reshape(-1)).view_as(ids))
 
 
 def _long_run_outputs(automaton: Automaton) -> Tensor:

@@ -24,7 +24,9 @@ def _make(argument: str) -> AutomatonTask:
         letter_names=tuple(map(str, range(modulus))),
         state_names=tuple(map(str, range(modulus))),
     )
-    return AutomatonTask(name=f"modular_addition:{modulus}", description=DESCRIPTION, automaton=automaton)
+    return AutomatonTask(
+        name=f"modular_addition:{modulus}", description=DESCRIPTION, automaton=automaton, known_class="abelian group"
+    )
 
 
 TASK = TaskFamily(

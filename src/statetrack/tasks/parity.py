@@ -19,7 +19,7 @@ def _make(argument: str) -> AutomatonTask:
         letter_names=("0", "1"),
         state_names=("even", "odd"),
     )
-    return AutomatonTask(name="parity", description=DESCRIPTION, automaton=automaton)
+    return AutomatonTask(name="parity", description=DESCRIPTION, automaton=automaton, known_class="abelian group")
 
 
 TASK = TaskFamily(name="parity", argument="", description=DESCRIPTION, example="parity", make=_make)

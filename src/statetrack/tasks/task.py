@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ class Stream(ABC):
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """Sequences of any length with a known right answer, drawn on the device that a model is on.
+    """Sequences with a known right answer, drawn on the device that a model is on.
 
     Attributes:
         name: what `get_task` makes the same task from.
@@ -57,9 +57,49 @@ class Task(ABC):
     chance: float
 
     @property
+    @abstractmethod
+    def algebraic_class(self) -> str:
+        """What kind of monoid the tokens generate.
+
+        For a finite automaton "aperiodic monoid", or "abelian", "solvable" or "non-solvable group", or "solvable" or
+        "non-solvable monoid" for one with groups in it, after what `automata.algebra` says of its minimal automaton.
+        Otherwise in the task's own words.
+        """
+
+    @property
+    @abstractmethod
+    def num_generators(self) -> int | None:
+        """How many different maps of the states single tokens (or statements) make; None where there is no such set."""
+
+    @property
     def token_names(self) -> tuple[str, ...]:
         """A name for each token, for people."""
         return tuple(str(token) for token in range(self.vocab_size))
+
+    def fits(self, length: int) -> bool:
+        """Whether there are sequences of so many tokens, with a label at the end."""
+        return length >= 1
+
+    @abstractmethod
+    def sample(
+        self, batch_size: int, length: int, generator: torch.Generator, device: torch.device | str | None = None
+    ) -> Batch:
+        """A batch of fresh sequences.
+
+        Args:
+            batch_size: B, how many sequences.
+            length: T, how many tokens each has.
+            generator: decides the tokens.
+            device: where the batch is; it must be the generator's, which None stands for.
+
+        Raises:
+            ValueError: for a batch size below 1, a length that no sequence has, or another device than the generator's.
+        """
+
+
+@dataclass(frozen=True)
+class EndlessTask(Task):
+    """A task whose sequences go on for ever, so that they can be read in segments, in constant memory."""
 
     @abstractmethod
     def stream(self, batch_size: int, generator: torch.Generator, device: torch.device | str | None = None) -> Stream:
@@ -95,6 +135,7 @@ class TaskFamily:
         description: one sentence for people.
         example: a name that `get_task` takes.
         make: the task for an argument (empty if there is none); raises ValueError for a wrong one.
+        needs: a package beyond those of statetrack that sampling needs, as `import` spells it; empty if none.
     """
 
     name: str
@@ -102,6 +143,7 @@ class TaskFamily:
     description: str
     example: str
     make: Callable[[str], Task]
+    needs: str = ""
 
     @property
     def syntax(self) -> str:
@@ -110,7 +152,7 @@ class TaskFamily:
 
 
 def check_stream(batch_size: int, generator: torch.Generator, device: torch.device | str | None) -> None:
-    """What every `Task.stream` refuses."""
+    """What every task refuses."""
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if device is None:
@@ -123,6 +165,36 @@ def check_stream(batch_size: int, generator: torch.Generator, device: torch.devi
 
 
 def check_length(length: int) -> None:
-    """What every `Stream.next` refuses."""
+    """What every stream and every sample refuses."""
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length}")
+
+
+def check_fits(task: Task, length: int) -> None:
+    """What the `sample` of a task refuses that has sequences of some lengths only."""
+    check_length(length)
+    if not task.fits(length):
+        near = [n for n in range(max(1, length - 64), length + 65) if task.fits(n)]
+        nearest = sorted(sorted(near, key=lambda n: abs(n - length))[:2])
+        raise ValueError(f"the task {task.name} has no sequences of {length} tokens; near are {nearest}")
+
+
+def read_numbers(argument: str, name: str, bounds: Mapping[str, tuple[int, int]], example: str) -> list[int]:
+    """The numbers in a task's argument, such as the 6, 3 and 0 of "6,3,0".
+
+    Args:
+        argument: what stands after the colon.
+        name: of the task, for the message.
+        bounds: the least and the largest value of each number, by its name.
+        example: an argument that is right.
+
+    Raises:
+        ValueError: unless it is as many whole numbers within their bounds.
+    """
+    parts = [part.strip() for part in argument.split(",")]
+    if len(parts) == len(bounds) and all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
+        numbers = [int(part) for part in parts]
+        if all(low <= number <= high for number, (low, high) in zip(numbers, bounds.values(), strict=True)):
+            return numbers
+    wanted = ", ".join(f"{key} from {low} to {high}" for key, (low, high) in bounds.items())
+    raise ValueError(f"{name}:{','.join(bounds)} takes {wanted}, such as {example}; got {argument!r}")

@@ -16,6 +16,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from statetrack.automata import Automaton
+    from statetrack.model import LanguageModel, Tracker
     from statetrack.theory.requirements import Analysis
 
 
@@ -70,6 +71,9 @@ class Language:
     def named(self) -> bool:
         return any(value is not None for value in (self.regex, self.group, self.generators, self.automaton))
 
+
+Interval = Literal["auto"] | int
+"""Tokens from one correction of a stabilized model to the next; "auto" leaves the choice to it."""
 
 _LanguageOptions = Annotated[Language, tyro.conf.arg(name="")]
 
@@ -168,6 +172,8 @@ class Verify:
         mode: exhaustive, words, or auto: exhaustive where the model has few enough states.
         tokens: then also read one random word of so many tokens; 0 for none.
         dtype: of weights and activations; states are float32 in any case.
+        stabilize: set the state back on one that short words lead to, every so many tokens: a number, or auto for one
+            that suits the model. With 1 a trained model may be proved right.
         seed: of the random words.
         json: write the result as JSON to this file; without a file to standard output.
     """
@@ -178,6 +184,7 @@ class Verify:
     mode: Literal["auto", "exhaustive", "words"] = "auto"
     tokens: int = 10_000
     dtype: Literal["float32", "bfloat16"] = "float32"
+    stabilize: Interval | None = None
     seed: int = 0
     json: Path | None = None
 
@@ -194,9 +201,11 @@ class Verify:
         own = directory.read_config().task
         name = self.language.task_name(self.task) if self.language.named or self.task else own
         automaton = _automaton(name)
-        model = directory.load_model().to(getattr(torch, self.dtype))
+        model, corrections = stabilized(directory.load_model().to(getattr(torch, self.dtype)), self.stabilize)
         proof = verify(model, automaton, mode=self.mode, seed=self.seed)
         data = {"language": name, "dtype": self.dtype, "exact": proof.exact, **asdict(proof)}
+        if corrections is not None:
+            data["stabilized"] = corrections
         errors = proof.errors
         if self.tokens:
             with evaluation_progress() as show:
@@ -278,6 +287,16 @@ def _write_json(path: Path | None, data: object) -> bool:
 
     atomic_write(path, text + "\n")
     return False
+
+
+def stabilized(model: LanguageModel, interval: Interval | None) -> tuple[Tracker, dict[str, int] | None]:
+    """The model as the option --stabilize has it, and what is reported of the correction; None for none."""
+    if interval is None:
+        return model, None
+    from statetrack.stabilize import StabilizedModel
+
+    tracker = StabilizedModel(model, None if interval == "auto" else interval)
+    return tracker, {"interval": tracker.interval, "states": len(tracker.known)}
 
 
 def _short(name: str, width: int = 60) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from statetrack import seeds
 from statetrack.automata import Automaton
-from statetrack.model import LanguageModel, ModelState
+from statetrack.model import ModelState, Tracker
 
 Mode = Literal["auto", "exhaustive", "words"]
 MODES: tuple[Mode, ...] = ("auto", "exhaustive", "words")
@@ -72,7 +72,7 @@ class _TooManyError(Exception):
 
 @torch.inference_mode()
 def verify(
-    model: LanguageModel,
+    model: Tracker,
     automaton: Automaton,
     *,
     mode: Mode = "auto",
@@ -117,7 +117,7 @@ def verify(
     return Proof("words", errors, words * length, first_error=first, reason=reason)
 
 
-def check_sizes(model: LanguageModel, automaton: Automaton) -> None:
+def check_sizes(model: Tracker, automaton: Automaton) -> None:
     """Raises ValueError unless the model's tokens are the automaton's letters and its classes cover the outputs."""
     classes = model.config.output_size or model.config.vocab_size
     if model.config.vocab_size != automaton.num_letters or classes < automaton.num_outputs:
@@ -129,7 +129,7 @@ def check_sizes(model: LanguageModel, automaton: Automaton) -> None:
 
 @torch.inference_mode()
 def count_errors(
-    model: LanguageModel,
+    model: Tracker,
     automaton: Automaton,
     *,
     words: int = 1,
@@ -163,7 +163,7 @@ def count_errors(
     return errors, first
 
 
-def _exhaustive(model: LanguageModel, automaton: Automaton, limit: int) -> Proof:
+def _exhaustive(model: Tracker, automaton: Automaton, limit: int) -> Proof:
     letters = automaton.num_letters
     state = model.init_state(1)
     position = torch.tensor([automaton.start])
@@ -204,7 +204,7 @@ def _exhaustive(model: LanguageModel, automaton: Automaton, limit: int) -> Proof
 
 def _keys(state: ModelState, position: Tensor) -> list[bytes]:
     """The bits of every row of a state, with the automaton's state beside them."""
-    tensors = [tensor.flatten(1).double() for layer in state for tensor in layer.values()]
+    tensors = [tensor.reshape(len(tensor), -1).double() for layer in state for tensor in layer.values()]
     # float64 has every number of the smaller types; adding 0 makes the two zeros one.
     table = torch.cat([*tensors, position.double().unsqueeze(1)], 1).add_(0.0)
     if table.float().double().equal(table):

@@ -10,13 +10,10 @@ all. Without it all operands are float32 and the products tf32x3. Plain bfloat16
 output.
 """
 
-# What a branch on a constant leaves out does not exist in the compiled kernel.
-# pyright: reportPossiblyUnboundVariable=false
-
 from __future__ import annotations
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 # Stands for a beta or, in the backward, a decay of exactly 0: it moves no result by more than the rounding, and lets
 # the gradient divide. The square is still a normal float32.
@@ -30,7 +27,7 @@ def _halves(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _dot_precise(a, b, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def dot_precise(a, b, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """a b for float32 tiles, to 16 bits with SPLIT."""
     if SPLIT:
         a_high, a_low = _halves(a, OPERAND)
@@ -42,7 +39,7 @@ def _dot_precise(a, b, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl
 
 
 @triton.jit
-def _dot_masks(mask, x, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+def dot_masks(mask, x, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """mask x for a mask of zeros and ones and a float32 tile."""
     if SPLIT:
         high, low = _halves(x, OPERAND)
@@ -68,7 +65,7 @@ def _store_rows(pointer, x, rows_ok, row_stride, ROWS: tl.constexpr, WIDTH: tl.c
 
 
 @triton.jit
-def _inverse(
+def unit_triangular_inverse(
     system, BM: tl.constexpr, BASE: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
 ):
     """(I + system)^-1 for a strictly lower triangular `system` [BM, BM].
@@ -110,8 +107,8 @@ def _join_pairs(
     """From the inverses of the diagonal blocks of SIZE, those of twice the size."""
     i, j = tl.arange(0, BM)[:, None], tl.arange(0, BM)[None, :]
     pair = (i // (2 * SIZE) == j // (2 * SIZE)) & (i // SIZE != j // SIZE)
-    left = _dot_precise(x, tl.where(pair, system, 0.0), OPERAND, SPLIT, PRECISION)
-    return x - _dot_precise(left, x, OPERAND, SPLIT, PRECISION)
+    left = dot_precise(x, tl.where(pair, system, 0.0), OPERAND, SPLIT, PRECISION)
+    return x - dot_precise(left, x, OPERAND, SPLIT, PRECISION)
 
 
 @triton.jit
@@ -198,7 +195,7 @@ def prepare(
     system = tl.where(i > j, gram / divisor[:, None] * strength[:, None], 0.0)
     if DECAY:
         system *= d_pairs
-    inverse = _inverse(system, BM, BASE, OPERAND, SPLIT, PRECISION)
+    inverse = unit_triangular_inverse(system, BM, BASE, OPERAND, SPLIT, PRECISION)
     # `scaled` belongs to the columns; a reduction gives it the layout of a row.
     inverse *= tl.sum(tl.where(i == j, scaled[:, None], 0.0), axis=0)[None, :]
     tile = place * BM * BM + i * BM + j
@@ -507,10 +504,10 @@ def gradients(
         of_pairs = between_keys * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
         of_queries = to_queries * tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if N == 1:
-            spanning = _dot_masks(i <= j, of_pairs + of_queries, OPERAND, SPLIT, PRECISION)
+            spanning = dot_masks(i <= j, of_pairs + of_queries, OPERAND, SPLIT, PRECISION)
         else:
-            spanning = _dot_masks(i <= j, of_pairs, OPERAND, SPLIT, PRECISION)
-            spanning += _dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
+            spanning = dot_masks(i <= j, of_pairs, OPERAND, SPLIT, PRECISION)
+            spanning += dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
         total += tl.sum(tl.where(i > j, spanning, 0.0), axis=1)
 
     d_queries = tl.zeros([BC, BK], tl.float32)

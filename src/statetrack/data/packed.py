@@ -1,0 +1,233 @@
+"""Prepared tokens as batches: memory-mapped, in an order that neither ranks, nor workers, nor interruptions change.
+
+The tokens of a split are one stream, cut into windows of equal length. A batch is so many windows in one row, with
+`cu_seqlens` at every window and every document: the state is reset there. Windows are shuffled anew for each epoch; the
+batch of a step is determined by the seed and the step alone, whoever computes which part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from statetrack import seeds
+from statetrack.data.prepare import SPLITS, DataError, read_manifest
+
+
+class PackedTokens:
+    """The stream of all tokens of a split, memory-mapped.
+
+    Attributes:
+        num_tokens: its length.
+        vocab_size: of the tokenizer.
+        separator: the token that every document begins with.
+
+    Args:
+        directory: what `prepare` has written.
+        split: "train" or "held_out".
+        domains: the domains to read, one after the other; None for all.
+
+    Raises:
+        DataError: if the directory can't be read, or there are no such tokens.
+    """
+
+    def __init__(self, directory: Path | str, split: str = "train", domains: Sequence[str] | None = None) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split must be {' or '.join(SPLITS)}, got {split!r}")
+        self.directory = Path(directory)
+        manifest = read_manifest(self.directory)
+        known = list(manifest["sources"])
+        if unknown := [domain for domain in domains or () if domain not in known]:
+            raise DataError(f"{directory} has no domain {unknown[0]!r}; it has {', '.join(known)}")
+        self.vocab_size: int = manifest["vocab_size"]
+        self.separator: int = manifest["separator"]
+        parts = [
+            shard[split]
+            for domain in (known if domains is None else domains)
+            for shard in manifest["shards"]
+            if shard["domain"] == domain and shard[split]["tokens"]
+        ]
+        if not parts:
+            raise DataError(f"{directory} has no {split} tokens of {', '.join(domains or known)}")
+        self._paths = [[entry["path"] for entry in part["files"]] for part in parts]
+        self._ends = np.cumsum([part["tokens"] for part in parts])
+        self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.num_tokens = int(self._ends[-1])
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens start..stop - 1, int64, and where among them documents begin.
+
+        Raises:
+            ValueError: if they lie outside of the stream.
+        """
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(f"tokens lie in 0..{self.num_tokens}, got {start}..{stop}")
+        pieces, begins = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        position, part = start, int(np.searchsorted(self._ends, start, side="right"))
+        while position < stop:
+            tokens, starts = self._part(part)
+            offset = int(self._ends[part]) - len(tokens)
+            first, last = position - offset, min(stop - offset, len(tokens))
+            pieces.append(tokens[first:last].astype(np.int64))
+            low, high = np.searchsorted(starts, [first, last])
+            begins.append(starts[low:high] + (offset - start))
+            position, part = offset + last, part + 1
+        return np.concatenate(pieces), np.concatenate(begins)
+
+    def _part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
+        # Opened at the first use, so that each worker has maps of its own.
+        if part not in self._open:
+            tokens, starts = (np.load(self.directory / path, mmap_mode="r") for path in self._paths[part])
+            self._open[part] = tokens, starts
+        return self._open[part]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": {}}
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Windows of tokens in one row.
+
+    Attributes:
+        ids: [1, N], int64.
+        labels: the next token of each, [1, N]; after the last token of a document the separator.
+        cu_seqlens: the boundaries [S + 1] of windows and documents, int64.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        return replace(self, **{name: x.to(device, non_blocking=non_blocking) for name, x in vars(self).items()})
+
+    def pin_memory(self) -> PackedBatch:
+        return replace(self, **{name: x.pin_memory() for name, x in vars(self).items()})
+
+
+class PackedBatches(IterableDataset):
+    """The batches of one rank from a step on, without end.
+
+    A rank gets the windows `rank`, `rank + world_size`, ... of a step's global batch. To go on after an interruption,
+    give the next step as `start_step`: the batches are the same ones, on any number of ranks whose batches together
+    have the same size.
+
+    Args:
+        tokens: the stream.
+        sequence_length: tokens of a window.
+        batch_size: windows of a step, of all ranks together.
+        seed: of the order.
+        start_step: the step of the first batch.
+        rank: which part of each batch to give.
+        world_size: into how many parts batches are divided.
+
+    Raises:
+        ValueError: for sizes that don't go together.
+    """
+
+    def __init__(
+        self,
+        tokens: PackedTokens,
+        *,
+        sequence_length: int,
+        batch_size: int,
+        seed: int = 0,
+        start_step: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__()
+        if sequence_length < 1 or batch_size < 1 or start_step < 0:
+            raise ValueError(
+                "sequence_length and batch_size must be at least 1 and start_step at least 0, got "
+                f"{sequence_length}, {batch_size} and {start_step}"
+            )
+        if not 0 <= rank < world_size or batch_size % world_size:
+            raise ValueError(
+                f"rank must lie in 0..world_size - 1, and world_size divide batch_size = {batch_size}; got rank {rank} "
+                f"of {world_size}"
+            )
+        self.tokens, self.sequence_length, self.batch_size = tokens, sequence_length, batch_size
+        self.seed, self.start_step, self.rank, self.world_size = seed, start_step, rank, world_size
+        # The label of the last token is one token further.
+        self.num_windows = (tokens.num_tokens - 1) // sequence_length
+        self.steps_per_epoch = self.num_windows // batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"a batch of {batch_size} windows of {sequence_length} tokens needs "
+                f"{batch_size * sequence_length + 1:,} tokens, and there are {tokens.num_tokens:,}"
+            )
+
+    def __iter__(self) -> Iterator[PackedBatch]:
+        # A loader takes batches from its workers in turn, so the steps remain in order.
+        worker = get_worker_info()
+        step = self.start_step + (0 if worker is None else worker.id)
+        epoch, order = -1, torch.zeros(0)
+        while True:
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = torch.randperm(self.num_windows, generator=seeds.generator("windows", self.seed, epoch))
+            first = step % self.steps_per_epoch * self.batch_size
+            yield self._batch(order[first + self.rank : first + self.batch_size : self.world_size].tolist())
+            step += 1 if worker is None else worker.num_workers
+
+    def loader(self, num_workers: int = 0, *, pin_memory: bool = False) -> DataLoader:
+        """A loader of the batches, the same ones in the same order for any number of workers."""
+        return DataLoader(self, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
+
+    def _batch(self, windows: list[int]) -> PackedBatch:
+        length = self.sequence_length
+        ids, labels, boundaries = [], [], [np.array([len(windows) * length])]
+        for row, window in enumerate(windows):
+            tokens, starts = self.tokens.read(window * length, (window + 1) * length + 1)
+            ids.append(tokens[:-1])
+            labels.append(tokens[1:])
+            starts = np.union1d(starts[starts < length], [0])
+            boundaries.append(starts + row * length)
+        return PackedBatch(
+            torch.from_numpy(np.concatenate(ids)).unsqueeze(0),
+            torch.from_numpy(np.concatenate(labels)).unsqueeze(0),
+            torch.from_numpy(np.sort(np.concatenate(boundaries))),
+        )
+
+
+class PackedRows(Dataset):
+    """Windows one by one in the order of the stream, as `Trainer` of transformers takes them.
+
+    An item has `input_ids` and `labels`, both the tokens [T], and `position_ids` [T], which begin again at 0 with every
+    document: models of `statetrack.hf` reset their state there.
+
+    Args:
+        tokens: the stream.
+        sequence_length: T.
+
+    Raises:
+        ValueError: if there are fewer tokens.
+    """
+
+    def __init__(self, tokens: PackedTokens, sequence_length: int) -> None:
+        if not 1 <= sequence_length <= tokens.num_tokens:
+            raise ValueError(
+                f"sequence_length must lie in 1..{tokens.num_tokens}, the number of tokens, got {sequence_length}"
+            )
+        self.tokens, self.sequence_length = tokens, sequence_length
+
+    def __len__(self) -> int:
+        return self.tokens.num_tokens // self.sequence_length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"there are {len(self)} windows, got {index}")
+        start = index * self.sequence_length
+        tokens, starts = self.tokens.read(start, start + self.sequence_length)
+        ids = torch.from_numpy(tokens)
+        begins = np.union1d(starts, [0])
+        positions = np.arange(len(tokens)) - np.repeat(begins, np.diff([*begins, len(tokens)]))
+        return {"input_ids": ids, "labels": ids, "position_ids": torch.from_numpy(positions)}

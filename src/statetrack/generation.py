@@ -1,0 +1,104 @@
+"""Text from a language model, a token at a time, in memory that doesn't grow with the length but for attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from statetrack import seeds
+from statetrack.model import LanguageModel
+
+# What a decoder writes for bytes that are no character, or not yet.
+_INCOMPLETE = "\ufffd"
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    stop: int | None = None,
+    seed: int = 0,
+) -> Iterator[int]:
+    """The tokens that go on from a prompt, as they are drawn.
+
+    Args:
+        model: predicts its own tokens.
+        prompt: token ids, at least one.
+        max_new_tokens: how many are drawn at most.
+        temperature: logits are divided by it; 0 takes the most likely token always.
+        top_k: draw from the so many most likely tokens only; None for all.
+        stop: the token after which nothing more is drawn; it is not returned.
+        seed: of the draws.
+
+    Raises:
+        ValueError: for an empty prompt, numbers out of range, or a model whose outputs are not its tokens.
+    """
+    if model.output_size != model.config.vocab_size:
+        raise ValueError(
+            f"generation needs a model that predicts its own tokens; this one reads {model.config.vocab_size} tokens "
+            f"and answers with {model.output_size} labels"
+        )
+    if not prompt:
+        raise ValueError("the prompt must have at least one token")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 or positive, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    return _draw(model, prompt, max_new_tokens, temperature, top_k, stop, seed)
+
+
+@torch.no_grad()
+def _draw(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    stop: int | None,
+    seed: int,
+) -> Iterator[int]:
+    device = model.output_weight.device
+    draws = seeds.generator("generation", seed)
+    ids = torch.tensor([list(prompt)], device=device)
+    logits, state = model.scan(ids, positions=torch.tensor([len(prompt) - 1], device=device))
+    logits = logits[0, 0]
+    for drawn in range(max_new_tokens):
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            scaled = logits.double().cpu() / temperature
+            if top_k is not None and top_k < len(scaled):
+                scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[-1], -torch.inf)
+            token = int(torch.multinomial(scaled.softmax(0), 1, generator=draws))
+        if token == stop:
+            return
+        yield token
+        if drawn + 1 < max_new_tokens:
+            step, state = model.step(torch.tensor([token], device=device), state)
+            logits = step[0]
+
+
+def streamed(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
+    """The text of tokens as they come, held back while a character is not complete.
+
+    Args:
+        tokens: token ids.
+        decode: the text of token ids; pieces are decoded behind the tokens before them, as some decoders want.
+    """
+    before: list[int] = []
+    waiting: list[int] = []
+    for token in tokens:
+        waiting.append(token)
+        text = decode(before + waiting)
+        if not text.endswith(_INCOMPLETE):
+            yield text[len(decode(before)) :]
+            before, waiting = waiting, []
+    if waiting:
+        yield decode(before + waiting)[len(decode(before)) :]

@@ -1,0 +1,207 @@
+"""Triton kernels for signed diagonal linear attention; `docs/kernels.md` derives them.
+
+A chunk has BC tokens. All tensors are contiguous; the states lie transposed, [V, K]. With one decay for each head
+(CHANNEL is false) the scans read queries and keys as they are and scale what comes out of the products. With one for
+each key channel `channels.py` leaves queries as they read the state at the chunk's start, and keys as they write the
+one at its end.
+
+Decays are only ever multiplied, in the backward too: 0 and negative numbers are ordinary. The state is accumulated in
+float32 and rounded to the operands' dtype only where it is read, so that no rounding error is fed back.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from statetrack.ops.kernels.householder import dot_precise
+from statetrack.ops.kernels.tiles import load_tile, outer_products, state_overlap, state_products, store_tile
+
+
+@triton.jit
+def _last_row(x, BC: tl.constexpr):
+    return tl.sum(tl.where((tl.arange(0, BC) == BC - 1)[:, None], x, 0.0), axis=0)
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def prepare_heads(
+    q, k, decay, attention, into, out_of,
+    T, H, chunks,
+    K: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For every chunk the products of queries and keys with the decays between them, and the decays to its ends."""
+    pid = tl.program_id(0)
+    chunk = pid % chunks
+    head = (pid // chunks).to(tl.int64)
+    first = head // H * T + chunk * BC
+    row = tl.arange(0, BC)
+    tokens_left = tl.minimum(T - chunk * BC, BC)
+    rows_ok = row < tokens_left
+    place = head * chunks + chunk
+    base = (first * H + head % H) * K
+    scores = tl.zeros([BC, BC], tl.float32)
+    for start in range(0, K, BD):
+        queries = load_tile(q + base, rows_ok, H * K, start, K, BC, BD)
+        keys = load_tile(k + base, rows_ok, H * K, start, K, BC, BD)
+        scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+    a = tl.load(decay + first * H + head % H + row * H, mask=rows_ok, other=1.0)
+    below = row[:, None] > row[None, :]
+    pairs = tl.cumprod(tl.where(below, a[:, None], 1.0), axis=0)
+    scores = tl.where(row[:, None] >= row[None, :], scores * pairs, 0.0)
+    tile = place * BC * BC + row[:, None] * BC + row[None, :]
+    tl.store(attention + tile, scores.to(attention.dtype.element_ty))
+    tl.store(into + place * BC + row, tl.cumprod(a, axis=0))
+    tl.store(out_of + place * BC + row, _last_row(pairs, BC))
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def scan_forward(
+    q, k, v, attention, into, out_of, initial, o, final, starts,
+    T, H, chunks,
+    K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    CHANNEL: tl.constexpr, INITIAL: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Chunk after chunk: outputs, the final state and, to SAVE, every chunk's first state.
+
+    With CHANNEL `into` holds the products of all decays of a chunk, [chunk, K], and `out_of` is not read.
+    """
+    OPERAND: tl.constexpr = k.dtype.element_ty
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    row, key = tl.arange(0, BC), tl.arange(0, BK)
+    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    value_ok = value < V
+    state_ok = value_ok[:, None] & (key < K)[None, :]
+    state_at = head * K * V + value[:, None] + key[None, :] * V
+    state = tl.zeros([BV, BK], tl.float32)
+    if INITIAL:
+        state += tl.load(initial + state_at, mask=state_ok, other=0.0)
+    for chunk in range(chunks):
+        rows_ok = row < tl.minimum(T - chunk * BC, BC)
+        first = b * T + chunk * BC
+        place = head * chunks + chunk
+        queries = load_tile(q + (first * H + h) * K, rows_ok, H * K, 0, K, BC, BK)
+        keys = load_tile(k + (first * H + h) * K, rows_ok, H * K, 0, K, BC, BK)
+        values_at = (first * H + h) * V + value[:, None] + row[None, :] * (H * V)
+        values_ok = value_ok[:, None] & rows_ok[None, :]
+        values = tl.load(v + values_at, mask=values_ok, other=0.0)
+        seen = tl.load(attention + place * BC * BC + row[:, None] * BC + row[None, :])
+        rounded = state.to(OPERAND)
+        if SAVE:
+            tl.store(starts + place * K * V + value[:, None] * K + key[None, :], rounded, mask=state_ok)
+        out = tl.dot(rounded, tl.trans(queries), input_precision=PRECISION)
+        if CHANNEL:
+            state *= tl.load(into + place * K + key, mask=key < K, other=0.0)[None, :]
+            written = values
+        else:
+            out *= tl.load(into + place * BC + row)[None, :]
+            state *= tl.load(into + place * BC + BC - 1)
+            written = (values.to(tl.float32) * tl.load(out_of + place * BC + row)[None, :]).to(OPERAND)
+        out = tl.dot(values, tl.trans(seen), out, input_precision=PRECISION)
+        tl.store(o + values_at, out.to(o.dtype.element_ty), mask=values_ok)
+        state = tl.dot(written, keys, state, input_precision=PRECISION)
+    tl.store(final + state_at, state, mask=state_ok)
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def scan_backward(
+    q, k, attention, into, out_of, d_o, d_final, d_v, d_ends, d_initial,
+    T, H, chunks,
+    K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the last chunk to the first: the gradients of the values, of every chunk's last state and of the first."""
+    OPERAND: tl.constexpr = k.dtype.element_ty
+    head = tl.program_id(0).to(tl.int64)
+    b, h = head // H, head % H
+    row, key = tl.arange(0, BC), tl.arange(0, BK)
+    value = tl.program_id(1) * BV + tl.arange(0, BV)
+    value_ok = value < V
+    state_ok = value_ok[:, None] & (key < K)[None, :]
+    state_at = head * K * V + value[:, None] + key[None, :] * V
+    d_state = tl.load(d_final + state_at, mask=state_ok, other=0.0)
+    for step in range(chunks):
+        chunk = chunks - 1 - step
+        rows_ok = row < tl.minimum(T - chunk * BC, BC)
+        first = b * T + chunk * BC
+        place = head * chunks + chunk
+        queries = load_tile(q + (first * H + h) * K, rows_ok, H * K, 0, K, BC, BK)
+        keys = load_tile(k + (first * H + h) * K, rows_ok, H * K, 0, K, BC, BK)
+        values_at = (first * H + h) * V + value[:, None] + row[None, :] * (H * V)
+        values_ok = value_ok[:, None] & rows_ok[None, :]
+        d_out = tl.load(d_o + values_at, mask=values_ok, other=0.0)
+        seen = tl.load(attention + place * BC * BC + row[:, None] * BC + row[None, :])
+        rounded = d_state.to(OPERAND)
+        tl.store(d_ends + place * K * V + value[:, None] * K + key[None, :], rounded, mask=state_ok)
+        d_values = tl.dot(rounded, tl.trans(keys), input_precision=PRECISION)
+        if CHANNEL:
+            d_state *= tl.load(into + place * K + key, mask=key < K, other=0.0)[None, :]
+            reading = d_out
+        else:
+            d_values *= tl.load(out_of + place * BC + row)[None, :]
+            d_state *= tl.load(into + place * BC + BC - 1)
+            reading = (d_out.to(tl.float32) * tl.load(into + place * BC + row)[None, :]).to(OPERAND)
+        d_values = tl.dot(d_out, seen, d_values, input_precision=PRECISION)
+        tl.store(d_v + values_at, d_values.to(d_v.dtype.element_ty), mask=values_ok)
+        d_state = tl.dot(reading, queries, d_state, input_precision=PRECISION)
+    tl.store(d_initial + state_at, d_state, mask=state_ok)
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def gradients_heads(
+    q, k, v, decay, starts, d_o, d_ends, d_q, d_k, d_decay,
+    T, H, chunks,
+    K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For every chunk by itself the gradients of q, k and one decay for each head.
+
+    Decay t is one factor of every D(i, j) = D(i, t) a_t D(t - 1, j) with j < t <= i, where j may be the chunk's start
+    and i its end; its gradient sums the products without it.
+    """
+    OPERAND: tl.constexpr = k.dtype.element_ty
+    pid = tl.program_id(0)
+    chunk = pid % chunks
+    head = (pid // chunks).to(tl.int64)
+    h = head % H
+    first = head // H * T + chunk * BC
+    row = tl.arange(0, BC)
+    tokens_left = tl.minimum(T - chunk * BC, BC)
+    rows_ok = row < tokens_left
+    state_at = (head * chunks + chunk) * K * V
+    keys_at, values_at = (first * H + h) * K, (first * H + h) * V
+
+    i, j = row[:, None], row[None, :]
+    decays = decay + first * H + h
+    a = tl.load(decays + row * H, mask=rows_ok, other=1.0)
+    pairs = tl.where(i >= j, tl.cumprod(tl.where(i > j, a[:, None], 1.0), axis=0), 0.0)
+    into, out_of = tl.cumprod(a, axis=0), _last_row(pairs, BC)
+    d_o, v, starts, d_ends = d_o + values_at, v + values_at, starts + state_at, d_ends + state_at
+    d_scores = outer_products(d_o, d_o, v, v, tokens_left, H * V, V, BC, 1, BV, OPERAND, PRECISION)
+    weights = (d_scores * pairs).to(OPERAND)
+    scores = tl.zeros([BC, BC], tl.float32)
+    d_into, d_out_of = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
+    d_across = tl.zeros([BD], tl.float32)
+    for start in range(0, K, BD):
+        queries = load_tile(q + keys_at, rows_ok, H * K, start, K, BC, BD)
+        keys = load_tile(k + keys_at, rows_ok, H * K, start, K, BC, BD)
+        scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+        d_queries = state_products(d_o, d_o, starts, tokens_left, H * V, start, K, V, BC, 1, BD, BV, OPERAND, PRECISION)
+        d_into += tl.sum(d_queries * queries.to(tl.float32), axis=1)
+        d_queries = tl.dot(weights, keys, d_queries * into[:, None], input_precision=PRECISION)
+        store_tile(d_q + keys_at, d_queries, rows_ok, H * K, start, K, BC, BD)
+        d_keys = state_products(v, v, d_ends, tokens_left, H * V, start, K, V, BC, 1, BD, BV, OPERAND, PRECISION)
+        d_out_of += tl.sum(d_keys * keys.to(tl.float32), axis=1)
+        d_keys = tl.dot(tl.trans(weights), queries, d_keys * out_of[:, None], input_precision=PRECISION)
+        store_tile(d_k + keys_at, d_keys, rows_ok, H * K, start, K, BC, BD)
+        d_across += state_overlap(starts, d_ends, start, K, V, BD, BV)
+
+    # before[t, j] = D(t - 1, j) for j < t, and for the chunk's start.
+    a_before = tl.load(decays + (row - 1) * H, mask=(row > 0) & (row <= tokens_left), other=1.0)
+    before = tl.where(i > j, tl.cumprod(tl.where(i - 1 > j, a_before[:, None], 1.0), axis=0), 0.0)
+    into_before = tl.cumprod(a_before, axis=0)
+    d_pairs = tl.where(i > j, d_scores * scores, 0.0)
+    left = dot_precise(d_pairs, tl.trans(before), OPERAND, SPLIT, PRECISION)
+    d_a = tl.sum(pairs * (left + d_into[:, None] * into_before[None, :]), axis=0)
+    to_end = tl.sum(before * d_out_of[None, :], axis=1) + tl.sum(d_across, axis=0) * into_before
+    tl.store(d_decay + first * H + h + row * H, d_a + out_of * to_end, mask=rows_ok)

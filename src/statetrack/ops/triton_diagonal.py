@@ -1,0 +1,270 @@
+"""Signed diagonal linear attention on a GPU, with decays for each head or each key channel: Triton kernels.
+
+Forward: one kernel prepares all chunks at once, one walks through them. Backward: one walks back, one finishes all
+chunks at once. `docs/kernels.md` has the derivation, `kernels/diagonal.py` the kernels.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statetrack.ops.backend import Backend, register_operator
+from statetrack.ops.packing import run_packed
+from statetrack.ops.triton_common import (
+    INTERPRETED_ONLY,
+    Launch,
+    as_float32,
+    check_inputs,
+    operand_dtype,
+    power_of_two,
+    unavailable,
+)
+from statetrack.transition import Diagonal, Transition
+
+
+def supports(transition: Transition) -> str | None:
+    if not isinstance(transition, Diagonal):
+        return "triton_diagonal serves Diagonal transitions"
+    return unavailable(transition.decay)
+
+
+def run(
+    transition: Transition,
+    q: Tensor,
+    v: Tensor,
+    write: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    check_inputs(q, v, write, initial_state)
+    if cu_seqlens is None:
+        return _run_dense(transition, q, v, write, initial_state)
+    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
+
+
+BACKEND = Backend(name="triton", supports=supports, run=run, priority=INTERPRETED_ONLY)
+
+
+def _run_dense(
+    transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    assert isinstance(transition, Diagonal)
+    assert write is not None
+    inputs = (q, write, v, transition.decay, initial_state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _TritonDiagonal.apply(*inputs)
+    o, final_state, _ = _forward_op(*inputs, False)
+    return o, final_state
+
+
+class _TritonDiagonal(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        o, final_state, tape = _forward_op(q, k, v, decay, initial_state, True)
+        ctx.save_for_backward(q, k, v, decay, *tape)
+        ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+        return o, final_state
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        d_o, d_state = grad_outputs
+        q, k, v, decay, *tape = ctx.saved_tensors
+        *gradients, d_initial = _backward_op(q, k, v, decay, tape, d_o, d_state)
+        return *gradients, None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
+
+
+@cache
+def _kernels() -> Any:
+    return import_module("statetrack.ops.kernels.diagonal")
+
+
+@cache
+def _channel_kernels() -> Any:
+    return import_module("statetrack.ops.kernels.channels")
+
+
+# By kernel and by the key dimension's power of two, up to which an entry serves: for the scans the width of the tiles
+# of values, for the others that of the tiles of keys. Not yet measured on a card: from the registers and the shared
+# memory that the compiler reports (`python -m benchmarks.kernel_resources`).
+_TABLE: dict[str, dict[int, Launch]] = {
+    "prepare_heads": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)},
+    "prepare_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+    "scan_forward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
+    "scan_backward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
+    "gradients_heads": {64: Launch(64, 8, 2), 128: Launch(64, 8, 2), 256: Launch(64, 8, 2)},
+    "gradients_channels": {64: Launch(32, 8, 1), 128: Launch(32, 8, 1), 256: Launch(32, 8, 1)},
+}
+# float32 operands take twice the shared memory.
+_TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
+    "prepare_heads": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+    "prepare_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+    "scan_forward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
+    "scan_backward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
+    "gradients_heads": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+    "gradients_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+}
+# The width of the tiles of values of the kernels that cut keys.
+_VALUES = 64
+
+
+def _split(operand: torch.dtype) -> bool:
+    """Whether the float32 numbers of which the decays' gradients are sums become operands in two halves."""
+    return operand == torch.bfloat16
+
+
+class _Shape:
+    """The sizes of one call and the arguments that its kernels share."""
+
+    def __init__(self, k: Tensor, value_dim: int, decay: Tensor, operand: torch.dtype) -> None:
+        self.batch, self.length, self.heads, self.key_dim = k.shape
+        self.value_dim, self.operand, self.by_channel = value_dim, operand, decay.ndim == 4
+        self.device = k.device
+        # Half a chunk where the tiles of float32 operands would not fit on the chip.
+        self.tokens = 32 if operand == torch.float32 and self.key_dim > 64 else 64
+        self.block_k = power_of_two(self.key_dim)
+        self.chunks = -(-self.length // self.tokens)
+        self.rows = self.batch * self.heads
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=dtype or self.operand, device=self.device)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.length, self.heads, self.chunks
+
+    @property
+    def precision(self) -> str:
+        return "tf32x3" if self.operand == torch.float32 else "ieee"
+
+    def _launch(self, kernel: str) -> Launch:
+        return (_TABLE_FLOAT32 if self.operand == torch.float32 else _TABLE)[kernel][max(64, self.block_k)]
+
+    def whole(self, kernel: str) -> dict[str, Any]:
+        """Options of a kernel that does all chunks at once, in tiles of keys."""
+        launch = self._launch(kernel)
+        levels = {"LEVELS": self.tokens.bit_length() - 1, "KINDS": 1} if self.by_channel else {}
+        return {
+            "K": self.key_dim, "BC": self.tokens, "BD": min(launch.block, self.block_k), "PRECISION": self.precision,
+            **levels, **launch.options,
+        }  # fmt: skip
+
+    def scan(self, kernel: str) -> tuple[tuple[int, int], dict[str, Any]]:
+        """The grid and the options of a kernel that walks through the chunks, in tiles of values."""
+        launch = self._launch(kernel)
+        block = min(launch.block, power_of_two(self.value_dim))
+        constants = {
+            "K": self.key_dim, "V": self.value_dim, "BC": self.tokens, "BK": self.block_k, "BV": block,
+            "CHANNEL": self.by_channel, "PRECISION": self.precision,
+        }  # fmt: skip
+        return (self.rows, -(-self.value_dim // block)), constants | launch.options
+
+    def empty_prepared(self) -> list[Tensor]:
+        """attention, into, out_of, and with a decay for each channel q_in and k_out."""
+        places = self.rows * self.chunks
+        attention = self.new(places, self.tokens, self.tokens)
+        if not self.by_channel:
+            return [attention, *(self.new(places, self.tokens, dtype=torch.float32) for _ in range(2))]
+        q = (self.batch, self.length, self.heads, self.key_dim)
+        float32 = torch.float32
+        return [
+            attention,
+            self.new(places, self.key_dim, dtype=float32),
+            self.new(0, dtype=float32),
+            self.new(*q),
+            self.new(*q),
+        ]
+
+    def empty_states(self) -> Tensor:
+        """A state of every chunk, transposed."""
+        return self.new(self.rows * self.chunks, self.value_dim, self.key_dim)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Returns o, the final state, and a tape for `_backward`, which is empty unless `save`."""
+    kernels = _kernels()
+    operand = operand_dtype(q, k, v)
+    shape = _Shape(k, v.shape[-1], decay, operand)
+    o = v.new_empty(v.shape)
+    final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32)
+    initial = None if initial_state is None else as_float32(initial_state)
+    q, k, v = (x.to(operand).contiguous() for x in (q, k, v))
+    decay = as_float32(decay)
+    prepared = shape.empty_prepared()
+    attention, into, out_of, *scaled = prepared
+    starts = shape.empty_states() if save else None
+    with torch.cuda.device_of(k):
+        if shape.by_channel:
+            _channel_kernels().prepare_channels[(shape.rows * shape.chunks,)](
+                q, q, k, k, decay, attention, *scaled, into, None, *shape.sizes, 0,
+                BASE=0, **shape.whole("prepare_channels"),
+            )  # fmt: skip
+        else:
+            options = shape.whole("prepare_heads")
+            kernels.prepare_heads[(shape.rows * shape.chunks,)](q, k, decay, *prepared, *shape.sizes, **options)
+        grid, options = shape.scan("scan_forward")
+        kernels.scan_forward[grid](
+            *(scaled or (q, k)), v, attention, into, out_of, initial, o, final, starts, *shape.sizes,
+            INITIAL=initial is not None, SAVE=save, **options,
+        )  # fmt: skip
+    return o, final, [] if starts is None else [*prepared, starts]
+
+
+def _empty_results(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    shape = _Shape(k, v.shape[-1], decay, operand_dtype(q, k, v))
+    final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32)
+    return v.new_empty(v.shape), final, [*shape.empty_prepared(), shape.empty_states()] if save else []
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, tape: list[Tensor], d_o: Tensor, d_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k, v, decay and the initial state; `d_x` is that of x."""
+    kernels = _kernels()
+    attention, into, out_of, *scaled, starts = tape
+    shape = _Shape(k, v.shape[-1], decay, starts.dtype)
+    d_q, d_k, d_v, d_decay, d_initial = _empty_gradients(q, k, v, decay, tape, d_o, d_state)
+    q, k, v, d_o = (x.to(shape.operand).contiguous() for x in (q, k, v, d_o))
+    decay = as_float32(decay)
+    d_ends = shape.empty_states()
+    with torch.cuda.device_of(k):
+        grid, options = shape.scan("scan_backward")
+        kernels.scan_backward[grid](
+            *(scaled or (q, k)), attention, into, out_of, d_o, as_float32(d_state), d_v, d_ends, d_initial,
+            *shape.sizes, **options,
+        )  # fmt: skip
+        values: dict[str, Any] = {
+            "V": shape.value_dim, "BV": min(_VALUES, power_of_two(shape.value_dim)), "SPLIT": _split(shape.operand),
+        }  # fmt: skip
+        if shape.by_channel:
+            _channel_kernels().gradients_channels[(shape.rows * shape.chunks,)](
+                q, q, k, k, decay, starts, d_o, d_o, v, v, d_ends, d_q, d_q, d_k, d_k, d_decay, *shape.sizes,
+                **values, **shape.whole("gradients_channels"),
+            )  # fmt: skip
+        else:
+            kernels.gradients_heads[(shape.rows * shape.chunks,)](
+                q, k, v, decay, starts, d_o, d_ends, d_q, d_k, d_decay, *shape.sizes,
+                **values, **shape.whole("gradients_heads"),
+            )  # fmt: skip
+    return d_q, d_k, d_v, d_decay, d_initial
+
+
+def _empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, tape: list[Tensor], d_o: Tensor, d_state: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_q, d_k, d_v, d_decay, d_initial = (x.new_empty(x.shape) for x in (q, k, v, decay, d_state))
+    return d_q, d_k, d_v, d_decay, d_initial
+
+
+_forward_op = register_operator("triton_diagonal", _forward, _empty_results)
+_backward_op = register_operator("triton_diagonal_backward", _backward, _empty_gradients)

@@ -1,0 +1,75 @@
+"""Models and mixers as plain data, dicts, lists, strings and numbers: written out, and read back strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+import dacite
+
+from statetrack.mixers import MixerConfig, mixer_config
+from statetrack.mixers.mixer import refuse_absent
+from statetrack.model import Mixers, NormPlacements
+from statetrack.transition import EigenvalueRange
+
+Config = TypeVar("Config")
+
+
+def to_data(config: Any) -> Any:
+    """A config as dicts, lists, strings and numbers; `from_data` reads it back."""
+    if isinstance(config, EigenvalueRange):
+        return [config.lo, config.hi]
+    if is_dataclass(config):
+        name = {"name": config.name} if isinstance(config, MixerConfig) else {}
+        return name | {f.name: to_data(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, tuple):
+        return [to_data(value) for value in config]
+    return config
+
+
+def from_data(kind: type[Config], data: Mapping[str, Any]) -> Config:
+    """Reads a config.
+
+    Raises:
+        ValueError: for unknown, missing or ill-typed keys and for values that a config refuses, in one sentence.
+    """
+    hooks = {
+        EigenvalueRange: EigenvalueRange.of,
+        Mixers: read_mixers,
+        NormPlacements: lambda data: tuple(data) if isinstance(data, list) else data,
+        float: _read_float,
+        int: _read_int,
+    }
+    try:
+        return dacite.from_dict(kind, data, dacite.Config(strict=True, type_hooks=hooks))  # type: ignore[type-var]
+    except dacite.UnexpectedDataError as error:
+        known = ", ".join(f.name for f in fields(kind))  # type: ignore[arg-type]
+        raise ValueError(f"unknown key {', '.join(sorted(error.keys))}; the keys here are {known}") from None
+    except dacite.DaciteError as error:
+        raise ValueError(str(error)) from None
+
+
+def read_mixer(data: Any) -> MixerConfig:
+    """A mixer's config from plain data, `{"name": ..., option: value, ...}`; a config is passed on as it is."""
+    if isinstance(data, MixerConfig):
+        return data
+    if not isinstance(data, Mapping) or not isinstance(data.get("name"), str):
+        raise ValueError(f"a mixer is a table with a name, for example {{name = 'deltanet'}}; got {data!r}")
+    kind, options = mixer_config(data["name"]), {key: value for key, value in data.items() if key != "name"}
+    refuse_absent(kind, options)
+    return from_data(kind, options)
+
+
+def read_mixers(data: Any) -> Mixers:
+    """A mixer's config from plain data, as `read_mixer` reads it; or a list of them, the pattern of a hybrid."""
+    return tuple(map(read_mixer, data)) if isinstance(data, (list, tuple)) else read_mixer(data)
+
+
+def _read_float(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _read_int(value: Any) -> Any:
+    # A bool is an int to Python, so `steps: true` would pass for 1.
+    return repr(value) if isinstance(value, bool) else value

@@ -1,0 +1,251 @@
+"""`statetrack reproduce`: a published experiment again, with our numbers beside theirs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from statetrack.experiments import Experiment, ExperimentRun, Publication, RunEvent, list_experiments, run_experiment
+from statetrack.files import atomic_write
+from statetrack.mixers import mixer_configs
+from statetrack.progress import describe
+from statetrack.report import Record, ReportTable, provenance, write_report
+from statetrack.tasks import get_task
+
+HORIZON_ACCURACY = 0.9
+"""The failure horizon is the longest length at which so many sequences are right, and at all shorter ones."""
+
+PROTOCOLS = {
+    "paper": "as the paper's text has it",
+    "released": "as the code released with the paper has it",
+    "ours": "our own",
+}
+
+
+def reproductions() -> dict[str, dict[str, Any]]:
+    """The contents of the experiment files that reproduce a publication, by name."""
+    return {name: data for name, data in list_experiments().items() if "published" in data}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run of the grid and, if it came to its end, what it amounted to.
+
+    Attributes:
+        run: the run.
+        record: its record; None if it was not reached.
+    """
+
+    run: ExperimentRun
+    record: Record | None
+
+    @property
+    def model(self) -> str:
+        """The model as tables call it: `DeltaNet [-1, 1], 2 layers`."""
+        config = self.run.config.model
+        mixers = []
+        for mixer in config.mixer_pattern:
+            factors = getattr(mixer, "num_householder", None)
+            range_ = getattr(mixer, "eigenvalue_range", None)
+            parts = [mixer_configs()[mixer.name].title, f"[{range_.lo:g}, {range_.hi:g}]" if range_ else ""]
+            mixers.append(" ".join(filter(None, [*parts, f"n = {factors}" if (factors or 1) > 1 else ""])))
+        return f"{' + '.join(mixers)}, {config.num_layers} layer{'s' * (config.num_layers > 1)}"
+
+    @property
+    def judged(self) -> bool:
+        return self.record is not None and self.record.failed is None
+
+    def scaled_accuracy(self) -> float | None:
+        """(accuracy - chance) / (1 - chance), on average over the lengths; None if the run was not judged."""
+        if self.record is None or not self.record.accuracy:
+            return None
+        chance = get_task(self.run.config.task).chance if self.run.chance is None else self.run.chance
+        return (statistics.mean(self.record.accuracy.values()) - chance) / (1 - chance)
+
+    def horizon(self) -> int:
+        """The longest length up to which enough sequences are right; 0 if none."""
+        longest = 0
+        for length, share in sorted((self.record.accuracy if self.record else {}).items()):
+            if share < HORIZON_ACCURACY:
+                break
+            longest = length
+        return longest
+
+    def data(self, publication: Publication) -> dict[str, Any]:
+        """A line of summary.json."""
+        config, record = self.run.config, self.record
+        mixers = config.model.mixer_pattern
+        range_ = getattr(mixers[0], "eigenvalue_range", None)
+        line = {
+            "task": config.task,
+            "mixer": config.model.mixer_name,
+            "eigenvalue_range": None if range_ is None else [range_.lo, range_.hi],
+            "num_householder": getattr(mixers[0], "num_householder", None),
+            "layers": config.model.num_layers,
+            "seed": config.training.seed,
+            "protocol": publication.protocol,
+            "steps": config.training.steps,
+            "state": "missing" if record is None else "failed" if record.failed is not None else "done",
+        }
+        if record is not None:
+            line |= {"seconds": record.train_seconds, "failed": record.failed}
+            if publication.measure == "sequence_accuracy":
+                shares = {str(length): share for length, share in record.accuracy.items()}
+                line |= {"sequence_accuracy": shares, "horizon": self.horizon()}
+            else:
+                line["scaled_accuracy"] = self.scaled_accuracy()
+        return line
+
+
+def run_reproduction(
+    experiment: Experiment,
+    out: Path,
+    *,
+    workers: int | None = None,
+    devices: Sequence[str] = ("cpu",),
+    budget_minutes: float | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Outcome]:
+    """Runs what is left of a grid; writes `summary.json`, `table.md` and `report.html` below `out`.
+
+    Finished runs are not repeated and half-finished ones go on, so that the same call again continues. What is written
+    says which runs are missing.
+
+    Args:
+        experiment: a grid with a `Publication`.
+        out: the directory of the results.
+        workers: as of `run_experiment`.
+        devices: as of `run_experiment`.
+        budget_minutes: stop, with checkpoints, after so many minutes of wall-clock time; None for no limit.
+        should_stop: asked a few times a second; on True it stops as well.
+
+    Returns:
+        The outcome of each run, in the experiment's order.
+
+    Raises:
+        ValueError: if the experiment reproduces nothing.
+    """
+    publication = experiment.published
+    if publication is None:
+        raise ValueError(f"the experiment {experiment.title!r} reproduces no publication")
+    out.mkdir(parents=True, exist_ok=True)
+    began, console = time.monotonic(), Console()
+    records: dict[int, Record] = {}
+    shown: dict[int, int] = {}
+
+    def stop() -> bool:
+        late = budget_minutes is not None and time.monotonic() - began > 60 * budget_minutes
+        return late or should_stop()
+
+    def show(event: RunEvent) -> None:
+        name = experiment.runs[event.run].name
+        if event.record is not None:
+            records[event.run] = event.record
+            state = f"failed: {event.record.failed}" if event.record.failed is not None else "done"
+            console.print(f"[{len(records)}/{len(experiment.runs)}] {name}  {state}", highlight=False, markup=False)
+        elif event.progress is not None and (tenth := 10 * event.progress.step // event.progress.steps) > shown.get(
+            event.run, 0
+        ):
+            shown[event.run] = tenth
+            console.print(f"{name}  {describe(event.progress)}", highlight=False, markup=False)
+
+    run_experiment(experiment, out / "runs", workers=workers, devices=devices, on_event=show, should_stop=stop)
+    outcomes = [Outcome(run, records.get(index)) for index, run in enumerate(experiment.runs)]
+    write_results(experiment.title, publication, outcomes, out)
+    return outcomes
+
+
+def write_results(title: str, publication: Publication, outcomes: Sequence[Outcome], out: Path) -> None:
+    """Writes `summary.json`, `table.md` and, once a run has ended, `report.html`."""
+    origin = provenance()
+    lines = [outcome.data(publication) for outcome in outcomes]
+    summary = {"title": title, "source": publication.source, "provenance": origin, "runs": lines}
+    atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    tables = comparison(publication, outcomes)
+    atomic_write(out / "table.md", _markdown(title, tables, origin))
+    records = [outcome.record for outcome in outcomes if outcome.record is not None]
+    if records:
+        measured = "whole sequences" if publication.measure == "sequence_accuracy" else "labels"
+        write_report(
+            records,
+            out / "report.html",
+            title=title,
+            headline=f"{len(records)} of {len(outcomes)} runs are done. Accuracies below are shares of {measured}.",
+            descriptions={record.task: get_task(record.task).description for record in records},
+            provenance=origin,
+            tables=tables,
+        )
+
+
+def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[ReportTable]:
+    """Ours beside theirs, a row for each model and task, and in what the protocols differ."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault((outcome.run.config.task, outcome.model), []).append(outcome)
+    by_sequence = publication.measure == "sequence_accuracy"
+    rows = [
+        (
+            task,
+            model,
+            *(_lengths if by_sequence else _scaled)(members),
+            _theirs(members[0].run.published),
+            _seeds(members),
+        )
+        for (task, model), members in groups.items()
+    ]
+    header = (
+        "task",
+        "model",
+        *(("right to, best", "median") if by_sequence else ("best", "median")),
+        "published",
+        "seeds",
+    )
+    measured = (
+        f"The longest length up to which {HORIZON_ACCURACY:.0%} of sequences are right throughout"
+        if by_sequence
+        else "Scaled accuracy, (accuracy - chance) / (1 - chance), on average over the lengths"
+    )
+    text = f"{measured}; over seeds. Published: {publication.source}. Protocol: {PROTOCOLS[publication.protocol]}."
+    differences = [(difference,) for difference in publication.differences]
+    tables = [ReportTable("Ours and theirs", text, header, rows)]
+    return tables + ([ReportTable("Where the protocols differ", "", ("ours",), differences)] if differences else [])
+
+
+def _scaled(members: Sequence[Outcome]) -> tuple[str, str]:
+    values = [value for outcome in members if (value := outcome.scaled_accuracy()) is not None]
+    return (f"{max(values):.3f}", f"{statistics.median(values):.3f}") if values else ("–", "–")
+
+
+def _lengths(members: Sequence[Outcome]) -> tuple[str, str]:
+    values = [outcome.horizon() for outcome in members if outcome.judged]
+    return (f"{max(values):,}", f"{statistics.median_low(values):,}") if values else ("–", "–")
+
+
+def _theirs(published: Mapping[str, Any]) -> str:
+    if "text" in published:
+        return str(published["text"])
+    return " / ".join(f"{published[key]:.3f}" for key in ("best", "median") if key in published) or "–"
+
+
+def _seeds(members: Sequence[Outcome]) -> str:
+    """How many are done, and how many of them failed."""
+    done = [outcome.record for outcome in members if outcome.record is not None]
+    failed = sum(record.failed is not None for record in done)
+    return f"{len(done)} of {len(members)}" + (f", {failed} failed" if failed else "")
+
+
+def _markdown(title: str, tables: Sequence[ReportTable], origin: Mapping[str, str]) -> str:
+    parts = [f"# {title}"]
+    for table in tables:
+        parts += [f"## {table.title}", *([table.text] if table.text else [])]
+        lines = [table.header, ["---"] * len(table.header), *table.rows]
+        parts.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines))
+    made = "\n".join(f"- {name}: {value}" for name, value in origin.items())
+    return "\n\n".join([*parts, "## How it was made", made]) + "\n"

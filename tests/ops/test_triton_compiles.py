@@ -1,0 +1,28 @@
+"""Every Triton kernel compiles for a Hopper GPU, on any machine, and fits on it."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.parametrize("op", ["householder", "diagonal", "discretized", "low_rank"])
+def test_every_kernel_compiles_and_fits(op, tmp_path):
+    # A process of its own: a stand-in takes the place of triton's driver, and the interpreter must be off.
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = ["-m", "benchmarks.kernel_resources", "--ops", op, "--sizes", "64", "--dtypes", "bfloat16"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=Path(__file__).parents[2],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "registers" in done.stdout

@@ -1,0 +1,110 @@
+"""Signed diagonal linear attention by Triton kernels: under the interpreter, and on a GPU (marked `gpu`)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import check_against_reference, relative_error
+from test_diagonal import KINDS, make_case
+from triton_cases import FLOAT32, check_on_gpu, gpu_results, interpreted, on_gpu
+
+from statetrack.ops import available_backends, triton_common, triton_diagonal
+from statetrack.transition import Diagonal
+
+
+@pytest.fixture(params=["whole", "split"])
+def path(request, monkeypatch):
+    """float32 operands, and the same with the sums of decays' gradients in two halves."""
+    monkeypatch.setattr(triton_diagonal, "_split", lambda operand: request.param == "split")
+
+
+def test_without_a_gpu_the_backend_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"backend 'triton' can't serve Diagonal: .*(CUDA device|not installed)"):
+        make_case(**FLOAT32).run("triton")
+
+
+def test_auto_prefers_what_has_been_checked_on_a_card(monkeypatch):
+    monkeypatch.setattr(triton_common, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backends = available_backends(make_case(**FLOAT32).transition)
+    assert backends.index("chunked") < backends.index("triton")
+
+
+@pytest.mark.parametrize("name", ["q", "v", "write", "initial_state"])
+def test_float64_is_refused(name, monkeypatch):
+    monkeypatch.setattr(triton_common, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    case = make_case(**FLOAT32)
+    with pytest.raises(ValueError, match="give q, v, write and initial_state in float32"):
+        replace(case, **{name: getattr(case, name).double()}).run("triton")
+
+
+def test_keys_of_too_many_channels_are_refused(monkeypatch):
+    monkeypatch.setattr(triton_common, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="keys of up to 256 channels, got 257"):
+        make_case(1, 2, 1, 257, 1, **FLOAT32).run("triton")
+
+
+@interpreted
+@pytest.mark.parametrize("decay", KINDS)
+@pytest.mark.parametrize("t", [1, 63, 64, 65, 150])
+def test_lengths_around_the_chunk_agree_with_the_reference(t, decay, path):
+    check_against_reference(make_case(1, t, 2, 8, 5, decay=decay, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("decay", KINDS)
+@pytest.mark.parametrize(("k", "v"), [(1, 1), (40, 72), (17, 33), (130, 20), (20, 130)])
+def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(k, v, decay):
+    check_against_reference(make_case(1, 20, 2, k, v, decay=decay, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("decay", KINDS)
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1e-30])
+def test_one_decay_for_ever_agrees_with_the_reference(value, decay):
+    case = make_case(1, 70, 1, decay=decay, **FLOAT32)
+    check_against_reference(replace(case, transition=Diagonal(torch.full_like(case.transition.decay, value))), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("decay", KINDS)
+@pytest.mark.parametrize("cu_seqlens", [[0, 40], [0, 0, 3, 3, 20, 21, 40, 40]], ids=str)
+def test_packed_sequences_agree_with_the_reference(cu_seqlens, decay):
+    check_against_reference(make_case(1, 40, 2, decay=decay, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("decay", KINDS)
+def test_float16_agrees_with_the_reference(decay):
+    check_against_reference(make_case(1, 70, 2, decay=decay, dtype=torch.float16), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("decay", KINDS)
+def test_no_initial_state_is_a_state_of_zeros(decay):
+    case = make_case(decay=decay, **FLOAT32)
+    without, end = replace(case, initial_state=None).run("triton")
+    zeros, end_of_zeros = replace(case, initial_state=torch.zeros_like(case.initial_state)).run("triton")
+    assert torch.equal(without, zeros)
+    assert torch.equal(end, end_of_zeros)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("decay", KINDS)
+@pytest.mark.parametrize(("k", "v"), [(128, 128), (64, 64), (40, 72), (256, 256), (256, 64)])
+def test_values_and_gradients_on_a_gpu(k, v, decay, dtype):
+    check_on_gpu(make_case(2, 150, 2, k, v, decay=decay, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", KINDS)
+def test_compiled_on_a_gpu_in_one_graph(decay):
+    case = on_gpu(make_case(1, 200, 2, 32, 32, decay=decay, dtype=torch.bfloat16))
+    eager = gpu_results(case, "triton")
+    run = torch.compile(lambda *xs: case.with_tensors(dict(zip(case.tensors(), xs, strict=True))).run("triton"))
+    for computed, name in zip(run(*case.tensors().values()), ("o", "final state"), strict=True):
+        assert relative_error(computed, eager[name]) < 1e-2

@@ -1,0 +1,105 @@
+"""A decay for each channel minus a matrix of rank one by Triton kernels: under the interpreter, and on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import test_householder
+import torch
+from cases import check_against_reference
+from test_low_rank import make_case, one_key
+from triton_cases import FLOAT32, check_on_gpu, interpreted
+
+from statetrack.ops import available_backends, triton_common
+
+
+def householder(*shape, **options):
+    return test_householder.make_case(*shape, decay="channel", **options)
+
+
+def test_without_a_gpu_the_backend_says_why(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"backend 'triton' can't serve LowRank: .*(CUDA device|not installed)"):
+        make_case(**FLOAT32).run("triton")
+
+
+@pytest.mark.parametrize("make", [make_case, householder])
+def test_auto_prefers_what_has_been_checked_on_a_card(make, monkeypatch):
+    monkeypatch.setattr(triton_common, "HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backends = available_backends(make(**FLOAT32).transition)
+    assert backends.index("chunked") < backends.index("triton")
+
+
+@interpreted
+@pytest.mark.parametrize("t", [1, 15, 16, 17, 40])
+def test_lengths_around_the_chunk_agree_with_the_reference(t):
+    check_against_reference(make_case(1, t, 2, 8, 5, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize(("k", "v"), [(1, 1), (40, 72), (17, 33), (130, 20), (20, 130)])
+def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(k, v):
+    check_against_reference(make_case(1, 20, 1, k, v, **FLOAT32), "triton")
+
+
+@interpreted
+def test_one_decay_for_each_head_agrees_with_the_reference():
+    check_against_reference(make_case(1, 20, 2, decay="head", **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+def test_one_decay_for_ever_agrees_with_the_reference(value):
+    case = make_case(1, 20, 1, **FLOAT32)
+    decay = torch.full_like(case.transition.decay, value)
+    check_against_reference(replace(case, transition=replace(case.transition, decay=decay)), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("cu_seqlens", [[0, 20], [0, 0, 3, 3, 20, 20]], ids=str)
+def test_packed_sequences_agree_with_the_reference(cu_seqlens):
+    check_against_reference(make_case(1, 20, 1, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
+
+
+@interpreted
+def test_float16_agrees_with_the_reference():
+    check_against_reference(make_case(1, 20, 2, dtype=torch.float16), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize(("beta", "decay"), [(2.0, 1.0), (1.9, 1.0), (2.0, -1.0)])
+def test_one_key_repeated(beta, decay):
+    check_against_reference(one_key(256, beta, decay=decay, k=16), "triton", 1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("t", [1, 23])
+def test_householder_products_with_a_decay_for_each_channel_agree_with_the_reference(t, n, normalize):
+    check_against_reference(householder(1, t, n, 2, 12, 9, normalize=normalize, **FLOAT32), "triton")
+
+
+@interpreted
+def test_packed_householder_products_agree_with_the_reference():
+    check_against_reference(householder(1, 20, 2, 1, 12, 9, cu_seqlens=[0, 0, 3, 19, 20], **FLOAT32), "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("k", "v"), [(64, 64), (128, 128), (40, 72), (256, 64)])
+def test_values_and_gradients_on_a_gpu(k, v, dtype):
+    check_on_gpu(make_case(2, 150, 2, k, v, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("n", [1, 2])
+def test_householder_products_with_a_decay_for_each_channel_on_a_gpu(n, dtype):
+    check_on_gpu(householder(2, 150, n, 2, 64, 64, normalize=True, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("beta", "decay"), [(2.0, 1.0), (1.9, 1.0), (2.0, -1.0)])
+def test_one_key_repeated_on_a_gpu(beta, decay):
+    check_on_gpu(one_key(2048, beta, decay=decay), 1e-3)

@@ -1,0 +1,40 @@
+"""What the tests of the Triton kernels share: when they can run, and the comparison with the reference on a GPU.
+
+Under Triton's interpreter, which needs TRITON_INTERPRET=1 before triton is imported and so a process of its own, they
+run on any machine (`make test-kernels`). That shows that the algorithm is right, in float32, not that the compiler is.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from cases import relative_error
+
+INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs triton and TRITON_INTERPRET=1: `make test-kernels`")
+FLOAT32 = {"dtype": torch.float32}
+
+
+def on_gpu(case):
+    return case.with_tensors({name: x.cuda() for name, x in case.tensors().items()})
+
+
+def check_on_gpu(case, tolerance=None):
+    """As `check_against_reference`, whose weights are made on the CPU: o, the final state and every gradient."""
+    case = on_gpu(case)
+    limit = tolerance or {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 2e-5}[case.v.dtype]
+    computed = gpu_results(case, "triton")
+    exact = gpu_results(case.with_tensors({name: x.double() for name, x in case.tensors().items()}), "reference")
+    errors = {name: relative_error(computed[name], expected) for name, expected in exact.items()}
+    wrong = {name: error for name, error in errors.items() if not error <= limit}
+    assert not wrong, f"relative errors above {limit:g}: {wrong}"
+
+
+def gpu_results(case, backend):
+    inputs = {name: x.detach().clone().requires_grad_() for name, x in case.tensors().items()}
+    o, state = case.with_tensors(inputs).run(backend)
+    generator = torch.Generator("cuda").manual_seed(0)
+    weights = [torch.randn(x.shape, generator=generator, device="cuda").bfloat16().to(x.dtype) for x in (o, state)]
+    gradients = torch.autograd.grad([o, state], list(inputs.values()), weights)
+    return {"o": o.detach(), "final state": state.detach(), **dict(zip(inputs, gradients, strict=True))}

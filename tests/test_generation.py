@@ -1,0 +1,89 @@
+"""Text from a language model: the tokens, how they are drawn, and how they are shown."""
+
+import pytest
+import torch
+
+from statetrack import LanguageModel, ModelConfig, mixer_config
+from statetrack.cli import main
+from statetrack.data.tokenizer import byte_tokenizer
+from statetrack.generation import generate, streamed
+
+
+def make(vocab_size=257, **options):
+    torch.manual_seed(0)
+    mixer = (mixer_config("deltanet")(), mixer_config("attention")())
+    return LanguageModel(ModelConfig(vocab_size=vocab_size, d_model=16, mixer=mixer, **options)).double().eval()
+
+
+def test_without_temperature_each_token_is_the_most_likely_one():
+    model, ids = make(), [256, 5, 9]
+    got = list(generate(model, ids, max_new_tokens=12, temperature=0))
+    for _ in range(12):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    assert got == ids[3:]
+    stopped = list(generate(model, ids[:3], max_new_tokens=12, temperature=0, stop=got[7]))
+    assert stopped == got[: got.index(got[7])]
+    assert list(generate(model, ids[:3], max_new_tokens=0)) == []
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    torch.manual_seed(0)
+    mixer = mixer_config("deltanet")(num_heads=2, conv_size=0)
+    model = LanguageModel(ModelConfig(vocab_size=3, d_model=8, num_layers=1, mixer=mixer)).double()
+    logits = model(torch.tensor([[1, 2]]))[0, -1]
+    draws = 600
+    counts = torch.zeros(3)
+    for seed in range(draws):
+        counts[next(generate(model, [1, 2], max_new_tokens=1, temperature=0.5, seed=seed))] += 1
+    expected = torch.softmax(logits.detach() / 0.5, 0)
+    assert torch.allclose(counts.double() / draws, expected, atol=0.085)  # over four standard deviations
+    top = set(logits.topk(2).indices.tolist())
+    drawn = {next(generate(model, [1, 2], max_new_tokens=1, top_k=2, temperature=5.0, seed=s)) for s in range(30)}
+    assert drawn == top
+
+
+def test_a_seed_determines_the_text():
+    model = make()
+    first, again, other = (list(generate(model, [256], max_new_tokens=20, seed=seed)) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_characters_are_shown_when_they_are_complete():
+    tokenizer, text = byte_tokenizer(), "naïve ☃!"
+    pieces = list(streamed(list(text.encode()), tokenizer.decode))
+    assert pieces == list(text)
+    assert "".join(streamed([97, 0xE2, 0x98], tokenizer.decode)).startswith("a")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": []}, "at least one token"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
+        ({"temperature": -1.0}, "temperature must be 0 or positive"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"model": make(output_size=3)}, "reads 257 tokens and answers with 3 labels"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(**{"model": make(), "prompt": [1], "max_new_tokens": 2, **options})
+
+
+def test_the_command_writes_what_the_model_says(tmp_path, capsys):
+    from statetrack.hf import StatetrackForCausalLM
+
+    model = make()
+    StatetrackForCausalLM.of(model).save_pretrained(tmp_path)
+    byte_tokenizer().save(tmp_path)
+    words = ["generate", str(tmp_path), "--prompt", "one ☃", "--max-new-tokens", "9", "--temperature", "0"]
+    assert main(words) == 0
+    tokens = generate(model, [256, *"one ☃".encode()], max_new_tokens=9, temperature=0, stop=256)
+    assert capsys.readouterr().out == "one ☃" + byte_tokenizer().decode(list(tokens)) + "\n"
+
+
+def test_a_run_of_a_task_writes_no_text(tmp_path, capsys):
+    assert main(["compile", "parity", "--out", str(tmp_path / "run")]) == 0
+    assert main(["generate", str(tmp_path / "run")]) == 2
+    assert "is a run of the task parity, whose model answers with labels" in capsys.readouterr().err
