@@ -134,6 +134,36 @@ def test_shapes_that_do_not_go_together_are_refused():
         Discretized(torch.zeros(2, 3, 1, 4), torch.zeros(1, 2, 5))
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("decay", [None, "head", "channel"])
+@pytest.mark.parametrize("factors", [1, 2, 3, 6])
+def test_eigenvalues_of_few_factors_are_those_of_the_matrix(factors, decay, normalize):
+    """Traces of powers tell whether all eigenvalues are right, however they are ordered."""
+    torch.manual_seed(0)
+    k = torch.randn(2, 5, factors, 3, 5, dtype=torch.float64)
+    k[0, 0] = 0  # no reflection at all
+    k[0, 1] = k[0, 1, :1]  # the same one again and again
+    beta = torch.rand(2, 5, factors, 3, dtype=torch.float64) * 2
+    beta[0, 1], beta[1, 0] = 2, 0
+    shape = {None: None, "head": (2, 5, 3), "channel": (2, 5, 3, 5)}[decay]
+    decays = None if shape is None else torch.rand(shape, dtype=torch.float64) * 2 - 1
+    transition = Householder(k * 0.5, beta, decays, normalize)
+    values, dense = transition.eigenvalues(), transition.dense()
+    assert values.shape == dense.shape[:-1]
+    power = dense
+    for exponent in range(1, 6):
+        traces = power.diagonal(dim1=-2, dim2=-1).sum(-1)
+        assert torch.allclose((values**exponent).sum(-1), traces.to(values.dtype), atol=1e-9)
+        power = power @ dense
+
+
+def test_eigenvalues_of_float32_are_not_rounded_to_float32():
+    k = torch.tensor([3.0, 4.0, 0.0]).view(1, 1, 1, 1, 3)
+    beta = torch.tensor(2 - 1e-6).view(1, 1, 1, 1)
+    lowest = Householder(k, beta, normalize=True).eigenvalues().real.min()
+    assert float(lowest) == pytest.approx(1 - float(beta), abs=1e-14)
+
+
 def test_not_a_number_has_no_eigenvalues():
     with pytest.raises(ValueError, match="NaN or infinite"):
         Householder(torch.full((1, 1, 1, 1, 2), math.nan), torch.ones(1, 1, 1, 1)).eigenvalues()

@@ -221,7 +221,19 @@ class Householder(Transition):
         return product
 
     def eigenvalues(self) -> Tensor:
-        return _eigvals(self.dense())
+        count, dim = self.k.shape[2], self.k.shape[-1]
+        if count >= dim or (self.decay is not None and self.decay.ndim == 4):
+            return _eigvals(self.dense())
+        # With the keys as columns of Y the product is I - Y S Y^T (the WY form), S = (I + tril(diag(beta) G, -1))^-1
+        # diag(beta), G = Y^T Y; so all eigenvalues are 1 but those of the small I - G S.
+        k = self.k.double().permute(0, 1, 3, 2, 4)
+        beta = replace(self, k=self.k.double()).effective_beta.permute(0, 1, 3, 2).unsqueeze(-1)
+        gram = k @ k.mT
+        identity = torch.eye(count, dtype=k.dtype, device=k.device)
+        s = torch.linalg.solve_triangular(identity + (beta * gram).tril(-1), identity * beta, upper=False)
+        small = _eigvals(identity - gram @ s) if count > 1 else (1 - gram * beta).squeeze(-1).to(torch.complex128)
+        values = torch.cat([small, small.new_ones(*small.shape[:-1], dim - count)], -1)
+        return _finite(values if self.decay is None else values * self.decay.unsqueeze(-1))
 
 
 @dataclass(frozen=True)

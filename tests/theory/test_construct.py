@@ -137,6 +137,7 @@ def test_how_many_last_letters_decide():
         (full(3), {"strategy": "exclusion", "keys": "pair"}, "use raw keys"),
         (full(3), {"keys": "odd"}, "keys must be raw or pair"),
         (full(300), {}, "300 states, and integers above 256"),
+        (group_automaton("Z7xA5"), {"strategy": "holonomy"}, "a level of the holonomy decomposition has 420 tiles"),
         (full(3), {"strategy": "holonomy", "keys": "pair"}, "use raw keys"),
         (full(12), {"strategy": "holonomy"}, "more than 2,048 sets.*the exclusion cascade has 11 layers"),
     ],

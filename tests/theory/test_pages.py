@@ -42,7 +42,7 @@ def test_the_page_of_a_certificate_has_a_disc_for_each_spectrum(tmp_path):
     assert "<h1>S3</h1>" in text
     # One token, where all tokens are known, and products of two and three.
     assert text.count("<figure>") == 3
-    assert "vocabulary, exact: from -1, flips or turns last for ever, beta 0 from 2" in text
+    assert "vocabulary, exact: lowest -1, flips or turns last for ever, beta 0 from 2" in text
     assert "No theorem" not in text
 
 
@@ -54,7 +54,7 @@ def test_a_page_draws_the_region_that_a_sound_bound_leaves(tmp_path):
     write_certificate("run", certificate, page)
     text = page.read_text()
     assert text.count("<figure>") == 2 * 2 * 3
-    assert text.count("sound bound: from") == 4
+    assert text.count("sound bound: lowest") == 4
     assert not re.search(r'(?:src|href)="(?!#)', text)
 
 

@@ -167,7 +167,7 @@ def heads(certificate: Certificate) -> dict[tuple[int, int], list[Spectrum]]:
 
 def describe(spectrum: Spectrum) -> str:
     """Scope, lowest real part, horizon and distance of beta from 2, as a caption has them."""
-    parts = [f"from {spectrum.lowest:.4g}"]
+    parts = [f"lowest {spectrum.lowest:.4g}"]
     if spectrum.horizon is not None:
         parts.append(f"flips or turns last {spectrum.lasting()}")
     if spectrum.beta_gap is not None:

@@ -231,7 +231,7 @@ class Holonomy(Construction):
         if size > MAX_INTEGER:
             raise ConstructionError(
                 f"a level of the holonomy decomposition has {size:,} tiles, and integers above {MAX_INTEGER} are not "
-                "exact in bfloat16"
+                "exact in bfloat16; give an automaton with fewer states"
             )
         self.keys = [[reflections(self._padded(move)) for move in moves] for moves in self.moves]
         widest = max((len(keys) for level in self.keys for keys in level), default=1)

@@ -447,6 +447,14 @@ def _product_eigenvalues(transition: Transition, tokens: int, *, diagonal: bool)
     count = values.shape[1] - tokens + 1
     if diagonal:
         return torch.stack([values[:, i : i + count] for i in range(tokens)]).prod(0)
+    if isinstance(transition, Householder) and (transition.decay is None or transition.decay.ndim == 3):
+        # The factors of all tokens in a row, and all of their decays: once more a product of so many factors.
+        def along(x: Tensor) -> list[Tensor]:
+            return [x[:, i : i + count] for i in range(tokens)]
+
+        decay = None if transition.decay is None else torch.stack(along(transition.decay)).prod(0)
+        k, beta = (torch.cat(along(x), 2) for x in (transition.k, transition.beta))
+        return Householder(k, beta, decay, transition.normalize).eigenvalues()
     dense = transition.dense()
     product = dense[:, :count]
     for i in range(1, tokens):
