@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import ROOT, environment, write_results
-from statetrack import DeltaNet, DeltaProductConfig, LanguageModel
+from statetrack import DeltaNet, DeltaProductConfig, EigenvalueRange, LanguageModel
 from statetrack.automata import group_automaton
 from statetrack.config import RunConfig, TrainingConfig, run_config
 from statetrack.evaluation import evaluate
@@ -82,7 +82,7 @@ def configs() -> dict[str, RunConfig]:
     found = {}
     for task, recipe in RECIPES.items():
         mixer = DeltaProductConfig(
-            eigenvalue_range=(-1, 1), num_householder=recipe.num_householder, num_heads=8, conv_size=0,
+            eigenvalue_range=EigenvalueRange(-1, 1), num_householder=recipe.num_householder, num_heads=8, conv_size=0,
             activation="identity", output_norm=False, beta_gain=4.0,
         )  # fmt: skip
         model = {"d_model": recipe.d_model, "num_layers": 1, "final_norm": False}

@@ -113,7 +113,7 @@ def compiled(case: Case, op: str) -> Iterator[tuple[str, Any, float]]:
 
 def resources(kernel: Any) -> dict[str, int]:
     """Registers a thread, bytes of its stack (spills), shared memory, and programs that fit on a multiprocessor."""
-    tools = Path(importlib.import_module("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    tools = Path(importlib.import_module("triton").__path__[0]) / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -93,3 +93,39 @@ def test_a_sample_of_eigenvalues_is_no_larger_than_asked():
     task = get_task("group:S3")
     model = make(task, num_householder=2)
     assert sum(map(len, measure_eigenvalues(model, task, most=60).values())) <= 66
+
+
+def test_a_sequence_is_right_only_as_long_as_all_its_labels_are(monkeypatch):
+    class Wrong(Oracle):
+        """Parity but for one position, at which the first half of the sequences is answered wrongly."""
+
+        def scan(self, ids, state=None, cu_seqlens=None, positions=None, mask=None):
+            read = 0 if state is None else state[0]["read"]
+            logits, after = super().scan(ids, state)
+            if read < 30 <= read + ids.shape[1]:
+                logits[: len(ids) // 2, 29 - read] *= -1
+            after[0]["read"] = read + ids.shape[1]
+            return logits if positions is None else logits[:, positions], after
+
+    for tokens in (16 * 7, 16 * 64):
+        monkeypatch.setattr(module, "SEGMENT_TOKENS", tokens)
+        lengths = [1, 29, 30, 31, 100]
+        whole = evaluate(Wrong(), PARITY, lengths, sequences=16, whole=True)
+        labels = evaluate(Wrong(), PARITY, lengths, sequences=16)
+        assert [result.accuracy for result in whole] == [1.0, 1.0, 0.5, 0.5, 0.5]
+        assert [result.accuracy for result in labels] == [1.0, 1.0, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [("modular_arithmetic:3", [4, 10]), ("code_evaluation:3", [9, 30]), ("group:S3:all:4", [8, 12])],
+)
+def test_tasks_that_end_with_the_answer_are_judged_there(name, lengths):
+    task = get_task(name)
+    results = evaluate(make(task), task, lengths, sequences=8)
+    assert [result.length for result in results] == lengths
+    assert results == evaluate(make(task), task, lengths, sequences=8)
+    assert measure_eigenvalues(make(task), task, length=7)
+    if not task.fits(lengths[0] + 1):
+        with pytest.raises(ValueError, match=f"no label at length {lengths[0] + 1}; near .* one at {lengths[0]}"):
+            evaluate(make(task), task, [lengths[0] + 1])

@@ -18,7 +18,8 @@ from statetrack.config import TrainingConfig, run_config
 from statetrack.evaluation import evaluate
 from statetrack.runs import RunDirectory, RunError
 from statetrack.tasks import IGNORE, get_task
-from statetrack.training import TrainingError, learning_rate_at, train
+from statetrack.training import TrainingError, fitting_lengths, learning_rate_at, train
+from statetrack.training import _batch as batch_of
 from statetrack.training import _loss as loss_of
 from statetrack.training import _optimizer as optimizer_of
 
@@ -204,6 +205,23 @@ def test_the_z_loss_adds_the_mean_square_of_the_log_partition_function():
     assert plain.item() == pytest.approx(cross_entropy.item())
     assert (penalized - plain).item() == pytest.approx(0.5 * logits.logsumexp(-1).square().mean().item(), rel=1e-4)
     assert accuracy.item() == pytest.approx((logits.argmax(-1) == asked).double().mean().item())
+
+
+@pytest.mark.parametrize(("task", "lengths"), [("modular_arithmetic:3", {4, 6, 8}), ("parity", {3, 4, 5, 6, 7, 8})])
+def test_training_draws_the_lengths_that_a_task_has(task, lengths):
+    options = TrainingConfig(min_length=3, max_length=8)
+    assert set(fitting_lengths(get_task(task), options)) == lengths
+    with pytest.raises(ValueError, match="modular_arithmetic:3 has no sequences of 3 to 3 tokens"):
+        fitting_lengths(get_task("modular_arithmetic:3"), TrainingConfig(min_length=3, max_length=3))
+
+
+def test_the_last_label_alone_may_be_learned_from():
+    task, options = get_task("parity"), TrainingConfig(min_length=5, max_length=9, batch_size=6)
+    all_ids, all_labels = batch_of(task, options, [5, 9], 3, "cpu")
+    ids, labels = batch_of(task, replace(options, last_label_only=True), [5, 9], 3, "cpu")
+    assert torch.equal(ids, all_ids)
+    assert torch.equal(labels[:, -1], all_labels[:, -1])
+    assert (labels[:, :-1] == IGNORE).all()
 
 
 @pytest.mark.gpu

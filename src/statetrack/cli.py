@@ -344,7 +344,7 @@ class Tasks:
 
 def _task_facts(info: TaskFamily) -> dict[str, Any]:
     """What `statetrack tasks` says about a family: facts about its example, None where a package for it is missing."""
-    facts = dict.fromkeys(("algebraic_class", "num_generators", "vocab_size", "num_labels", "chance"))
+    facts: dict[str, Any] = dict.fromkeys(("algebraic_class", "num_generators", "vocab_size", "num_labels", "chance"))
     if not info.needs or find_spec(info.needs):
         task = get_task(info.example)
         facts = {key: getattr(task, key) for key in facts}

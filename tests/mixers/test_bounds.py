@@ -7,11 +7,12 @@ from statetrack import LanguageModel, ModelConfig, mixer_config
 from statetrack.mixers import mixer_configs
 from statetrack.mixers.bounds import FactorBounds, silu_interval
 
+D = 8
 UNKNOWN = {"attention", "lstm", "slstm", "retnet", "rwkv7"}
 """Mixers without a transition, one whose state turns with the position, and one whose matrices are not symmetric."""
 
 CASES = [
-    *((name, {}) for name in sorted(set(mixer_configs()) - UNKNOWN)),
+    *((name, {}) for name, config in mixer_configs().items() if config().build(D).factor_bounds(torch.ones(D))),
     ("deltanet", {"eigenvalue_range": (0, 1), "beta_gain": 4.0}),
     ("deltanet", {"learn_lower_end": True, "eigenvalue_range": (-0.5, 1), "num_heads": 2, "num_value_heads": 4}),
     ("deltaproduct", {"num_householder": 3, "eigenvalue_range": (0, 1)}),
@@ -24,7 +25,6 @@ CASES = [
     ("mamba2", {"dt_min": 0.1, "dt_max": 0.5, "gate_gain": 3.0}),
     ("mlstm", {"eigenvalue_range": (0, 1), "gate_soft_cap": 2.0, "gate_gain": 4.0}),
 ]
-D = 8
 
 
 def mixer(name, options, seed=0):
@@ -95,6 +95,13 @@ def test_an_input_along_the_weights_reaches_the_bound(name):
 def test_nothing_is_said_where_nothing_is_known(name):
     assert mixer(name, {}).factor_bounds(torch.ones(D)) is None
     assert mixer("deltanet", {"normalize": False}).factor_bounds(torch.ones(D)) is None
+
+
+def test_every_other_mixer_that_is_known_has_bounds():
+    bounded = {name for name, options in CASES if not options}
+    assert {"deltanet", "deltaproduct", "exact_deltaproduct", "gated_deltanet", "gated_deltaproduct", "kda"} <= bounded
+    assert {"gla", "mamba", "mamba2", "mlstm", "rwkv6"} <= bounded
+    assert not bounded & UNKNOWN
 
 
 def test_products_of_symmetric_contractions_lie_in_the_disc():

@@ -1,5 +1,6 @@
 """Tasks that are automata: labels against slow evaluation and arithmetic, streams, distribution."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -142,3 +143,11 @@ def test_a_task_of_any_automaton_samples_it():
 
 def test_equal_groups_share_their_tables():
     assert automaton_of("group:S4") is group_automaton("S4")
+
+
+@pytest.mark.parametrize("name", ["bounded_dyck:2,5", "bounded_dyck:1,1", "bounded_dyck:1,4", "bounded_dyck:3,2"])
+def test_a_chance_that_is_known_is_the_one_that_is_computed(name):
+    task = get_task(name)
+    assert isinstance(task, AutomatonTask)
+    assert task.known_chance is not None
+    assert task.chance == pytest.approx(replace(task, known_chance=None).chance, abs=1e-9)

@@ -37,6 +37,46 @@ def test_analyze_writes_json_to_standard_output_or_a_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     "language",
     [
+        "--group S3",
+        "--group A5 --generators 3-cycles",
+        "--generators '(1 2),(1 2 3)'",
+        "--regex '(a|b)*abb'",
+        "--regex '(ab)*' --alphabet abc",
+        "--automaton OWN",
+        "--automaton DFA",
+        "parity",
+        "modular_addition:5",
+        "group:Q8",
+        "'regex:a*b* over abc'",
+        "automaton:OWN",
+    ],
+)
+def test_json_has_the_same_keys_however_a_language_is_named(language, tmp_path, capsys):
+    own = {"transitions": [[1, 0], [2, 0], [2, 1]], "accepting": [1], "letters": ["x", "y"], "states": ["p", "q", "r"]}
+    dfa = {
+        "states": ["p", "q"],
+        "input_symbols": ["x", "y"],
+        "transitions": {"p": {"x": "q"}, "q": {"x": "p", "y": "q"}},
+        "initial_state": "p",
+        "final_states": ["q"],
+        "allow_partial": True,
+    }
+    for name, data in (("OWN", own), ("DFA", dfa)):
+        (tmp_path / name).write_text(json.dumps(data))
+        language = language.replace(name, str(tmp_path / name))
+    assert run(f"analyze {language} --json") == 0
+    data = json.loads(capsys.readouterr().out)
+    kinds = {"states": int, "monoid_size": int, "aperiodic": bool, "group": bool, "solvable": bool, "primes": list}
+    assert {key: type(data[key]) for key in kinds} == kinds
+    assert data["one_layer_obstruction"] is None or {"e", "f", "state"} == set(data["one_layer_obstruction"])
+    assert data["requirements"]
+    for row in data["requirements"]:
+        assert all(row[key] for key in ("quantity", "value", "kind", "theorem", "assumption", "sentence"))
+
+
+@pytest.mark.parametrize(
+    "language",
+    [
         "--group S3 --generators '(1 2),(1 2 3)'",
         "--generators '(1 2),(1 2 3)'",
         "--regex 'a*b*'",

@@ -26,17 +26,17 @@ from statetrack.ops.triton_common import (
 )
 from statetrack.transition import Discretized, Transition
 
-# Steps of a tile. The states between tiles are kept in memory, in float32: K / 8 bytes for each step and channel.
-_STEPS = 32
+# Steps of a tile. The states between tiles are kept in memory, in float32: K / 4 bytes for each step and channel.
+_STEPS = 16
 # Tiles go to programs of their own where rows and blocks of channels are fewer than so many for each processor: it
-# takes twice the exponentials.
-_PROGRAMS = 2
+# takes twice the exponentials, but a program is a single warp, and each of a processor's four schedulers needs a few.
+_PROGRAMS = 16
 # Elements of a state that one program joins.
 _JOINED = 128
-# The block is that of the channels. Not yet measured on a card: from the registers and the shared memory that the
-# compiler reports (`python -m benchmarks.kernel_resources`).
-_FORWARD = Launch(32, 4, 1)
-_BACKWARD = Launch(32, 8, 1)
+# The block is that of the channels, and a thread has one or two of them. Not yet measured on a card: from the
+# registers and the instructions that the compiler reports (`python -m benchmarks.kernel_resources`).
+_FORWARD = Launch(64, 1, 1)
+_BACKWARD = Launch(32, 1, 1)
 
 
 def supports(transition: Transition) -> str | None:

@@ -190,7 +190,7 @@ def eggboxes(automaton: Automaton) -> list[dict[str, Any]]:
         rows, row = np.unique(green.r_class[members], return_inverse=True)
         columns, column = np.unique(green.l_class[members], return_inverse=True)
         caption = (
-            f"{counted(len(members), 'element')} with {counted(rank[members[0]], 'image')}, {len(rows)} R x "
+            f"{counted(len(members), 'element')} with {counted(int(rank[members[0]]), 'image')}, {len(rows)} R x "
             f"{len(columns)} L, {counted(idempotent[members].sum(), 'idempotent')}"
         )
         cells = []
@@ -276,7 +276,7 @@ def _draw_loop(axes: Axes, place: _Point, angle: float, radius: float) -> _Point
     curve = []
     for t in np.linspace(0, 1, 60):
         weights = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3)
-        x, y = sum(weight * point for weight, point in zip(weights, points, strict=True))
+        x, y = np.tensordot(weights, points, 1)
         curve.append((float(x), float(y)))
     _arrow_along(axes, curve)
     # The text is wider than high, so that beside a state it has to stand farther out than above or below one.

@@ -22,6 +22,7 @@ class AutomatonTask(EndlessTask):
         draws: which letter each of D equally likely draws means in each state, where not all letters are wanted in all
             states: D letters for every state. None if every letter is as likely as every other in every state.
         known_class: the algebraic class, where the maker knows it; otherwise it is computed when it is asked for.
+        known_chance: the chance level, where the maker knows it; otherwise it is computed, from a matrix of all states.
     """
 
     vocab_size: int = field(init=False)
@@ -30,11 +31,13 @@ class AutomatonTask(EndlessTask):
     automaton: Automaton
     draws: tuple[tuple[int, ...], ...] | None = None
     known_class: str | None = None
+    known_chance: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vocab_size", self.automaton.num_letters)
         object.__setattr__(self, "num_labels", self.automaton.num_outputs)
-        object.__setattr__(self, "chance", float(_long_run_outputs(self._driver).max()))
+        chance = _long_run_outputs(self._driver).max() if self.known_chance is None else self.known_chance
+        object.__setattr__(self, "chance", float(chance))
 
     @cached_property
     def algebraic_class(self) -> str:

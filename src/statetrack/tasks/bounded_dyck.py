@@ -45,6 +45,8 @@ def _make(argument: str) -> AutomatonTask:
         automaton=automaton,
         draws=(*map(tuple, draws), (0,) * (2 * kinds)),
         known_class="aperiodic monoid",
+        # The depth walks between 0 and DEPTH, and is half as often at its ends as at each place between them.
+        known_chance=max(1 / (2 * depth), (1 - 1 / (2 * depth)) / kinds),
     )
 
 

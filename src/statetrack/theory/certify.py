@@ -25,7 +25,7 @@ from statetrack import seeds
 from statetrack.mixers import MixerConfig
 from statetrack.mixers.bounds import FactorBounds
 from statetrack.mixers.mixer import WidenedMixerConfig
-from statetrack.model import LanguageModel
+from statetrack.model import Block, LanguageModel
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, Transition
 
 Scope = Literal["architecture", "vocabulary, exact", "sound bound", "measured"]
@@ -36,6 +36,9 @@ FADED = 2.0**-8
 
 REAL = 1e-6
 """Imaginary parts up to this are rounding errors of the eigenvalue solver."""
+
+MOST_TOKENS = 4096
+"""Larger vocabularies are measured on words and not token by token."""
 
 _PRODUCTS = (1, 2, 3)
 
@@ -251,11 +254,19 @@ def _range(config: MixerConfig, name: str) -> EigenvalueRange | None:
     return value if isinstance(value, EigenvalueRange) else None
 
 
+def _sees_one_token(block: Block) -> bool:
+    """Whether the mixer of a first layer sees the current token alone: no convolution, nothing else that remembers."""
+    return set(block.mixer.init_state(1)) == {"recurrence"}
+
+
 def _vocabulary_transition(model: LanguageModel) -> Transition | None:
-    """The first layer's matrices for every token, [1, vocabulary, ...]; None if it sees more than the current token."""
+    """The first layer's matrices for every token, [1, vocabulary, ...].
+
+    None if it sees more than the current token, or if there are more tokens than are worth a table.
+    """
     block = model._blocks()[0]
-    if set(block.mixer.init_state(1)) != {"recurrence"}:
-        return None  # a short convolution, or something else that remembers tokens
+    if model.config.vocab_size > MOST_TOKENS or not _sees_one_token(block):
+        return None
     return block.mixer.transition(block.mixer_input(model.embedding.weight.unsqueeze(0)))
 
 
@@ -369,7 +380,7 @@ def _claims(
         )
     # A head that also reads the state before the update sees one letter more, as a convolution does.
     before = model.config.layer_mixers()[0].reads_before_update()
-    if layers == 1 and structures[0].contraction and not before and _vocabulary_transition(model) is not None:
+    if layers == 1 and structures[0].contraction and not before and _sees_one_token(model._blocks()[0]):
         claims.append(
             Claim(
                 "first letter",
@@ -395,6 +406,8 @@ def _spectra(
 ) -> list[Spectrum]:
     found = []
     gaps = None
+    # Products in float32 would be off by more than what an eigenvalue of -0.9999999 lacks to -1.
+    transition = transition.map_tokens(torch.Tensor.double)
     if isinstance(transition, Householder):
         along = transition.effective_beta * transition.k.to(transition.effective_beta.dtype).square().sum(-1)
         gaps = (2 - along).abs().amin((0, 1, 2))
@@ -434,7 +447,7 @@ def _product_eigenvalues(transition: Transition, tokens: int, *, diagonal: bool)
     count = values.shape[1] - tokens + 1
     if diagonal:
         return torch.stack([values[:, i : i + count] for i in range(tokens)]).prod(0)
-    dense = transition.dense().double()
+    dense = transition.dense()
     product = dense[:, :count]
     for i in range(1, tokens):
         product = dense[:, i : i + count] @ product

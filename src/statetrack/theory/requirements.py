@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from statetrack.automata import Automaton
+from statetrack.automata.holonomy import HolonomyError, holonomy
 from statetrack.automata.monoid import TransitionMonoid, image_groups, transition_monoid
 from statetrack.automata.representations import MAX_ORDER, count_reflections, cycles, smallest_representation
 from statetrack.theory.construct import ConstructionError, Plan, plan
@@ -211,7 +212,7 @@ def analyze(automaton: Automaton, *, monoid_limit: int = MONOID_LIMIT) -> Analys
         monoid_size=None if monoid is None else len(monoid),
         obstruction_searched=searched,
         green=green,
-        requirements=tuple(_requirements(**facts)),
+        requirements=tuple(_requirements(automaton=automaton, **facts)),
         automaton=automaton,
         **facts,
     )
@@ -383,8 +384,17 @@ def _letter_facts(automaton: Automaton, letter: int) -> LetterFacts:
     return LetterFacts(_spelt(automaton, (letter,))[0], kind, int((images != states).sum()), rank, period)
 
 
+def _levels(automaton: Automaton) -> str:
+    """How many levels the holonomy decomposition has, in brackets; empty if it is too large to say."""
+    try:
+        return f" ({holonomy(automaton).num_levels})"
+    except HolonomyError:
+        return ""
+
+
 def _requirements(
     *,
+    automaton: Automaton,
     states: int,
     aperiodic: bool,
     group: bool,
@@ -404,7 +414,7 @@ def _requirements(
                 "[0, 1]",
                 "sufficient",
                 "Krohn-Rhodes, T4",
-                "as many layers as its decomposition has levels",
+                "as many layers as its holonomy decomposition has levels" + _levels(automaton),
                 "No word goes round in a cycle, so the language is made of resets alone, and forgetting needs no "
                 "eigenvalue below 0.",
             )

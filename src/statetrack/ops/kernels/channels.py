@@ -12,8 +12,8 @@ too: 0 and negative numbers are ordinary.
 
 from __future__ import annotations
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 from statetrack.ops.kernels.householder import dot_masks, unit_triangular_inverse
 from statetrack.ops.kernels.tiles import load_kinds, outer_products, state_overlap, state_products, store_kinds

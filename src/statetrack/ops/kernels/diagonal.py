@@ -9,13 +9,10 @@ Decays are only ever multiplied, in the backward too: 0 and negative numbers are
 float32 and rounded to the operands' dtype only where it is read, so that no rounding error is fed back.
 """
 
-# What a branch on a constant leaves out does not exist in the compiled kernel.
-# pyright: reportPossiblyUnboundVariable=false
-
 from __future__ import annotations
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 from statetrack.ops.kernels.householder import dot_precise
 from statetrack.ops.kernels.tiles import load_tile, outer_products, state_overlap, state_products, store_tile

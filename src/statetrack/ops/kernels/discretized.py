@@ -1,50 +1,62 @@
 """Triton kernels for Mamba's selective scan with any eigenvalue range; `docs/kernels.md` explains them.
 
 Every key n of every value channel is a scalar recurrence of its own, h <- decay h + write_n v. A tile has BT steps of
-BV channels; for one key after the other its BT BV states live in registers, and an associative scan along time computes
-them. Between tiles they are kept, [row and tile, K, V] in float32; all other numbers of the size B T K V exist nowhere.
+BV channels, all in registers: a thread has channels of its own and goes through the steps, unrolled, one key after the
+other. Between tiles the states are kept, [row and tile, K, V] in float32; all other numbers of the size B T K V exist
+nowhere.
 
 With SERIAL one program walks through all tiles of its channels and hands the state on. Otherwise each program has one
 tile: what tiles do to any state has been found by `summarize_*` and the states between them by `join_tiles`.
 """
 
-# What a branch on a constant leaves out does not exist in the compiled kernel.
-# pyright: reportPossiblyUnboundVariable=false
-
 from __future__ import annotations
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _compose(decay, h, next_decay, next_h):
-    """First h -> decay x + h, then the same with the next two."""
-    return decay * next_decay, next_decay * h + next_h
+def _vectors(x, left, stride, ok, BT: tl.constexpr):
+    """A tuple of BT vectors in float32, `stride` apart in memory; zero from step `left` on."""
+    rows = ()
+    for i in tl.static_range(BT):
+        rows = rows + (tl.load(x + i * stride, mask=ok & (i < left), other=0.0).to(tl.float32),)
+    return rows
 
 
 @triton.jit
-def _decays(dt, ok, a, low, width):
-    """exp(dt A), and the decays that it becomes in the range; 1 where there is no step."""
-    gate = tl.exp2(dt * a[None, :])
-    return gate, tl.where(ok, low + width * gate, 1.0)
+def _numbers(x, left, stride, BT: tl.constexpr):
+    """The same of single numbers."""
+    numbers = ()
+    for i in tl.static_range(BT):
+        numbers = numbers + (tl.load(x + i * stride, mask=i < left, other=0.0).to(tl.float32),)
+    return numbers
+
+
+@triton.jit
+def _store_vectors(x, rows, left, stride, ok, BT: tl.constexpr):
+    for i in tl.static_range(BT):
+        tl.store(x + i * stride, rows[i].to(x.dtype.element_ty), mask=ok & (i < left))
+
+
+@triton.jit
+def _zeros(BT: tl.constexpr, BV: tl.constexpr):
+    rows = ()
+    for _ in tl.static_range(BT):
+        rows = rows + (tl.zeros([BV], tl.float32),)
+    return rows
 
 
 @triton.jit
 def _range(lower_end, lo, hi, h, value, value_ok, V: tl.constexpr, LOWER: tl.constexpr):
     """The lower end, and the width of the range; with LOWER a number for each value channel."""
     if LOWER:
-        low = tl.load(lower_end + h * V + value, mask=value_ok, other=0.0)[None, :]
+        low = tl.load(lower_end + h * V + value, mask=value_ok, other=0.0)
     else:
-        low = tl.full([1, 1], 0.0, tl.float32) + lo
+        low = tl.full([1], 0.0, tl.float32) + lo
     return low, hi - low
-
-
-@triton.jit
-def _row(x, index, BT: tl.constexpr):
-    return tl.sum(tl.where((tl.arange(0, BT) == index)[:, None], x, 0.0), axis=0)
 
 
 @triton.jit(do_not_specialize=["T", "tiles"])
@@ -56,23 +68,22 @@ def summarize_forward(
     """For every tile its last state, had it started from zero, and the product of its decays."""
     place = tl.program_id(0).to(tl.int64)
     head, tile = place // tiles, place % tiles
-    h = head % H
+    h, first, left = head % H, head // H * T + tile * BT, T - tile * BT
     value = tl.program_id(1) * BV + tl.arange(0, BV)
-    value_ok = value < V
-    t = head // H * T + tile * BT + tl.arange(0, BT)[:, None]
-    steps_ok = tile * BT + tl.arange(0, BT) < T
-    ok = steps_ok[:, None] & value_ok[None, :]
-    low, width = _range(lower_end, lo, hi, h, value, value_ok, V, LOWER)
-    steps = tl.load(dt + (t * H + h) * V + value[None, :], mask=ok, other=0.0).to(tl.float32)
-    values = tl.load(v + (t * H + h) * V + value[None, :], mask=ok, other=0.0).to(tl.float32)
+    ok = value < V
+    low, width = _range(lower_end, lo, hi, h, value, ok, V, LOWER)
+    at = (first * H + h) * V + value
+    steps, values = _vectors(dt + at, left, H * V, ok, BT), _vectors(v + at, left, H * V, ok, BT)
     for key in range(K):
-        a = tl.load(A + (h * K + key) * V + value, mask=value_ok, other=0.0) * _LOG2_E
-        written = tl.load(write + (t * H + h) * K + key, mask=steps_ok[:, None], other=0.0).to(tl.float32)
-        _, decay = _decays(steps, steps_ok[:, None], a, low, width)
-        product, state = tl.associative_scan((decay, written * values), 0, _compose)
-        at = (place * K + key) * V + value
-        tl.store(ends + at, _row(state, BT - 1, BT), mask=value_ok)
-        tl.store(products + at, _row(product, BT - 1, BT), mask=value_ok)
+        a = tl.load(A + (h * K + key) * V + value, mask=ok, other=0.0) * _LOG2_E
+        written = _numbers(write + (first * H + h) * K + key, left, H * K, BT)
+        state, product = tl.zeros([BV], tl.float32), tl.full([BV], 1.0, tl.float32)
+        for i in tl.static_range(BT):
+            decay = tl.where(i < left, low + width * tl.exp2(steps[i] * a), 1.0)
+            state = decay * state + written[i] * values[i]
+            product *= decay
+        tl.store(ends + (place * K + key) * V + value, state, mask=ok)
+        tl.store(products + (place * K + key) * V + value, product, mask=ok)
 
 
 @triton.jit(do_not_specialize=["T", "tiles"])
@@ -84,23 +95,21 @@ def summarize_backward(
     """For every tile the gradient of its first state as far as its own outputs go, and the product of its decays."""
     place = tl.program_id(0).to(tl.int64)
     head, tile = place // tiles, place % tiles
-    h = head % H
+    h, first, left = head % H, head // H * T + tile * BT, T - tile * BT
     value = tl.program_id(1) * BV + tl.arange(0, BV)
-    value_ok = value < V
-    t = head // H * T + tile * BT + tl.arange(0, BT)[:, None]
-    steps_ok = tile * BT + tl.arange(0, BT) < T
-    ok = steps_ok[:, None] & value_ok[None, :]
-    low, width = _range(lower_end, lo, hi, h, value, value_ok, V, LOWER)
-    steps = tl.load(dt + (t * H + h) * V + value[None, :], mask=ok, other=0.0).to(tl.float32)
-    d_out = tl.load(d_o + (t * H + h) * V + value[None, :], mask=ok, other=0.0).to(tl.float32)
+    ok = value < V
+    low, width = _range(lower_end, lo, hi, h, value, ok, V, LOWER)
+    at = (first * H + h) * V + value
+    steps, d_out = _vectors(dt + at, left, H * V, ok, BT), _vectors(d_o + at, left, H * V, ok, BT)
     for key in range(K):
-        a = tl.load(A + (h * K + key) * V + value, mask=value_ok, other=0.0) * _LOG2_E
-        query = tl.load(q + (t * H + h) * K + key, mask=steps_ok[:, None], other=0.0).to(tl.float32)
-        _, decay = _decays(steps, steps_ok[:, None], a, low, width)
-        product = tl.cumprod(decay, axis=0)
-        at = (place * K + key) * V + value
-        tl.store(d_starts + at, tl.sum(product * query * d_out, axis=0), mask=value_ok)
-        tl.store(products + at, _row(product, BT - 1, BT), mask=value_ok)
+        a = tl.load(A + (h * K + key) * V + value, mask=ok, other=0.0) * _LOG2_E
+        queries = _numbers(q + (first * H + h) * K + key, left, H * K, BT)
+        d_start, product = tl.zeros([BV], tl.float32), tl.full([BV], 1.0, tl.float32)
+        for i in tl.static_range(BT):
+            product *= tl.where(i < left, low + width * tl.exp2(steps[i] * a), 1.0)
+            d_start += product * (queries[i] * d_out[i])
+        tl.store(d_starts + (place * K + key) * V + value, d_start, mask=ok)
+        tl.store(products + (place * K + key) * V + value, product, mask=ok)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -136,33 +145,33 @@ def scan_forward(
         head, begin, count = pid // tiles, (pid % tiles).to(tl.int32), 1
     h = head % H
     value = tl.program_id(1) * BV + tl.arange(0, BV)
-    value_ok = value < V
-    low, width = _range(lower_end, lo, hi, h, value, value_ok, V, LOWER)
+    ok = value < V
+    low, width = _range(lower_end, lo, hi, h, value, ok, V, LOWER)
     for index in range(count):
         tile = begin + index
-        t = head // H * T + tile * BT + tl.arange(0, BT)[:, None]
-        steps_ok = tile * BT + tl.arange(0, BT) < T
-        ok = steps_ok[:, None] & value_ok[None, :]
-        steps = tl.load(dt + (t * H + h) * V + value[None, :], mask=ok, other=0.0).to(tl.float32)
-        values = tl.load(v + (t * H + h) * V + value[None, :], mask=ok, other=0.0).to(tl.float32)
-        out = tl.zeros([BT, BV], tl.float32)
+        first, left = head // H * T + tile * BT, T - tile * BT
+        at = (first * H + h) * V + value
+        steps, values = _vectors(dt + at, left, H * V, ok, BT), _vectors(v + at, left, H * V, ok, BT)
+        out = _zeros(BT, BV)
         for key in range(K):
-            a = tl.load(A + (h * K + key) * V + value, mask=value_ok, other=0.0) * _LOG2_E
-            query = tl.load(q + (t * H + h) * K + key, mask=steps_ok[:, None], other=0.0).to(tl.float32)
-            written = tl.load(write + (t * H + h) * K + key, mask=steps_ok[:, None], other=0.0).to(tl.float32)
-            _, decay = _decays(steps, steps_ok[:, None], a, low, width)
-            product, state = tl.associative_scan((decay, written * values), 0, _compose)
-            start = tl.load(starts + ((head * tiles + tile) * K + key) * V + value, mask=value_ok, other=0.0)
-            state += product * start[None, :]
-            out += query * state
-            end = _row(state, BT - 1, BT)
+            a = tl.load(A + (h * K + key) * V + value, mask=ok, other=0.0) * _LOG2_E
+            key_at = (first * H + h) * K + key
+            queries = _numbers(q + key_at, left, H * K, BT)
+            written = _numbers(write + key_at, left, H * K, BT)
+            state = tl.load(starts + ((head * tiles + tile) * K + key) * V + value, mask=ok, other=0.0)
+            sums = ()
+            for i in tl.static_range(BT):
+                decay = tl.where(i < left, low + width * tl.exp2(steps[i] * a), 1.0)
+                state = decay * state + written[i] * values[i]
+                sums = sums + (out[i] + queries[i] * state,)
+            out = sums
             if tile == tiles - 1:
-                tl.store(final + (head * K + key) * V + value, end, mask=value_ok)
+                tl.store(final + (head * K + key) * V + value, state, mask=ok)
             elif SERIAL:
-                tl.store(starts + ((head * tiles + tile + 1) * K + key) * V + value, end, mask=value_ok)
-        tl.store(o + (t * H + h) * V + value[None, :], out.to(o.dtype.element_ty), mask=ok)
+                tl.store(starts + ((head * tiles + tile + 1) * K + key) * V + value, state, mask=ok)
+        _store_vectors(o + at, out, left, H * V, ok, BT)
         if SERIAL:
-            # The next tile loads what other threads of this program have just stored.
+            # The next tile loads what other threads of this program may have stored.
             tl.debug_barrier()
 
 
@@ -176,9 +185,8 @@ def scan_backward(
     """All gradients. Those that sum over channels or time are partial sums, to be added up in a fixed order:
     d_q and d_write [channel block, row, K, T], d_A [row and tile, K, V], d_lower_end [row and tile, V].
 
-    `d_ends` has the gradients of the states after all tiles; with SERIAL only the last is given. A decay's own gradient
-    is that of the state after it times the state before it, so every scan is done as far as the step before: with the
-    decays of the neighbours, for nothing is divided by a decay.
+    `d_ends` has the gradients of the states after all tiles; with SERIAL only the last is given. The states of a tile
+    are computed once more and stay in registers until the steps have been gone through from the last to the first.
     """
     pid = tl.program_id(0).to(tl.int64)
     if SERIAL:
@@ -187,63 +195,59 @@ def scan_backward(
         head, last, count = pid // tiles, (pid % tiles).to(tl.int32), 1
     h = head % H
     value = tl.program_id(1) * BV + tl.arange(0, BV)
-    value_ok = value < V
-    low, width = _range(lower_end, lo, hi, h, value, value_ok, V, LOWER)
-    step = tl.arange(0, BT)
+    ok = value < V
+    low, width = _range(lower_end, lo, hi, h, value, ok, V, LOWER)
     for index in range(count):
         tile = last - index
-        t = head // H * T + tile * BT + step[:, None]
-        steps_ok = (tile * BT + step < T)[:, None]
-        before_ok, after_ok = (
-            (step > 0)[:, None] & steps_ok,
-            (step < BT - 1)[:, None] & (tile * BT + step + 1 < T)[:, None],
-        )
-        ok = steps_ok & value_ok[None, :]
-        at = (t * H + h) * V + value[None, :]
-        steps = tl.load(dt + at, mask=ok, other=0.0).to(tl.float32)
-        steps_before = tl.load(dt + at - H * V, mask=before_ok & value_ok[None, :], other=0.0).to(tl.float32)
-        steps_after = tl.load(dt + at + H * V, mask=after_ok & value_ok[None, :], other=0.0).to(tl.float32)
-        values = tl.load(v + at, mask=ok, other=0.0).to(tl.float32)
-        values_before = tl.load(v + at - H * V, mask=before_ok & value_ok[None, :], other=0.0).to(tl.float32)
-        d_out = tl.load(d_o + at, mask=ok, other=0.0).to(tl.float32)
-        d_steps, d_values = tl.zeros([BT, BV], tl.float32), tl.zeros([BT, BV], tl.float32)
+        first, left = head // H * T + tile * BT, T - tile * BT
+        at = (first * H + h) * V + value
+        steps, values = _vectors(dt + at, left, H * V, ok, BT), _vectors(v + at, left, H * V, ok, BT)
+        d_out = _vectors(d_o + at, left, H * V, ok, BT)
+        d_steps, d_values = _zeros(BT, BV), _zeros(BT, BV)
         d_low = tl.zeros([BV], tl.float32)
         for key in range(K):
-            a = tl.load(A + (h * K + key) * V + value, mask=value_ok, other=0.0) * _LOG2_E
-            key_at = (t * H + h) * K + key
-            query = tl.load(q + key_at, mask=steps_ok, other=0.0).to(tl.float32)
-            written = tl.load(write + key_at, mask=steps_ok, other=0.0).to(tl.float32)
-            written_before = tl.load(write + key_at - H * K, mask=before_ok, other=0.0).to(tl.float32)
+            a = tl.load(A + (h * K + key) * V + value, mask=ok, other=0.0)
+            key_at = (first * H + h) * K + key
+            queries = _numbers(q + key_at, left, H * K, BT)
+            written = _numbers(write + key_at, left, H * K, BT)
             state_at = ((head * tiles + tile) * K + key) * V + value
-
-            _, decay_before = _decays(steps_before, before_ok, a, low, width)
-            product, state_before = tl.associative_scan((decay_before, written_before * values_before), 0, _compose)
-            state_before += product * tl.load(starts + state_at, mask=value_ok, other=0.0)[None, :]
-            _, decay_after = _decays(steps_after, after_ok, a, low, width)
-            product, d_state = tl.associative_scan((decay_after, query * d_out), 0, _compose, reverse=True)
-            d_state += product * tl.load(d_ends + state_at, mask=value_ok, other=0.0)[None, :]
-
-            gate, decay = _decays(steps, steps_ok, a, low, width)
-            state = decay * state_before + written * values
-            d_values += written * d_state
-            partial_at = ((tl.program_id(1) * rows + head) * K + key) * T + tile * BT + step
-            tl.store(d_q + partial_at, tl.sum(d_out * state, axis=1), mask=tile * BT + step < T)
-            tl.store(d_write + partial_at, tl.sum(values * d_state, axis=1), mask=tile * BT + step < T)
-            d_decay = tl.where(steps_ok, d_state * state_before, 0.0)
-            d_exponent = d_decay * gate * width
-            d_steps += d_exponent * (a / _LOG2_E)[None, :]
-            tl.store(d_A + state_at, tl.sum(d_exponent * steps, axis=0), mask=value_ok)
-            if LOWER:
-                d_low += tl.sum(d_decay * (1 - gate), axis=0)
-            d_start = _row(decay * d_state, 0, BT)
+            partial_at = ((tl.program_id(1) * rows + head) * K + key) * T + tile * BT
+            state = tl.load(starts + state_at, mask=ok, other=0.0)
+            gates, before = (), ()
+            for i in tl.static_range(BT):
+                gates = gates + (tl.exp2(steps[i] * (a * _LOG2_E)),)
+                before = before + (state,)
+                state = tl.where(i < left, low + width * gates[i], 1.0) * state + written[i] * values[i]
+            d_state = tl.load(d_ends + state_at, mask=ok, other=0.0)
+            d_a = tl.zeros([BV], tl.float32)
+            new_steps, new_values = (), ()
+            for i in tl.static_range(BT - 1, -1, -1):
+                d_state += queries[i] * d_out[i]
+                tl.store(d_q + partial_at + i, tl.sum(d_out[i] * state, axis=0), mask=i < left)
+                tl.store(d_write + partial_at + i, tl.sum(values[i] * d_state, axis=0), mask=i < left)
+                new_values = (d_values[i] + written[i] * d_state,) + new_values
+                # The gradient of the decay. From step `left` on dt is 0 and the gate 1, so that nothing comes of it.
+                d_decay = d_state * before[i]
+                if LOWER:
+                    d_low += d_decay * (1 - gates[i])
+                d_decay *= gates[i]
+                d_a += d_decay * steps[i]
+                new_steps = (d_steps[i] + d_decay * a,) + new_steps
+                d_state *= tl.where(i < left, low + width * gates[i], 1.0)
+                state = before[i]
+            d_steps, d_values = new_steps, new_values
+            tl.store(d_A + state_at, d_a * width, mask=ok)
             if tile == 0:
-                tl.store(d_initial + (head * K + key) * V + value, d_start, mask=value_ok)
+                tl.store(d_initial + (head * K + key) * V + value, d_state, mask=ok)
             elif SERIAL:
-                tl.store(d_ends + state_at - K * V, d_start, mask=value_ok)
-        tl.store(d_dt + at, d_steps.to(d_dt.dtype.element_ty), mask=ok)
-        tl.store(d_v + at, d_values.to(d_v.dtype.element_ty), mask=ok)
+                tl.store(d_ends + state_at - K * V, d_state, mask=ok)
+        scaled = ()
+        for i in tl.static_range(BT):
+            scaled = scaled + (d_steps[i] * width,)
+        _store_vectors(d_dt + at, scaled, left, H * V, ok, BT)
+        _store_vectors(d_v + at, d_values, left, H * V, ok, BT)
         if LOWER:
-            tl.store(d_lower_end + (head * tiles + tile) * V + value, d_low, mask=value_ok)
+            tl.store(d_lower_end + (head * tiles + tile) * V + value, d_low, mask=ok)
         if SERIAL:
-            # The next tile loads what other threads of this program have just stored.
+            # The next tile loads what other threads of this program may have stored.
             tl.debug_barrier()

@@ -10,13 +10,10 @@ all. Without it all operands are float32 and the products tf32x3. Plain bfloat16
 output.
 """
 
-# What a branch on a constant leaves out does not exist in the compiled kernel.
-# pyright: reportPossiblyUnboundVariable=false
-
 from __future__ import annotations
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 # Stands for a beta or, in the backward, a decay of exactly 0: it moves no result by more than the rounding, and lets
 # the gradient divide. The square is still a normal float32.

@@ -5,13 +5,10 @@ transposed, [V, K]. All operands are float32 and their products tf32x3, because 
 Decays are only ever multiplied, in the backward too: 0 and negative numbers are ordinary.
 """
 
-# What a branch on a constant leaves out does not exist in the compiled kernel.
-# pyright: reportPossiblyUnboundVariable=false
-
 from __future__ import annotations
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 
 from statetrack.ops.kernels.tiles import load_tile
 

@@ -1,0 +1,173 @@
+"""Reproductions: the grids are what they say, runs are resumed and not repeated, ours stands beside theirs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from statetrack.cli import main
+from statetrack.experiments import load_experiment
+from statetrack.experiments.experiment import read_experiment
+from statetrack.report import Record
+from statetrack.reproduce import Outcome, comparison, reproductions, run_reproduction
+
+SMALL = {
+    "title": "small",
+    "published": {
+        "source": "a paper",
+        "protocol": "paper",
+        "measure": "scaled_accuracy",
+        "differences": ["fewer steps"],
+    },
+    "shared": {
+        "task": "modular_arithmetic:3",
+        "lengths": [4, 8],
+        "sequences": 16,
+        "chance": 0.2,
+        "model": {"d_model": 8, "num_layers": 1},
+        "mixer": {"name": "deltanet", "num_heads": 2},
+        "training": {"steps": 2, "batch_size": 4, "max_length": 8, "last_label_only": True},
+    },
+    "run": [
+        {
+            "sweep": [
+                {"eigenvalue_range": [0, 1], "published": {"best": 0.25, "median": 0.125}},
+                {"eigenvalue_range": [-1, 1], "published": {"text": "perfect"}, "model": {"num_layers": 2}},
+            ]
+        }
+    ],
+    "preset": {"one": {"seeds": [5], "training": {"steps": 1}}},
+}
+
+
+def record(accuracy, **facts):
+    return Record(
+        task="parity", mixer="deltanet", seed=0, steps=1, num_parameters=1, chance=0.5, train_lengths=(3, 40),
+        accuracy=accuracy, **facts,
+    )  # fmt: skip
+
+
+def test_the_formal_languages_are_seven_models_on_three_tasks():
+    experiment = load_experiment("formal-languages")
+    models = {outcome.model for run in experiment.runs if (outcome := Outcome(run, None))}
+    assert (len(experiment.runs), len(models)) == (63, 7)
+    steps = {(run.config.task, run.config.training.steps) for run in experiment.runs}
+    assert steps == {("parity", 20000), ("modular_arithmetic:5", 100000), ("modular_arithmetic_brackets:5", 100000)}
+    assert all(set(run.published) == {"best", "median"} for run in experiment.runs)
+    best = {(run.config.task, Outcome(run, None).model): run.published["best"] for run in experiment.runs}
+    assert best["modular_arithmetic:5", "DeltaNet [-1, 1], 2 layers"] == 0.971
+    assert {run.config.training.gradient_clip for run in experiment.runs if "lstm" in run.name} == {0.0}
+
+
+def test_the_word_problems_are_those_of_both_papers():
+    experiment = load_experiment("word-problems")
+    tasks = {run.config.task for run in experiment.runs}
+    s5 = {"group:S5", "group:S5:swaps", "group:S5:3-cycles", "group:S5:all:4"}
+    assert tasks == s5 | {"group:Z60", "group:S3", "group:S4", "group:A5"}
+    assert all(run.whole and max(run.lengths) == 500 for run in experiment.runs)
+    paced = [run.config.training for run in experiment.runs if run.config.task == "group:S5:all:4"]
+    assert {(training.min_length, training.max_length) for training in paced} == {(64, 64)}
+    products = [run.config.model.mixer for run in experiment.runs if "deltaproduct" in run.name]
+    assert {mixer.num_householder for mixer in products} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("name", reproductions())
+def test_a_preset_is_the_same_grid_and_says_that_it_is_smaller(name):
+    whole = load_experiment(name, [0])
+    for preset in reproductions()[name]["preset"]:
+        smaller = load_experiment(name, preset=preset)
+        assert [Outcome(run, None).model for run in smaller.runs] == [Outcome(run, None).model for run in whole.runs]
+        assert all(run.config.training.steps <= 1000 for run in smaller.runs)
+        assert smaller.published.protocol == "ours"
+        assert preset in smaller.published.differences[0]
+    with pytest.raises(ValueError, match="unknown preset 'huge'; this experiment has cpu, smoke"):
+        load_experiment(name, preset="huge")
+
+
+def test_a_grid_runs_stops_at_its_budget_and_goes_on(tmp_path):
+    experiment = read_experiment(SMALL, [3])
+    stopped = run_reproduction(experiment, tmp_path, workers=1, budget_minutes=1e-9)
+    assert [outcome.record for outcome in stopped] == [None, None]
+    assert "| 0 of 1 |" in (tmp_path / "table.md").read_text()
+    assert [run["state"] for run in json.loads((tmp_path / "summary.json").read_text())["runs"]] == ["missing"] * 2
+
+    first = run_reproduction(experiment, tmp_path, workers=1)
+    weights = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/model.safetensors")}
+    again = run_reproduction(experiment, tmp_path, workers=1)
+    assert len(weights) == 2
+    assert weights == {path: path.stat().st_mtime_ns for path in weights}
+    assert [outcome.record for outcome in again] == [outcome.record for outcome in first]
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    lines = summary["runs"]
+    assert [line["eigenvalue_range"] for line in lines] == [[0, 1], [-1, 1]]
+    assert [line["layers"] for line in lines] == [1, 2]
+    assert all(line["protocol"] == "paper" and line["steps"] == 2 and line["state"] == "done" for line in lines)
+    for outcome, line in zip(first, lines, strict=True):
+        mean = sum(outcome.record.accuracy.values()) / 2
+        assert line["scaled_accuracy"] == pytest.approx((mean - 0.2) / 0.8)
+    assert summary["provenance"]["Machine"]
+    for text in ((tmp_path / "table.md").read_text(), (tmp_path / "report.html").read_text()):
+        assert all(words in text for words in ("0.250 / 0.125", "perfect", "fewer steps", "a paper", "1 of 1"))
+
+
+def test_best_and_median_leave_out_what_is_missing_and_name_what_failed():
+    runs = read_experiment(SMALL, [0, 1, 2, 3]).runs[:4]
+    shares = [record({4: 0.2, 8: 0.2}), record({4: 1.0, 8: 1.0}), None, record({}, failed="the loss became nan")]
+    outcomes = [Outcome(run, one) for run, one in zip(runs, shares, strict=True)]
+    (table, differences) = comparison(read_experiment(SMALL).published, outcomes)
+    assert table.rows == [
+        ("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer", "1.000", "0.500", "0.250 / 0.125", "3 of 4, 1 failed")
+    ]
+    assert differences.rows == [("fewer steps",)]
+    data = [outcome.data(read_experiment(SMALL).published) for outcome in outcomes]
+    assert [line["state"] for line in data] == ["done", "done", "missing", "failed"]
+    assert data[3]["scaled_accuracy"] is None
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "horizon"),
+    [({32: 1.0, 64: 0.95, 128: 0.5}, 64), ({32: 0.5, 64: 1.0}, 0), ({32: 0.9}, 32), ({}, 0)],
+)
+def test_the_horizon_ends_where_accuracy_first_fails(accuracy, horizon):
+    published = replace(read_experiment(SMALL).published, measure="sequence_accuracy")
+    outcome = Outcome(read_experiment(SMALL).runs[0], record(accuracy))
+    assert outcome.horizon() == horizon
+    assert outcome.data(published)["horizon"] == horizon
+    assert outcome.data(published)["sequence_accuracy"] == {str(length): share for length, share in accuracy.items()}
+
+
+def test_an_experiment_of_our_own_reproduces_nothing(tmp_path):
+    with pytest.raises(ValueError, match="reproduces no publication"):
+        run_reproduction(load_experiment("demo"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("reproduce", "unknown experiment ''; those that can be reproduced are formal-languages, word-problems"),
+        ("reproduce demo", "unknown experiment 'demo'"),
+        ("reproduce word-problems --preset big", "unknown preset 'big'"),
+        ("reproduce word-problems --workers 0", "workers must be at least 1"),
+        ("reproduce word-problems --budget-minutes 0", "budget_minutes must be positive"),
+        ("reproduce word-problems --devices tpu", "unknown device"),
+        ("reproduce word-problems --seeds x", "seeds must be whole numbers"),
+    ],
+)
+def test_wrong_commands_get_one_sentence(words, message, capsys):
+    assert main(words.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_list_has_every_grid_and_preset(capsys):
+    assert main(["reproduce", "--list"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("formal-languages", "word-problems", "--preset", "smoke", "63", "81"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", reproductions())
+def test_every_run_of_a_grid_works(name, tmp_path):
+    outcomes = run_reproduction(load_experiment(name, preset="smoke"), tmp_path, workers=1)
+    assert all(outcome.judged for outcome in outcomes)
+    assert (tmp_path / "report.html").exists()
