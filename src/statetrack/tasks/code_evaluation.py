@@ -55,7 +55,14 @@ class _Statements(NamedTuple):
     values: Tensor
 
     def to(self, device: torch.device) -> _Statements:
-        return _Statements(*(part.to(device) for part in self))
+        return _Statements(
+            automaton=self.automaton.to(device),
+            tokens=self.tokens.to(device),
+            lengths=self.lengths.to(device),
+            first=self.first.to(device),
+            count=self.count.to(device),
+            values=self.values.to(device),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +105,7 @@ class CodeEvaluation(Task):
         # exchanges that makes all permutations of the orders.
         return "non-solvable monoid"
 
-    @cached_property
+    @property
     def num_generators(self) -> int:
         return len(self._statements.automaton.transitions.unique(dim=1).T)
 
