@@ -5,6 +5,7 @@ import io
 import re
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -192,10 +193,8 @@ def test_products_since_the_last_reset_are_sympys():
     for tokens, labels in words("group_with_resets:A4", 10, 60):
         running = Permutation(3)
         for token, label in zip(tokens, labels, strict=True):
-            if token == "reset":
-                running = Permutation(3)
-            else:
-                running = running * elements[names.index(token)]  # pyright: ignore[reportOperatorIssue]
+            factor: Any = Permutation(3) if token == "reset" else elements[names.index(token)]
+            running = factor if token == "reset" else running * factor
             assert elements[label] == running
 
 
