@@ -38,7 +38,7 @@ from rich.table import Table
 
 from benchmarks.common import ROOT
 from statetrack.data import PrepareConfig, TextSource, prepare
-from statetrack.data.prepare import Progress
+from statetrack.data.preparation import Progress
 from statetrack.files import atomic_write
 
 # Larger source files are tables of data; larger documents of other kinds are cut.

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from statetrack.layers import GatedMLP, HeadNorm, LowRankMap, ReLUMLP, ShortConvolution, l2_normalize, token_shift
+from statetrack.layers import (
+    GatedMLP,
+    HeadNorm,
+    LowRankMap,
+    ReLUMLP,
+    ShortConvolution,
+    l2_normalize,
+    token_shift,
+    unit_vectors,
+)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -61,6 +70,16 @@ def test_l2_normalize_keeps_the_dtype_and_survives_zero(dtype):
     assert y.dtype == dtype
     assert torch.allclose(y.double().norm(dim=-1), torch.ones(5, dtype=torch.float64), atol=1e-2)
     assert torch.equal(l2_normalize(torch.zeros(2, dtype=dtype)), torch.zeros(2, dtype=dtype))
+
+
+@pytest.mark.parametrize("length", [1e3, 1.0, 1e-6, 1e-11, 1e-13, 1e-30, 0.0])
+def test_unit_vectors_have_the_length_1_or_0_and_finite_gradients(length):
+    x = (length * torch.nn.functional.normalize(torch.ones(2, 3), dim=-1)).requires_grad_()
+    y = unit_vectors(x)
+    y.sum().backward()
+    assert torch.allclose(y.norm(dim=-1), torch.full((2,), float(length > 1e-12)))
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 def test_a_relu_mlp_is_its_formula_at_any_depth():

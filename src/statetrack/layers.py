@@ -123,6 +123,15 @@ def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def unit_vectors(x: Tensor) -> Tensor:
+    """`x / |x|` along the last axis, 0 where |x| <= 1e-12; computed in float32 or better, in the dtype of `x`."""
+    wide = accumulated(x)
+    squared_norm = wide.square().sum(-1, keepdim=True)
+    directed = squared_norm > 1e-24
+    # The inner `where` keeps the infinite derivative at 0 out of the backward as well.
+    return torch.where(directed, wide * torch.rsqrt(torch.where(directed, squared_norm, 1)), 0).to(x.dtype)
+
+
 def token_shift(x: Tensor, state: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Every token's predecessor [B, T, D] (RWKV), and the last token [B, D], which is the state.
 
@@ -136,7 +145,7 @@ def token_shift(x: Tensor, state: Tensor, cu_seqlens: Tensor | None = None) -> t
         return torch.cat([state.unsqueeze(1), x[:, :-1]], 1), x[:, -1]
     shifted = F.pad(x[:, :-1], (0, 0, 1, 0))
     filled = cu_seqlens.diff() > 0  # an empty sequence keeps its state
-    shifted = shifted.index_copy(1, cu_seqlens[:-1][filled], state[filled].unsqueeze(0))
+    shifted = shifted.index_copy(1, cu_seqlens[:-1][filled].long(), state[filled].unsqueeze(0))
     last = x[0].index_select(0, (cu_seqlens[1:] - 1).clamp(min=0))
     return shifted, torch.where(filled.unsqueeze(1), last, state)
 

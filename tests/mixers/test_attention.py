@@ -75,7 +75,7 @@ def test_attention_has_no_transition_and_no_range():
     mixer = Attention(8)
     assert mixer.transition(torch.randn(1, 3, 8)) is None
     assert mixer.config.spectrum() is None
-    with pytest.raises(ValueError, match="unknown option eigenvalue_range for attention"):
+    with pytest.raises(ValueError, match="attention has no eigenvalue_range: "):
         Attention(8, eigenvalue_range=(-1, 1))
 
 

@@ -191,6 +191,23 @@ def test_keys_as_short_as_the_eps_of_their_norm_need_normalize_to_be_off(origina
     assert relative_error(other(x), expected) > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "kda", "deltaproduct", "gated_deltaproduct"])
+def test_the_shortest_keys_write_no_more_than_others(name):
+    """Activations far below 0, of which silu leaves almost nothing: beta / |k|^2 must not blow up what is written."""
+    torch.manual_seed(0)
+    layer = mixer_config(name)(num_heads=8, output_norm=False, output_gate=False).build(D_MODEL)
+    x = torch.randn(2, 40, D_MODEL, requires_grad=True)
+    usual = layer(x).abs().max()
+    with torch.no_grad():
+        layer.k_proj.weight.mul_(200)
+    y = layer(x)
+    assert y.abs().max() < 10 * usual
+    y.square().sum().backward()
+    for tensor in (x, *layer.parameters()):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+
+
 def copies(original, shrink=1.0, **options):
     """A layer of transformers with random weights, ours with the same, and what renames the weights."""
     pytest.importorskip("transformers", reason="compares with transformers")

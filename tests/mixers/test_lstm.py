@@ -48,8 +48,15 @@ def test_packed_sequences_equal_those_of_pytorch():
 
 
 def test_a_wrong_option_is_refused():
-    with pytest.raises(ValueError, match="unknown option eigenvalue_range for lstm; the options are hidden_size"):
+    with pytest.raises(ValueError, match="lstm has no eigenvalue_range: "):
         LSTM(6, eigenvalue_range=(-1, 1))
     with pytest.raises(ValueError, match="hidden_size of lstm must be a positive integer"):
         LSTM(6, hidden_size=0)
     assert LSTM(6).transition(torch.randn(1, 2, 6)) is None
+
+
+@pytest.mark.parametrize(("channels", "rows"), [(7, 2), (9, 2), (8, 1), (8, 3)])
+def test_inputs_and_states_of_other_sizes_are_refused(channels, rows):
+    mixer = LSTM(8)
+    with pytest.raises(ValueError, match=r"an LSTM with D = 8 takes x \[B, T, 8\] and states \[B, 8\]"):
+        mixer.scan(torch.randn(2, 3, channels), mixer.init_state(rows))

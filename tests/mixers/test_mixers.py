@@ -126,6 +126,7 @@ def test_packed_sequences_equal_sequences_alone(config):
     mixer, x = make(config), torch.randn(1, 20, D_MODEL, dtype=torch.float64)
     cu_seqlens = torch.tensor([0, 1, 1, 3, 13, 20])
     packed, states = mixer.scan(x, None, cu_seqlens)
+    assert torch.equal(mixer(x, cu_seqlens.int()), packed)
     for index, (start, stop) in enumerate(zip(cu_seqlens.tolist(), cu_seqlens[1:].tolist(), strict=False)):
         if start == stop:
             continue
@@ -382,3 +383,31 @@ def test_boundaries_that_do_not_fit_are_refused(name, b, boundaries):
     mixer = mixer_config(name)().build(D_MODEL)
     with pytest.raises(ValueError, match=r"B must be 1|cu_seqlens must run"):
         mixer(torch.randn(b, 5, D_MODEL), torch.tensor(boundaries))
+
+
+@pytest.mark.parametrize("name", mixer_configs())
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(5, D_MODEL), torch.ones(2, 0, D_MODEL), torch.ones(0, 5, D_MODEL), torch.ones(2, 5, D_MODEL).long()],
+)
+def test_an_input_that_is_none_is_refused(name, x):
+    mixer = mixer_config(name)().build(D_MODEL)
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    for call in (mixer, lambda x: mixer(x, mask=mask), lambda x: mixer.step(x.unsqueeze(-1), mixer.init_state(2))):
+        with pytest.raises(ValueError, match="x must be a floating-point tensor"):
+            call(x)
+
+
+def with_numbers():
+    """Every option of every mixer whose type is a number, a switch or a string, with a value of another type."""
+    for name, config in mixer_configs().items():
+        for option, hint in get_type_hints(config).items():
+            kinds = set(get_args(hint) or (hint,))
+            if option in {f.name for f in dataclasses.fields(config)} and kinds & {bool, int, float, str}:
+                yield pytest.param(name, option, 3 if kinds & {bool, str} else "x", id=f"{name}-{option}")
+
+
+@pytest.mark.parametrize(("name", "option", "value"), list(with_numbers()))
+def test_an_option_of_another_type_is_refused(name, option, value):
+    with pytest.raises(ValueError, match=option):
+        mixer_config(name)(**{option: value})

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statetrack.ops import available_backends, linear_recurrence
-from statetrack.transition import Diagonal, Householder
+from statetrack.transition import Diagonal, Discretized, Householder
 
 FAST = [name for name in available_backends(Diagonal(torch.zeros(1, 1, 1))) if name != "reference"]
 CHUNK = 32  # of the chunked backend on a CPU, in tokens
@@ -221,6 +221,18 @@ def test_autocast_changes_nothing(decay):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = results(case, "chunked")
     assert all(torch.equal(value, expected[name]) for name, value in under_autocast.items())
+
+
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim", "message"), [(0, 2, "at least one key channel"), (2, 0, "at least one value channel")]
+)
+def test_a_state_without_channels_is_refused(key_dim, value_dim, message):
+    q, v = torch.zeros(1, 3, 1, key_dim), torch.zeros(1, 3, 1, value_dim)
+    with pytest.raises(ValueError, match=message):
+        linear_recurrence(Diagonal(torch.ones(1, 3, 1)), q, v, write=q)
+    dt, a = torch.ones(1, 3, 1, value_dim), -torch.ones(1, key_dim, value_dim)
+    with pytest.raises(ValueError, match=message):
+        linear_recurrence(Discretized(dt, a), q, v, write=q)
 
 
 def test_it_is_the_first_choice_for_diagonal_transitions_and_serves_no_others():

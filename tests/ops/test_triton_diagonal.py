@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import check_against_reference, relative_error
 from test_diagonal import KINDS, make_case
-from triton_cases import FLOAT32, check_on_gpu, gpu_results, interpreted, on_gpu
+from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, gpu_results, interpreted, on_gpu
 
 from statetrack.ops import available_backends, triton_common, triton_diagonal
 from statetrack.transition import Diagonal
@@ -90,6 +90,19 @@ def test_no_initial_state_is_a_state_of_zeros(decay):
     zeros, end_of_zeros = replace(case, initial_state=torch.zeros_like(case.initial_state)).run("triton")
     assert torch.equal(without, zeros)
     assert torch.equal(end, end_of_zeros)
+
+
+@interpreted
+@pytest.mark.parametrize("decay", KINDS)
+def test_operators_are_what_they_say(decay):
+    check_operators(triton_diagonal, make_case(1, 20, 2, decay=decay, **FLOAT32))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it
+@pytest.mark.parametrize("decay", KINDS)
+def test_compiled_in_one_graph_for_every_length(decay):
+    check_compiled(make_case(1, 20, 2, decay=decay, **FLOAT32), make_case(1, 33, 2, decay=decay, **FLOAT32))
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import check_against_reference, results
 from test_discretized import RANGES, SIGNED, make_case
-from triton_cases import FLOAT32, check_on_gpu, gpu_results, interpreted, on_gpu
+from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, gpu_results, interpreted, on_gpu
 
 from statetrack.ops import available_backends, triton_common, triton_discretized
 
@@ -80,6 +80,17 @@ def test_both_ways_to_walk_through_the_tiles_agree(monkeypatch):
         found.append(results(case, "triton"))
     for name, serial in found[0].items():
         torch.testing.assert_close(serial, found[1][name], rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_operators_are_what_they_say():
+    check_operators(triton_discretized, make_case(1, 9, 1, 2, 3, **FLOAT32))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it
+def test_compiled_in_one_graph_for_every_length():
+    check_compiled(make_case(1, 9, 1, 2, 3, **FLOAT32), make_case(1, 13, 1, 2, 3, **FLOAT32))
 
 
 @pytest.mark.gpu

@@ -7,9 +7,9 @@ import test_householder
 import torch
 from cases import check_against_reference
 from test_low_rank import make_case, one_key
-from triton_cases import FLOAT32, check_on_gpu, interpreted
+from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, interpreted
 
-from statetrack.ops import available_backends, triton_common
+from statetrack.ops import available_backends, triton_common, triton_low_rank
 
 
 def householder(*shape, **options):
@@ -69,7 +69,7 @@ def test_float16_agrees_with_the_reference():
 @interpreted
 @pytest.mark.parametrize(("beta", "decay"), [(2.0, 1.0), (1.9, 1.0), (2.0, -1.0)])
 def test_one_key_repeated(beta, decay):
-    check_against_reference(one_key(256, beta, decay=decay, k=16), "triton", 1e-4)
+    check_against_reference(one_key(128, beta, decay=decay, k=16), "triton", 1e-4)
 
 
 @interpreted
@@ -83,6 +83,17 @@ def test_householder_products_with_a_decay_for_each_channel_agree_with_the_refer
 @interpreted
 def test_packed_householder_products_agree_with_the_reference():
     check_against_reference(householder(1, 20, 2, 1, 12, 9, cu_seqlens=[0, 0, 3, 19, 20], **FLOAT32), "triton")
+
+
+@interpreted
+def test_operators_are_what_they_say():
+    check_operators(triton_low_rank, make_case(1, 20, 2, **FLOAT32))
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it
+def test_compiled_in_one_graph_for_every_length():
+    check_compiled(make_case(1, 20, 2, **FLOAT32), make_case(1, 33, 2, **FLOAT32))
 
 
 @pytest.mark.gpu

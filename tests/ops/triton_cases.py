@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 from cases import relative_error
+from torch.utils._pytree import tree_map_only
 
 INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs triton and TRITON_INTERPRET=1: `make test-kernels`")
@@ -38,3 +39,48 @@ def gpu_results(case, backend):
     weights = [torch.randn(x.shape, generator=generator, device="cuda").bfloat16().to(x.dtype) for x in (o, state)]
     gradients = torch.autograd.grad([o, state], list(inputs.values()), weights)
     return {"o": o.detach(), "final state": state.detach(), **dict(zip(inputs, gradients, strict=True))}
+
+
+def check_operators(module, case):
+    """That the operators' fake kernels and schemas tell the truth, for the arguments that a backend gives them."""
+    calls = []
+    inputs = {name: x.detach().clone().requires_grad_() for name, x in case.tensors().items()}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_forward_op", "_backward_op"):
+            operator = getattr(module, name)
+
+            def record(*arguments, operator=operator):
+                calls.append((operator, arguments))
+                return operator(*arguments)
+
+            patch.setattr(module, name, record)
+        o, state = case.with_tensors(inputs).run("triton")
+        (o.sum() + state.sum()).backward()
+    assert [operator for operator, _ in calls] == [module._forward_op, module._backward_op]
+    for operator, arguments in calls:
+        detached = tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+        torch.library.opcheck(operator, detached, test_utils=("test_schema", "test_faketensor"))
+
+
+def check_compiled(case, longer):
+    """That torch.compile takes a call as one graph, which then serves a longer sequence too, forward and backward."""
+    names = list(case.tensors())
+    graphs = 0
+
+    def count(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    def loss(*tensors):
+        o, state = case.with_tensors(dict(zip(names, tensors, strict=True))).run("triton")
+        return o.square().sum() + state.square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=count)
+    for each in (case, longer):
+        inputs = [x.requires_grad_() for x in each.tensors().values()]
+        expected = torch.autograd.grad(loss(*inputs), inputs)
+        computed = torch.autograd.grad(compiled(*inputs), inputs)
+        assert all(torch.equal(a, b) for a, b in zip(computed, expected, strict=True))
+    assert graphs == 1

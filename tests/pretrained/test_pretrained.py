@@ -81,6 +81,9 @@ def test_a_directory_that_is_no_checkpoint_is_refused(checkpoint, tmp_path):
     (checkpoint / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no config.json"):
         from_pretrained(checkpoint)
+    (checkpoint / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"has no config.json"):
+        from_pretrained(checkpoint)
 
 
 @pytest.mark.parametrize("model_type", ["mamba3", "llama", None])
@@ -177,7 +180,8 @@ def test_preserving_keeps_the_function_until_training_opens_the_range(name, chec
         ({"widening": "wider"}, "widening must be reinterpret or preserve, got 'wider'"),
         ({"widening": "preserve", "eigenvalue_range": (-0.5, 1)}, r"leave eigenvalue_range out .* got \(-0.5,1\)"),
         ({"eigenvalue_range": (1, -1)}, "-1 <= lo < hi <= 1"),
-        ({"dtype": torch.int8}, "dtype must be a floating-point dtype"),
+        ({"dtype": torch.int8}, "dtype must be a floating-point dtype of torch, got torch.int8"),
+        ({"dtype": "float32"}, "dtype must be a floating-point dtype of torch, got 'float32'"),
     ],
 )
 def test_wrong_arguments_are_refused(checkpoint, options, message):

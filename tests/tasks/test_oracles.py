@@ -192,7 +192,10 @@ def test_products_since_the_last_reset_are_sympys():
     for tokens, labels in words("group_with_resets:A4", 10, 60):
         running = Permutation(3)
         for token, label in zip(tokens, labels, strict=True):
-            running = Permutation(3) if token == "reset" else running * elements[names.index(token)]
+            if token == "reset":
+                running = Permutation(3)
+            else:
+                running = running * elements[names.index(token)]  # pyright: ignore[reportOperatorIssue]
             assert elements[label] == running
 
 

@@ -1,7 +1,7 @@
 """Text for language models: prepared once as memory-mapped token files, read in batches by any number of processes."""
 
 from statetrack.data.packed import PackedBatch, PackedBatches, PackedRows, PackedTokens
-from statetrack.data.prepare import DataError, PrepareConfig, check, prepare, read_manifest
+from statetrack.data.preparation import DataError, PrepareConfig, check, prepare, read_manifest
 from statetrack.data.sources import TextSource
 from statetrack.data.tokenizer import load_tokenizer
 

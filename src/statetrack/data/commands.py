@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from statetrack.data.prepare import SPLITS, PrepareConfig, Progress, check, prepare, read_manifest
+from statetrack.data.preparation import SPLITS, PrepareConfig, Progress, check, prepare, read_manifest
 from statetrack.data.sources import TextSource
 
 

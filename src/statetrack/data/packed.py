@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from statetrack import seeds
-from statetrack.data.prepare import SPLITS, DataError, read_manifest
+from statetrack.data.preparation import SPLITS, DataError, read_manifest
 
 
 class PackedTokens:

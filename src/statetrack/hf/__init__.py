@@ -14,7 +14,7 @@ except ModuleNotFoundError as error:
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from statetrack.hf.export import export
+from statetrack.hf.exporting import export
 from statetrack.hf.modeling import StateCache, StatetrackConfig, StatetrackForCausalLM
 
 __all__ = ["StateCache", "StatetrackConfig", "StatetrackForCausalLM", "export"]

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from statetrack.layers import RMSNorm, ShortConvolution, l2_normalize
+from statetrack.layers import RMSNorm, ShortConvolution, l2_normalize, unit_vectors
 from statetrack.mixers.bounds import FactorBounds, Interval, gate_interval, linear_interval
 from statetrack.mixers.mixer import (
     Mixer,
@@ -60,9 +60,9 @@ class DeltaNetConfig(WidenedMixerConfig):
         conv_size: width of the short convolutions on queries, keys and values; 0 leaves them out.
         conv_bias: give the short convolutions a bias.
         activation: applied to queries, keys and values before queries and keys are normalized.
-        normalize: divide beta by the squared norm of the key as rounded (see `Householder`), which makes beta = 2 an
-            exact reflection whatever the dtype and the length of the key. The originals don't: theirs is False, and
-            differs where a key before its normalization is so short that the 1e-6 in its norm counts.
+        normalize: divide keys by their norm, and beta by the squared norm of the key as rounded (see `Householder`),
+            which makes beta = 2 an exact reflection whatever the dtype and the length of the key. The originals don't:
+            theirs is False, and differs where a key is so short that the 1e-6 that they add to its squared norm counts.
         output_norm: RMS-normalize what each head reads from its state.
         output_norm_eps: added to the mean square inside that normalization.
         output_gate: multiply the normalized output by the activation of a gate computed from the input.
@@ -353,7 +353,9 @@ class DeltaNet(Mixer):
 
     def _transition(self, x: Tensor, k: Tensor) -> Householder:
         b, t, _ = x.shape
-        k = l2_normalize(k.view(b, t, self.num_householder, self.num_key_heads, self.key_dim))
+        k = k.view(b, t, self.num_householder, self.num_key_heads, self.key_dim)
+        # With beta divided by its squared length, a key of length l writes its value 1 / l times: l has to be 1.
+        k = unit_vectors(k) if self.config.normalize else l2_normalize(k)
         logits = accumulated(self.b_proj(x)).view(b, t, self.num_householder, self.num_heads)
         beta = self.widening.householder_beta(torch.sigmoid(self.config.beta_gain * logits))
         decay = None

@@ -93,6 +93,13 @@ class LSTM(Mixer):
         """The hidden states [B, T, hidden_size] of rows of equal length, and the state after them."""
         weights = [self.lstm[f"{name}_l0"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
         h, c = (state[name].to(x.dtype) for name in ("h", "c"))
+        # PyTorch's kernel for the CPU reads whatever lies behind the end of what is too small.
+        sizes, fitting = (*x.shape, *h.shape), (len(h), x.shape[1], weights[0].shape[1], len(x), self.hidden_size)
+        if sizes != fitting or c.shape != h.shape:
+            raise ValueError(
+                f"an LSTM with D = {fitting[2]} takes x [B, T, {fitting[2]}] and states [B, {self.hidden_size}], got "
+                f"{tuple(x.shape)} and {tuple(h.shape)}, {tuple(c.shape)}"
+            )
         if torch.compiler.is_compiling():
             return _unrolled(x, h, c, weights)
         output, h, c = torch.lstm(x, (h.unsqueeze(0), c.unsqueeze(0)), weights, True, 1, 0.0, False, False, True)

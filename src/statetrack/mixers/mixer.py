@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,15 @@ class MixerConfig(ABC):
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for option in fields(self):
-            if hints[option.name] is EigenvalueRange:
-                object.__setattr__(self, option.name, EigenvalueRange.of(getattr(self, option.name)))
+            hint, value = hints[option.name], getattr(self, option.name)
+            if hint is EigenvalueRange:
+                object.__setattr__(self, option.name, EigenvalueRange.of(value))
+            kinds = get_args(hint) or (hint,)
+            if value is None and type(None) in kinds:
+                continue
+            for kind, (accepted, wanted) in _KINDS.items():
+                if kind in kinds and (not isinstance(value, accepted) or (kind is float and isinstance(value, bool))):
+                    raise ValueError(f"{option.name} of {self.name} must be {wanted}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +130,13 @@ class Widening(nn.Module):
         return self.range.removal(gate, decay, self.current_lower_end())
 
 
+_KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
+    bool: (bool, "True or False"),
+    float: ((float, int), "a number"),
+    str: (str, "a string"),
+}
+"""What an option may be by its annotation, and what that is called; sizes say more (`require_positive`)."""
+
 Config = TypeVar("Config", bound=MixerConfig)
 
 
@@ -169,6 +183,7 @@ class Mixer(nn.Module, ABC):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Outputs [B, T, D]; `mask` is as in `scan_padded`."""
+        _check_input(x, "B", "T")
         if mask is None:
             return self.scan(x, None, cu_seqlens)[0]
         if cu_seqlens is not None:
@@ -186,14 +201,23 @@ class Mixer(nn.Module, ABC):
         Returns:
             Outputs [B, T, D], 0 at padding; and the state after the last token of each row.
         """
+        _check_input(x, "B", "T")
         packed, cu_seqlens = pack(x, mask)
         y, state = self.scan(packed, state, cu_seqlens)
         return unpack(y, mask), state
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token: `x` [B, D] -> y [B, D] and the next state."""
+        _check_input(x, "B")
         y, state = self.scan(x.unsqueeze(1), state)
         return y.squeeze(1), state
+
+
+def _check_input(x: Tensor, *axes: str) -> None:
+    """Raises ValueError unless `x` has these axes, none of them empty, and channels, in floating-point numbers."""
+    if x.ndim != len(axes) + 1 or 0 in x.shape or not x.is_floating_point():
+        shape = f"[{', '.join(axes)}, D] with {', '.join(axes)} >= 1"
+        raise ValueError(f"x must be a floating-point tensor {shape}, got {x.dtype} {tuple(x.shape)}")
 
 
 def with_options(default: type[Config], config: Config | None, options: dict[str, Any]) -> Config:
@@ -233,8 +257,8 @@ def half_head_sizes(num_heads: int, head_dim: int | None, value_dim: int | None,
 
 def require_conv_size(size: int) -> None:
     """Raises ValueError unless a short convolution may have this size, or 0 for none."""
-    if size != 0 and size < 2:
-        raise ValueError(f"conv_size must be 0 (no convolution) or at least 2, got {size}")
+    if not isinstance(size, int) or isinstance(size, bool) or (size != 0 and size < 2):
+        raise ValueError(f"conv_size must be 0 (no convolution) or at least 2, got {size!r}")
 
 
 def require_positive(config: MixerConfig, *names: str) -> None:

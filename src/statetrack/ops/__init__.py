@@ -117,6 +117,8 @@ def _check(
             raise ValueError("a Householder transition writes along its own keys: leave out `write`")
     else:
         key_dim, value_dim = _dimensions(transition, q, v)
+        if key_dim == 0:
+            raise ValueError(f"a state needs at least one key channel, got K = 0 from q {tuple(q.shape)}")
         if v.shape != (b, t, h, value_dim):
             raise ValueError(f"v must be [B, T, H, V] = {(b, t, h, value_dim)} to go with it, got {tuple(v.shape)}")
         if write is None or write.shape != (b, t, h, key_dim):
@@ -126,6 +128,8 @@ def _check(
         raise ValueError(
             f"q must be [B, T, H, K] = {(b, t, h, key_dim)} to go with the transition, got {tuple(q.shape)}"
         )
+    if v.shape[-1] == 0:
+        raise ValueError(f"a state needs at least one value channel, got v {tuple(v.shape)}")
     states = b
     if cu_seqlens is not None:
         check_packing(b, t, cu_seqlens)
@@ -150,7 +154,7 @@ def _dimensions(transition: Transition, q: Tensor, v: Tensor) -> tuple[int, int]
     if isinstance(transition, LowRank):
         return transition.u.shape[-1], value_dim
     if isinstance(transition, Diagonal):
-        return transition.decay.shape[3] if transition.decay.ndim == 4 else q.shape[-1], value_dim
+        return transition.decay.shape[3] if transition.decay.ndim == 4 else (q.shape[-1] if q.ndim else 0), value_dim
     raise ValueError(f"no operation is known for the transition {type(transition).__name__}")
 
 

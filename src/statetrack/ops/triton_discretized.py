@@ -122,7 +122,6 @@ class _Shape:
         self.rows = self.batch * self.heads
         block = min(launch.block, power_of_two(self.value_dim, least=1))
         self.blocks = -(-self.value_dim // block)
-        self.serial = self.tiles == 1 or self.rows * self.blocks >= _PROGRAMS * processors(self.device)
         self.options = {
             "K": self.key_dim, "V": self.value_dim, "BT": _STEPS, "BV": block, "LOWER": has_lower_end, **launch.options,
         }  # fmt: skip
@@ -130,6 +129,11 @@ class _Shape:
     @property
     def sizes(self) -> tuple[int, int, int]:
         return self.length, self.heads, self.tiles
+
+    @property
+    def serial(self) -> bool:
+        """Whether one program walks through all tiles of its channels."""
+        return self.tiles == 1 or self.rows * self.blocks >= _PROGRAMS * processors(self.device)
 
     @property
     def every_tile(self) -> tuple[int, int]:

@@ -62,8 +62,8 @@ def from_pretrained(
     """
     if widening not in ("reinterpret", "preserve"):
         raise ValueError(f"widening must be reinterpret or preserve, got {widening!r}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point dtype, got {dtype}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point dtype of torch, got {dtype!r}")
     wanted = None if eigenvalue_range is None else EigenvalueRange.of(eigenvalue_range)
     if widening == "preserve" and wanted not in (None, EigenvalueRange(-1, 1)):
         raise ValueError(

@@ -21,7 +21,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise CheckpointError(f"there is no directory {directory}; a checkpoint must be downloaded first")
     file = directory / "config.json"
-    if not file.exists():
+    if not file.is_file():
         raise CheckpointError(f"{directory} is no checkpoint: it has no config.json")
     return _read_object(file)
 
@@ -33,9 +33,9 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
         CheckpointError: if there are none, they are pickled, or a file is missing or damaged.
     """
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if whole.exists():
+    if whole.is_file():
         return _read(whole)
-    if index.exists():
+    if index.is_file():
         return _read_shards(directory, _read_object(index))
     if any(directory.glob("pytorch_model*.bin")):
         raise CheckpointError(
@@ -53,7 +53,7 @@ def _read_shards(directory: Path, index: dict[str, Any]) -> dict[str, Tensor]:
     for name in sorted(set(places.values())):
         if Path(name).name != name:
             raise CheckpointError(f"a shard must be a file in {directory} itself, got {name!r}")
-        if not (directory / name).exists():
+        if not (directory / name).is_file():
             raise CheckpointError(f"{directory} lacks the shard {name} that its index names")
         shard = _read(directory / name)
         if repeated := sorted(weights.keys() & shard.keys()):

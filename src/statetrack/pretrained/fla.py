@@ -45,7 +45,7 @@ class _FLASource(Source):
                 "supported in checkpoints of flash-linear-attention"
             )
         options.require("hidden_act", ("swish", "silu"), "swish")
-        d_model, norm_eps = options.size("hidden_size"), options.get("norm_eps", 1e-6)
+        d_model, norm_eps = options.size("hidden_size"), options.small("norm_eps", 1e-6)
         return ModelConfig(
             vocab_size=options.size("vocab_size"),
             d_model=d_model,

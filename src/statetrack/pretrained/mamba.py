@@ -30,7 +30,7 @@ class _MambaSource(Source):
             vocab_size=options.size("vocab_size"),
             d_model=options.size("hidden_size"),
             num_layers=options.size("num_hidden_layers"),
-            norm_eps=options.get("layer_norm_epsilon", 1e-5),
+            norm_eps=options.small("layer_norm_epsilon", 1e-5),
             residual_in_float32=options.require("residual_in_fp32", (True, False), True),
             tie_embeddings=options.require("tie_word_embeddings", (True, False), tied),
             mixer=mixer,

@@ -7,6 +7,7 @@ in the convolutions: three of their own, or one over queries, keys and values to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -35,7 +36,7 @@ class OlmoHybridSource(Source):
         options.require("hidden_act", ("silu", "swish"), "silu")
         options.require("attention_bias", (False,), False)
         options.require("attention_dropout", (0, 0.0, None), 0.0)
-        norm_eps = options.get("rms_norm_eps", 1e-6)
+        norm_eps = options.small("rms_norm_eps", 1e-6)
         layers = options.size("num_hidden_layers", 32)
         kinds = self._layer_types(options, layers)
         mixers: dict[str, MixerConfig] = {
@@ -100,7 +101,7 @@ class OlmoHybridSource(Source):
         if kinds is None:
             kinds = [_FULL if layer % 4 == 3 else _LINEAR for layer in range(layers)]
             kinds[-1] = kinds[-1] if _FULL in kinds else _FULL
-        if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {_LINEAR, _FULL}:
+        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (_LINEAR, _FULL) for kind in kinds):
             raise CheckpointError(
                 f"{options.source}: layer_types must say {_LINEAR} or {_FULL} for each of the {layers} layers, got "
                 f"{kinds!r}"
@@ -139,10 +140,14 @@ class OlmoHybridSource(Source):
 
     def _rope_theta(self, options: Options) -> float | None:
         rope = options.get("rope_parameters", None) or {}
-        kind = rope.get("rope_type", "default")
-        if rope.get("rope_theta") is not None and kind != "default":
+        if isinstance(rope, dict) and rope.get("rope_theta") is None:
+            return None
+        theta = rope["rope_theta"] if isinstance(rope, dict) else None
+        if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+            raise CheckpointError(f"{options.source}: rope_parameters must hold a positive rope_theta, got {rope!r}")
+        if (kind := rope.get("rope_type", "default")) != "default":
             raise CheckpointError(f"{options.source}: rope_type = {kind!r} is not supported here, only 'default'")
-        return rope.get("rope_theta")
+        return theta
 
     def _size(self, options: Options, name: str, default: int) -> int:
         """The size of an option that null leaves to its default."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,17 @@ class Options:
             raise CheckpointError(f"{self.source}: {name} must be a positive integer, got {value!r}")
         return value
 
+    def small(self, name: str, default: float) -> float:
+        """The value of an option that is a small positive number, such as an epsilon.
+
+        Raises:
+            CheckpointError: if it is not.
+        """
+        value = self.get(name, default)
+        if not isinstance(value, (int, float)) or not 0 < value < 1:
+            raise CheckpointError(f"{self.source}: {name} must be a small positive number, got {value!r}")
+        return value
+
     def product(self, factor: str, size: int, default: float) -> int:
         """`size` times the option `factor`, as a whole number.
 
@@ -51,7 +63,7 @@ class Options:
             CheckpointError: if it is none.
         """
         value = self.get(factor, default)
-        result = value * size if isinstance(value, (int, float)) else 0
+        result = value * size if isinstance(value, (int, float)) and math.isfinite(value) else 0
         if result < 1 or result != round(result):
             raise CheckpointError(
                 f"{self.source}: {factor} * {size} must be a positive integer, got {factor} = {value!r}"

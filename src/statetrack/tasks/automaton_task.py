@@ -39,11 +39,11 @@ class AutomatonTask(EndlessTask):
         chance = _long_run_outputs(self._driver).max() if self.known_chance is None else self.known_chance
         object.__setattr__(self, "chance", float(chance))
 
-    @cached_property
+    @property
     def algebraic_class(self) -> str:
         return self.known_class or algebraic_class(self.automaton)
 
-    @cached_property
+    @property
     def num_generators(self) -> int:
         return len(self.automaton.transitions.unique(dim=1).T)
 
@@ -51,9 +51,7 @@ class AutomatonTask(EndlessTask):
     def token_names(self) -> tuple[str, ...]:
         return self.automaton.letter_names or super().token_names
 
-    def stream(
-        self, batch_size: int, generator: torch.Generator, device: torch.device | str | None = None
-    ) -> AutomatonStream:
+    def stream(self, batch_size: int, generator: torch.Generator, device: torch.device | str | None = None) -> Stream:
         check_stream(batch_size, generator, device)
         driver = self._driver.to(generator.device)
         return AutomatonStream(driver, self._letters_on(generator.device), batch_size, generator)

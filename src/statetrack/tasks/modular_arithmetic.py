@@ -52,11 +52,11 @@ class ModularArithmetic(Task):
     def token_names(self) -> tuple[str, ...]:
         return (*map(str, range(self.modulus)), *self.operators, "=")
 
-    @cached_property
+    @property
     def algebraic_class(self) -> str:
         return algebraic_class(self.automaton)
 
-    @cached_property
+    @property
     def num_generators(self) -> int:
         return len(self.automaton.transitions.unique(dim=1).T)
 

@@ -224,12 +224,12 @@ def _begin(directory: Path, request: dict[str, Any]) -> dict[str, Any]:
         if {key: manifest.get(key) for key in request} != request:
             raise DataError(f"{directory} was prepared from other sources or with other options; give a new directory")
         return manifest
-    if directory.exists() and any(directory.iterdir()):
+    # A process killed on the spot may have left a temporary file, whose name begins with a dot.
+    if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
         raise DataError(f"{directory} has files in it but no manifest.json; give a new or empty directory")
-    for part in (*SPLITS, "tokenizer"):
-        (directory / part).mkdir(parents=True)
     from statetrack import __version__
 
+    directory.mkdir(parents=True, exist_ok=True)
     manifest = {**request, "statetrack": __version__, "complete": False, "shards": []}
     _save(directory, manifest)
     return manifest
@@ -239,6 +239,7 @@ def _tokenizer(
     directory: Path, manifest: dict[str, Any], domains: dict[str, list[TextSource]], config: PrepareConfig
 ) -> TextTokenizer:
     place = directory / "tokenizer"
+    place.mkdir(exist_ok=True)
     if "tokenizer_files" not in manifest:
         if config.tokenizer == "bpe":
             made = train_tokenizer(_sample(domains, config), config.vocab_size)
@@ -311,6 +312,7 @@ def _write(
         length += 1 + len(ids)
     tokens = np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
     files = []
+    (directory / split).mkdir(exist_ok=True)
     for kind, array in (("tokens", tokens), ("starts", np.array(starts, np.int64))):
         path = f"{split}/{name}.{kind}.npy"
         data = io.BytesIO()

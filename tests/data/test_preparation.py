@@ -4,6 +4,9 @@ import gzip
 import itertools
 import json
 import lzma
+import os
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -133,6 +136,36 @@ def test_an_interruption_changes_nothing(tokenizer, tmp_path):
     prepare(source, tmp_path / "resumed", config, on_progress=written.append)
     assert contents(tmp_path / "resumed") == contents(tmp_path / "whole")
     assert written[-1].documents == 30
+
+
+@pytest.mark.slow
+def test_a_process_killed_anywhere_leaves_what_can_go_on(tmp_path):
+    write_text(tmp_path / "in", 60)
+    command = f"""
+import os, statetrack.data.preparation as module
+from statetrack.data import PrepareConfig, TextSource, prepare
+written, save = [], module.atomic_write
+
+def write(path, data):
+    if len(written) == int(os.environ["KILL"]):
+        (path.parent / f".{{path.name}}.tmp").write_text("half")
+        os.kill(os.getpid(), 9)
+    written.append(path)
+    save(path, data)
+
+module.atomic_write = write
+config = PrepareConfig(tokenizer="bytes", held_out=0.25, shard_bytes=300)
+prepare([TextSource("text", {str(tmp_path / "in")!r})], {str(tmp_path / "out")!r}, config)
+"""
+    for kill in (0, 1, 2, 4, 7):
+        result = subprocess.run([sys.executable, "-c", command], env={**os.environ, "KILL": str(kill)})
+        assert result.returncode == -signal.SIGKILL
+    source = [TextSource("text", str(tmp_path / "in"))]
+    prepare(source, tmp_path / "out", SMALL)
+    prepare(source, tmp_path / "whole", SMALL)
+    left = {path: data for path, data in contents(tmp_path / "out").items() if not path.name.startswith(".")}
+    assert left == contents(tmp_path / "whole")
+    assert check(tmp_path / "out") > 8
 
 
 def test_other_text_and_other_options_need_another_directory(tmp_path):
