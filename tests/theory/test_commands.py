@@ -4,9 +4,14 @@ import json
 import shlex
 
 import pytest
+import torch
 
+from statetrack import from_pretrained
+from statetrack.automata import Automaton
 from statetrack.cli import main
+from statetrack.runs import RunDirectory
 from statetrack.theory.commands import Language, bare_json
+from statetrack.theory.verify import verify
 
 
 def run(text):
@@ -98,6 +103,24 @@ def test_compile_verify_evaluate_certify(language, tmp_path, capsys):
     claims = json.loads((tmp_path / "certificate.json").read_text())["claims"]
     assert all(claim["capability"] != "parity" for claim in claims)
     assert "exact at every length" in capsys.readouterr().out
+
+
+def test_from_pretrained_reads_a_compiled_run_directory_like_a_trained_one(tmp_path):
+    assert run(f"compile --regex 'a*b*' --strategy holonomy --out {tmp_path}/compiled") == 0
+    small = "--d-model 8 --num-layers 1 --batch-size 4 --steps 1 --max-length 8 --num-heads 2"
+    assert run(f"train --regex 'a*b*' --out {tmp_path}/trained {small}") == 0
+    ids = torch.randint(2, (2, 30), generator=torch.Generator().manual_seed(0))
+    for name in ("compiled", "trained"):
+        same = RunDirectory(tmp_path / name).load_model()
+        assert torch.equal(from_pretrained(tmp_path / name)(ids), same(ids))
+    assert verify(from_pretrained(tmp_path / "compiled"), Automaton.from_regex("a*b*")).exact
+    widened = from_pretrained(tmp_path / "trained", widening="preserve")
+    assert torch.allclose(widened(ids), RunDirectory(tmp_path / "trained").load_model()(ids), atol=1e-6)
+    assert "lower_end" in "".join(widened.state_dict())
+    config = tmp_path / "trained" / "config.json"
+    config.write_text(config.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(ValueError, match="format = 99"):
+        from_pretrained(tmp_path / "trained")
 
 
 def test_verify_finds_that_a_model_is_of_another_language(tmp_path, capsys):

@@ -16,6 +16,7 @@ from torch import Tensor
 from statetrack.mixers.mixer import MixerConfig, WidenedMixerConfig
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.pretrained.files import read_config, read_weights
+from statetrack.pretrained.run import RunSource
 from statetrack.pretrained.source import CheckpointError, Options, Rows, Source, chunk_lengths
 from statetrack.transition import EigenvalueRange, EigenvalueRangeLike
 from statetrack.weights import misfit
@@ -40,7 +41,9 @@ def from_pretrained(
     widening: Widenings = "reinterpret",
     dtype: torch.dtype | None = None,
 ) -> LanguageModel:
-    """The model of a checkpoint of flash-linear-attention, transformers or `statetrack.hf`, for evaluation, on the CPU.
+    """The model of a checkpoint of flash-linear-attention, transformers or `statetrack.hf`, or of a run directory.
+
+    It is in evaluation mode, on the CPU.
 
     Args:
         path: a local directory with config.json and model.safetensors, or shards and model.safetensors.index.json.
@@ -69,7 +72,8 @@ def from_pretrained(
         )
     directory = Path(path)
     data = read_config(directory)
-    source = _source(data.get("model_type"), directory)
+    is_run = "format" in data and "model_type" not in data
+    source = RunSource() if is_run else _source(data.get("model_type"), directory)
     weights = read_weights(directory)
     options = Options(data, f"{directory / 'config.json'}")
     config = source.config(options, weights)
