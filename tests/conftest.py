@@ -1,7 +1,13 @@
-"""What holds for all tests: those marked `gpu` are skipped where there is no CUDA device."""
+"""What holds for all tests: one thread a worker, and those marked `gpu` are skipped where there is no CUDA device."""
+
+import os
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers already share the cores; set before torch counts them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):
