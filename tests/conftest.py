@@ -7,7 +7,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers already share the cores; set before torch counts them
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 
 def pytest_collection_modifyitems(items):
