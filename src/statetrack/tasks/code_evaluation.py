@@ -43,7 +43,7 @@ class _Statements(NamedTuple):
         automaton: its letters are the statements, its states the values of all variables.
         tokens: of each, int64 [statements, longest], -1 behind the end.
         lengths: how many tokens each has: int64 [statements].
-        first, count: where the statements of each of the `KINDS` begin, and how many they are: int64 [8].
+        first, counts: where the statements of each of the `KINDS` begin, and how many they are: int64 [8].
         values: of each variable in each state: int64 [states, V].
     """
 
@@ -51,7 +51,7 @@ class _Statements(NamedTuple):
     tokens: Tensor
     lengths: Tensor
     first: Tensor
-    count: Tensor
+    counts: Tensor
     values: Tensor
 
     def to(self, device: torch.device) -> _Statements:
@@ -60,7 +60,7 @@ class _Statements(NamedTuple):
             tokens=self.tokens.to(device),
             lengths=self.lengths.to(device),
             first=self.first.to(device),
-            count=self.count.to(device),
+            counts=self.counts.to(device),
             values=self.values.to(device),
         )
 
@@ -122,7 +122,7 @@ class CodeEvaluation(Task):
         shortest = 4
         draws = torch.randint(2**31, (batch_size, room // shortest), generator=generator, device=there)
         kinds, which = draws % len(KINDS), torch.div(draws, len(KINDS), rounding_mode="floor")
-        statements = language.first[kinds] + which % language.count[kinds]
+        statements = language.first[kinds] + which % language.counts[kinds]
         ends = language.lengths[statements].cumsum(1)
         statements = torch.where(ends <= room, statements, len(language.lengths) - 1)
 
@@ -201,7 +201,7 @@ class CodeEvaluation(Task):
             tokens=torch.tensor([one.tokens + (-1,) * (longest - len(one.tokens)) for one in everything]),
             lengths=torch.tensor([len(one.tokens) for one in everything]),
             first=torch.tensor([starts[kind] for kind in KINDS]),
-            count=torch.tensor([len(groups[kind]) for kind in KINDS]),
+            counts=torch.tensor([len(groups[kind]) for kind in KINDS]),
             values=values,
         )
 
