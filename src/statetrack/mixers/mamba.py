@@ -48,6 +48,8 @@ class MambaConfig(WidenedMixerConfig):
         expand: channels for each model dimension, V = expand * d_model.
         dt_rank: rank of the projection to the step sizes; ceil(d_model / 16) if None.
         conv_size: width of the short convolution; 0 leaves it out.
+        conv_bias: give the short convolution a bias.
+        proj_bias: give the projections into and out of the mixer a bias.
         backend: how the recurrence is computed, "auto" or a name from `statetrack.ops.available_backends()`.
     """
 
@@ -59,6 +61,8 @@ class MambaConfig(WidenedMixerConfig):
     expand: int = 2
     dt_rank: int | None = None
     conv_size: int = 4
+    conv_bias: bool = True
+    proj_bias: bool = False
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -90,13 +94,15 @@ class Mamba(Mixer):
         self.config = config = with_options(MambaConfig, config, options)
         self.channels = config.expand * d_model
         self.dt_rank = config.dt_rank or math.ceil(d_model / 16)
-        self.in_proj = nn.Linear(d_model, 2 * self.channels, bias=False)
-        self.conv1d = ShortConvolution(self.channels, config.conv_size, bias=True) if config.conv_size else None
+        self.in_proj = nn.Linear(d_model, 2 * self.channels, bias=config.proj_bias)
+        self.conv1d = None
+        if config.conv_size:
+            self.conv1d = ShortConvolution(self.channels, config.conv_size, bias=config.conv_bias)
         self.x_proj = nn.Linear(self.channels, self.dt_rank + 2 * config.state_size, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.channels)
         self.A_log = nn.Parameter(torch.arange(1.0, config.state_size + 1).log().repeat(self.channels, 1))
         self.D = nn.Parameter(torch.ones(self.channels))
-        self.out_proj = nn.Linear(self.channels, d_model, bias=False)
+        self.out_proj = nn.Linear(self.channels, d_model, bias=config.proj_bias)
         self.widening = Widening(config, self.channels)
         # As in the original: step sizes start log-uniform in 0.001..0.1, and the low-rank part keeps their variance.
         step = torch.empty(self.channels).uniform_(math.log(1e-3), math.log(1e-1)).exp()
@@ -128,9 +134,13 @@ class Mamba(Mixer):
         return [self.dt_proj.weight, self.dt_proj.bias, self.A_log, *self.widening.parameters()]
 
     def factor_bounds(self, scale: Tensor) -> FactorBounds:
-        lo, hi = linear_interval(self.in_proj.weight[: self.channels], scale)
+        into = self.in_proj.bias
+        lo, hi = linear_interval(
+            self.in_proj.weight[: self.channels], scale, None if into is None else into[: self.channels]
+        )
         if self.conv1d is not None:
-            reach = hi * self.conv1d.weight.double().abs().sum((1, 2))
+            # Before the first token the convolution reads zeros.
+            reach = torch.maximum(hi, -lo) * self.conv1d.weight.double().abs().sum((1, 2))
             bias = 0 if self.conv1d.bias is None else self.conv1d.bias.double()
             lo, hi = bias - reach, bias + reach
         to_steps = self.dt_proj.weight.double() @ self.x_proj.weight[: self.dt_rank].double()

@@ -46,11 +46,14 @@ class Mamba2Config(WidenedMixerConfig):
         n_groups: heads are split into so many groups, which share B_t and C_t.
         expand: channels for each model dimension.
         conv_size: width of the short convolution on x, B and C; 0 leaves it out.
+        conv_bias: give the short convolution a bias.
+        proj_bias: give the projections into and out of the mixer a bias.
         dt_min: smallest step size; step sizes are clamped to it.
         dt_max: largest step size; None for no limit.
         gate_gain: factor on the logit of the step size. Above 1 it lets the decay saturate at the ends of its range
             early in training.
         output_norm: RMS-normalize the gated output over the channels of each group.
+        output_norm_eps: added to the mean square inside that normalization.
         backend: how the recurrence is computed, "auto" or a name from `statetrack.ops.available_backends()`.
     """
 
@@ -64,17 +67,20 @@ class Mamba2Config(WidenedMixerConfig):
     n_groups: int = 1
     expand: int = 2
     conv_size: int = 4
+    conv_bias: bool = True
+    proj_bias: bool = False
     dt_min: float = 0.0
     dt_max: float | None = None
     gate_gain: float = 1.0
     output_norm: bool = True
+    output_norm_eps: float = 1e-5
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "num_heads", "head_dim", "state_size", "n_groups", "expand")
         require_conv_size(self.conv_size)
-        require_positive_number(self, "gate_gain")
+        require_positive_number(self, "gate_gain", "output_norm_eps")
         if self.num_heads % self.n_groups:
             raise ValueError(f"n_groups = {self.n_groups} must divide num_heads = {self.num_heads}")
         if not (0 <= self.dt_min < (math.inf if self.dt_max is None else self.dt_max)):
@@ -121,15 +127,19 @@ class Mamba2(Mixer):
         self.group_size = config.n_groups * config.state_size  # of B and of C, all groups together
         convolved = self.channels + 2 * self.group_size
         h = config.num_heads
-        self.in_proj = nn.Linear(d_model, self.channels + convolved + h, bias=False)
-        self.conv1d = ShortConvolution(convolved, config.conv_size, bias=True) if config.conv_size else None
+        self.in_proj = nn.Linear(d_model, self.channels + convolved + h, bias=config.proj_bias)
+        self.conv1d = None
+        if config.conv_size:
+            self.conv1d = ShortConvolution(convolved, config.conv_size, bias=config.conv_bias)
         # As in the original: A uniform in 1..16, step sizes log-uniform in 0.001..0.1, and softplus(dt_bias) = step.
         self.A_log = nn.Parameter(torch.empty(h).uniform_(1, 16).log())
         step = torch.empty(h).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))
         self.D = nn.Parameter(torch.ones(h))
-        self.norm = GroupedRMSNorm(self.channels, config.n_groups) if config.output_norm else None
-        self.out_proj = nn.Linear(self.channels, d_model, bias=False)
+        self.norm = None
+        if config.output_norm:
+            self.norm = GroupedRMSNorm(self.channels, config.n_groups, config.output_norm_eps)
+        self.out_proj = nn.Linear(self.channels, d_model, bias=config.proj_bias)
         self.widening = Widening(config, h)
 
     def init_state(self, batch_size: int) -> State:
@@ -173,8 +183,10 @@ class Mamba2(Mixer):
         return [self.A_log, self.dt_bias, *self.widening.parameters()]
 
     def factor_bounds(self, scale: Tensor) -> FactorBounds:
-        weight = self.config.gate_gain * self.in_proj.weight[-self.config.num_heads :]
-        steps = linear_interval(weight, scale, self.dt_bias)
+        gain, heads, bias = self.config.gate_gain, self.config.num_heads, self.dt_bias
+        if self.in_proj.bias is not None:
+            bias = bias + gain * self.in_proj.bias[-heads:]
+        steps = linear_interval(gain * self.in_proj.weight[-heads:], scale, bias)
         rate = self.A_log.double().exp()
         limits = (self.config.dt_min, self.config.dt_max)
         lo, hi = gate_interval(lambda x: torch.exp(-rate * F.softplus(x).clamp(*limits)), steps)
@@ -199,16 +211,17 @@ class GroupedRMSNorm(nn.Module):
     Args:
         channels: C.
         groups: how many parts.
+        eps: added to the mean square of each.
     """
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, eps: float) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         parts = x.unflatten(-1, (self.groups, -1))
-        return F.rms_norm(parts, parts.shape[-1:], eps=1e-5).flatten(-2) * self.weight.to(x.dtype)
+        return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype)
 
 
 MIXERS = (Mamba2Config,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -38,9 +39,13 @@ class _MambaSource(Source):
 
     def require_plain(self, options: Options) -> None:
         """Refuses what neither mixer has."""
-        options.require("use_bias", (False,), False)
-        options.require("use_conv_bias", (True,), True)
         options.require("hidden_act", ("silu", "swish"), "silu")
+
+    def biases(self, options: Options) -> dict[str, Any]:
+        return {
+            "proj_bias": options.require("use_bias", (True, False), False),
+            "conv_bias": options.require("use_conv_bias", (True, False), True),
+        }
 
     def layers(self, config: ModelConfig, weights: Mapping[str, Tensor], mixer: tuple[str, ...]) -> list[Rows]:
         # The first published checkpoints say embedding for embeddings.
@@ -49,6 +54,10 @@ class _MambaSource(Source):
             Rows((old if old in weights else "backbone.embeddings.weight",), ("embedding.weight",)),
             Rows(("backbone.norm_f.weight",), ("norm.weight",)),
         ]
+        chosen = config.layer_mixers()[0]
+        assert isinstance(chosen, MambaConfig | Mamba2Config)
+        mixer += ("conv1d.bias",) if chosen.conv_bias else ()
+        mixer += ("in_proj.bias", "out_proj.bias") if chosen.proj_bias else ()
         for layer in range(config.num_layers):
             theirs, ours = f"backbone.layers.{layer}.", f"blocks.{layer}."
             rows += renamed(
@@ -70,12 +79,13 @@ class MambaSource(_MambaSource):
             expand=options.product("expand", 1, 2),
             dt_rank=None if rank == "auto" else rank,
             conv_size=options.size("conv_kernel", 4),
+            **self.biases(options),
         )
         return self.model(options, mixer, tied=True)
 
     def rows(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> list[Rows]:
         linear = ("in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_proj.bias", "out_proj.weight")
-        return self.layers(config, weights, (*linear, "conv1d.weight", "conv1d.bias", "A_log", "D"))
+        return self.layers(config, weights, (*linear, "conv1d.weight", "A_log", "D"))
 
 
 class Mamba2Source(_MambaSource):
@@ -84,8 +94,6 @@ class Mamba2Source(_MambaSource):
 
     def config(self, options: Options, weights: Mapping[str, Tensor]) -> ModelConfig:
         self.require_plain(options)
-        # The norm inside the mixer has the epsilon of the others in transformers, and 1e-5 here.
-        options.require("layer_norm_epsilon", (1e-5,), 1e-5)
         shortest, longest = self._limits(options)
         mixer = Mamba2Config(
             eigenvalue_range=(0, 1),  # type: ignore[arg-type]
@@ -95,6 +103,8 @@ class Mamba2Source(_MambaSource):
             n_groups=options.size("n_groups", 8),
             expand=options.product("expand", 1, 2),
             conv_size=options.size("conv_kernel", 4),
+            output_norm_eps=options.small("layer_norm_epsilon", 1e-5),
+            **self.biases(options),
             dt_min=shortest,
             dt_max=None if math.isinf(longest) else longest,
         )
@@ -104,7 +114,6 @@ class Mamba2Source(_MambaSource):
         mixer = (
             "in_proj.weight",
             "conv1d.weight",
-            "conv1d.bias",
             "A_log",
             "dt_bias",
             "D",
