@@ -1,10 +1,12 @@
 """Transition monoids against GAP's numbers and the closed forms of full transformation monoids."""
 
+import numpy as np
 import pytest
 import torch
 from automaton_examples import dyck, full
 
 from statetrack.automata import Automaton, automaton_from_json, automaton_to_json, group_automaton, read_automaton
+from statetrack.automata import monoid as module
 from statetrack.automata.monoid import image_groups, transition_monoid
 from statetrack.automata.representations import smallest_representation
 
@@ -19,6 +21,18 @@ def test_gap_counts_the_same(automaton, elements, d, h, idempotents):
     assert monoid.green.d_class.max() + 1 == d
     assert monoid.green.h_class.max() + 1 == h
     assert len(monoid.idempotents) == idempotents
+
+
+@pytest.mark.parametrize(("name", "letters"), [("S4", "all"), ("Z60", "all"), ("A5xZ9", "all"), ("S5", "swaps")])
+def test_a_group_with_many_letters_is_enumerated_by_a_few_of_them_with_the_same_result(name, letters):
+    automaton = group_automaton(name, letters)
+    table = automaton.transitions.numpy()
+    whole, found = module._enumerate(table, 1000), transition_monoid(automaton)
+    assert whole is not None
+    for field in ("elements", "parents", "last_letters", "right", "levels"):
+        assert np.array_equal(getattr(found, field), getattr(whole, field))
+    assert found.green.h_class.max() == 0
+    assert transition_monoid(automaton, limit=len(found) - 1) is None
 
 
 def test_words_products_and_the_left_graph_are_the_definition():

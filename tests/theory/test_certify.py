@@ -45,6 +45,15 @@ def test_three_factors_in_0_to_1_are_left_to_the_argument_about_moduli_and_not_t
     assert claim.theorem == "unit modulus (ours)"
 
 
+@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet", "kda", "deltaproduct"])
+def test_keys_that_are_normalized_as_in_the_originals_rest_in_0_to_1_and_are_not_judged_from_minus_1(name):
+    """Rounded keys may be a little longer than 1, which takes an eigenvalue below 0 and leaves it far from -1."""
+    narrow = certify(model(name, layers=2, eigenvalue_range=(0, 1), normalize=False))
+    (claim,) = [claim for claim in narrow.claims if claim.capability == "parity"]
+    assert (claim.scope, claim.theorem) == ("architecture", "unit modulus (ours)")
+    assert certify(model(name, layers=2, eigenvalue_range=(-1, 1), normalize=False)).claims == ()
+
+
 def test_a_widened_decay_is_seen():
     assert not certify(model("gated_deltanet", eigenvalue_range=(0, 1), decay_range=(-1, 1))).rules_out("parity")
 

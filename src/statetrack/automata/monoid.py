@@ -72,6 +72,8 @@ class TransitionMonoid:
     @cached_property
     def green(self) -> GreenRelations:
         """Green's relations."""
+        if len(self.idempotents) == 1:  # then it is a group, and all elements are one class
+            return GreenRelations(*(np.zeros(len(self), dtype=np.int64) for _ in range(4)))
         r_class = strongly_connected(self.right)
         l_class = strongly_connected(self.left)
         pairs, h_class = np.unique(np.stack([l_class, r_class], 1), axis=0, return_inverse=True)
@@ -90,9 +92,73 @@ class GreenRelations:
     d_class: np.ndarray
 
 
+_MANY_LETTERS = 8
+"""From this many letters on a group is enumerated with those alone that generate it."""
+
+
 def transition_monoid(automaton: Automaton, limit: int = 200_000) -> TransitionMonoid | None:
     """Enumerates the transition monoid breadth first; None if it has more than `limit` elements."""
     table = automaton.transitions.cpu().numpy()
+    if automaton.is_permutation_automaton and automaton.num_letters >= _MANY_LETTERS:
+        return _enumerate_group(table, limit)
+    return _enumerate(table, limit)
+
+
+def _enumerate_group(table: np.ndarray, limit: int) -> TransitionMonoid | None:
+    """The same for a group with many letters: products are made with those letters alone that generate it.
+
+    Products of maps take elements x letters x states numbers, 10^11 for all 5,040 elements of S7 as letters. A letter
+    that is no generator only needs the number of its element.
+    """
+    encode = _encoder(len(table))
+    keys = encode(table.T)
+    generators = [0]
+    while True:  # a letter that is missing at least doubles a group, so that the last round costs the most
+        monoid = _enumerate(table[:, generators], limit)
+        if monoid is None:
+            return None
+        numbers = {key: number for number, key in enumerate(encode(monoid.elements))}
+        missing = next((letter for letter, key in enumerate(keys) if key not in numbers), None)
+        if missing is None:
+            break
+        generators.append(missing)
+    # Every element times every letter, by the word of the letter: x (p a) = (x p) a.
+    columns = {0: np.arange(len(monoid))}
+    for letter_number in sorted({numbers[key] for key in keys}):
+        word = []
+        while letter_number not in columns:
+            word.append(letter_number)
+            letter_number = int(monoid.parents[letter_number])
+        for element in reversed(word):
+            columns[element] = monoid.right[columns[int(monoid.parents[element])], monoid.last_letters[element]]
+    return _in_order_of_words(monoid.elements, np.stack([columns[numbers[key]] for key in keys], 1))
+
+
+def _in_order_of_words(elements: np.ndarray, right: np.ndarray) -> TransitionMonoid:
+    """A monoid whose elements, of which 0 is the identity, are numbered anew in the order of their first words."""
+    letters = right.shape[1]
+    new = np.full(len(elements), -1)
+    new[0], order, parents, last_letters, levels = 0, [np.array([0])], [np.array([-1])], [np.array([-1])], [0, 1]
+    while levels[-2] < levels[-1]:
+        products = right[order[-1]].reshape(-1)
+        found, first = np.unique(products, return_index=True)
+        first = np.sort(first[new[found] < 0])
+        new[products[first]] = levels[-1] + np.arange(len(first))
+        order.append(products[first])
+        parents.append(levels[-2] + first // letters)
+        last_letters.append(first % letters)
+        levels.append(levels[-1] + len(first))
+    old = np.concatenate(order)
+    return TransitionMonoid(
+        elements=elements[old],
+        parents=np.concatenate(parents),
+        last_letters=np.concatenate(last_letters),
+        right=new[right[old]],
+        levels=tuple(levels[:-1]),
+    )
+
+
+def _enumerate(table: np.ndarray, limit: int) -> TransitionMonoid | None:
     states, letters = table.shape
     encode = _encoder(states)
     levels = [0, 1]

@@ -24,6 +24,7 @@ from torch import Tensor
 from statetrack import seeds
 from statetrack.mixers import MixerConfig
 from statetrack.mixers.bounds import FactorBounds
+from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.mixers.mixer import WidenedMixerConfig
 from statetrack.model import Block, LanguageModel
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, Transition
@@ -217,9 +218,14 @@ def structure(transition: Transition, config: MixerConfig) -> Structure:
 def _(transition: Householder, config: MixerConfig) -> Structure:
     factors = _range(config, "eigenvalue_range")
     decays = _range(config, "decay_range") if transition.decay is not None else EigenvalueRange(0, 1)
-    if factors is None or decays is None or not transition.normalize:
-        return Structure()  # keys of any length, or a range that nobody declared
+    if factors is None or decays is None:
+        return Structure()  # a range that nobody declared
     count = transition.k.shape[2]
+    if not transition.normalize:
+        # A `DeltaNet` makes keys unit vectors all the same, up to rounding. With beta up to 1 a factor then has
+        # eigenvalues from a rounding error below 0 to 1, far from -1; with beta up to 2 it may pass -1.
+        unit = isinstance(config, DeltaNetConfig) and factors.lo >= 0 and decays.lo >= 0
+        return Structure(contraction=unit, rests=unit)
     matrices = count + int(transition.decay is not None and transition.decay.ndim == 4)
     positive = factors.lo >= 0 and decays.lo >= 0
     # A product of two positive semidefinite matrices has eigenvalues of 0 or above; one of three need not.

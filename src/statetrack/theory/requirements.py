@@ -236,7 +236,7 @@ def _monoid_groups(monoid: TransitionMonoid, is_group: bool) -> list[Permutation
         seen.add(d)
         image = np.unique(monoid.elements[e])
         members = monoid.elements[green.h_class == h][:, image]
-        groups.append(_generated_by(np.searchsorted(image, members)))
+        groups.append(_generated_by(np.searchsorted(image, members), len(members)))
     return groups
 
 
@@ -249,11 +249,11 @@ def _small_group(monoid: TransitionMonoid) -> PermutationGroup:
     for representation in smallest_representation(monoid.products, letters, signed=False):
         points.append(offset + representation.images[letters])
         offset += representation.degree
-    return _permutation_group(np.concatenate(points, 1).tolist())
+    return _generated_by(np.concatenate(points, 1), len(monoid))
 
 
-def _generated_by(permutations: np.ndarray) -> PermutationGroup:
-    """The group that consists of permutations, from a few of them."""
+def _generated_by(permutations: np.ndarray, size: int) -> PermutationGroup:
+    """The group of so many elements that permutations generate, from a few of them: SymPy takes long with many."""
     order = np.random.default_rng(0).permutation(len(permutations))
     identity = np.arange(permutations.shape[1])
     chosen: list[list[int]] = []
@@ -262,9 +262,9 @@ def _generated_by(permutations: np.ndarray) -> PermutationGroup:
             continue
         chosen.append(permutations[index].tolist())
         group = _permutation_group(chosen)
-        if group.order() == len(permutations):
+        if group.order() == size:
             return group
-    raise AssertionError("the elements of an H-class with an idempotent are a group")
+    raise AssertionError("permutations generate the group that they were said to")
 
 
 def _permutation_group(generators: Any) -> PermutationGroup:
