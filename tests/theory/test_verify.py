@@ -48,3 +48,14 @@ def test_random_words_are_no_proof_even_without_an_error():
 def test_what_can_not_be_compared_is_refused(mode, name, message):
     with pytest.raises(ValueError, match=message):
         verify(compile(group_automaton("Z3")), group_automaton(name), mode=mode)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+@pytest.mark.parametrize("mode", ["exhaustive", "words"])
+def test_a_model_that_prefers_no_answer_is_wrong(mode, value):
+    automaton = group_automaton("Z2")
+    model = compile(automaton)
+    with torch.no_grad():
+        model.output_weight.fill_(value)
+    proof = verify(model, automaton, mode=mode, words=2, length=10)
+    assert proof.errors == proof.checked

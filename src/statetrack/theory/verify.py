@@ -153,7 +153,7 @@ def count_errors(
         ids = torch.randint(automaton.num_letters, (words, min(size, length - position)), generator=random)
         following = automaton.run(ids, reached)
         logits, state = model.scan(ids, state)
-        wrong = logits.argmax(-1) != automaton.outputs[following]
+        wrong = _wrong(logits, automaton.outputs[following])
         if first is None and wrong.any():
             first = position + int(wrong.any(0).nonzero()[0]) + 1
         errors += int(wrong.sum())
@@ -179,7 +179,7 @@ def _exhaustive(model: Tracker, automaton: Automaton, limit: int) -> Proof:
             ids = torch.arange(letters).repeat(len(position))
             logits, after = model.step(ids, _select(state, rows))
             following = automaton.transitions[position].flatten()
-            wrong = (logits.argmax(-1) != automaton.outputs[following]).nonzero().squeeze(1).tolist()
+            wrong = _wrong(logits, automaton.outputs[following]).nonzero().squeeze(1).tolist()
             checked += len(ids)
             errors += len(wrong)
             if wrong and first is None:
@@ -234,3 +234,9 @@ def _word(origins: list[tuple[int, int]], state: int) -> tuple[int, ...]:
         state, letter = origins[state]
         letters.append(letter)
     return tuple(reversed(letters))
+
+
+def _wrong(logits: Tensor, expected: Tensor) -> Tensor:
+    """Whether the expected class isn't the one of the largest logit: a tie, which decides nothing, and NaN are wrong."""
+    right = logits.gather(-1, expected.unsqueeze(-1))
+    return ((logits < right).sum(-1) < logits.shape[-1] - 1) | ~right.squeeze(-1).isfinite()
