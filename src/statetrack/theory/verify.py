@@ -237,6 +237,6 @@ def _word(origins: list[tuple[int, int]], state: int) -> tuple[int, ...]:
 
 
 def _wrong(logits: Tensor, expected: Tensor) -> Tensor:
-    """Whether the expected class isn't the one of the largest logit: a tie, which decides nothing, and NaN are wrong."""
+    """Whether the largest logit isn't that of the expected class alone: a tie decides nothing, and NaN is wrong."""
     right = logits.gather(-1, expected.unsqueeze(-1))
     return ((logits < right).sum(-1) < logits.shape[-1] - 1) | ~right.squeeze(-1).isfinite()
