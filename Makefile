@@ -37,7 +37,7 @@ test: check ## ruff, pyright and the tests, in minutes
 
 # In a folder of its own: with it in the environment and no GPU, transformers' layers take kernels that can't run.
 $(VENV)/triton/installed: constraints.txt
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton --constraint constraints.txt "triton; platform_system == 'Linux' and platform_machine == 'x86_64'"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/triton --constraint constraints.txt "triton; platform_system == 'Linux' and platform_machine == 'x86_64'" || echo "triton could not be installed: its kernels are not tested" >&2
 	@mkdir -p $(VENV)/triton && touch $@
 
 test-kernels: $(VENV)/installed-dev $(VENV)/triton/installed ## The Triton kernels on a CPU, in triton's interpreter; skipped where there is no triton
