@@ -48,6 +48,11 @@ class Backend:
     decodes: bool = False
 
 
+def wants_gradient(*inputs: Tensor | None) -> bool:
+    """Whether autograd is on and any of the tensors takes part in it."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
 def register_operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Makes an operator of a function, which torch.compile then takes for one opaque call that it traces around.
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator
+from statetrack.ops.backend import Backend, register_operator, wants_gradient
 from statetrack.ops.chunking import Cut, decay_gradient, decay_products, rows_in_cache
-from statetrack.ops.packing import run_packed
+from statetrack.ops.packing import by_rows
 from statetrack.transition import Diagonal, Transition, accumulation_dtype
 
 # Longer chunks do more arithmetic, shorter ones more calls with smaller matrices. Measured.
@@ -38,32 +38,19 @@ def supports(transition: Transition) -> str | None:
     return None if isinstance(transition, Diagonal) else "chunked_diagonal serves Diagonal transitions"
 
 
-def run(
-    transition: Transition,
-    q: Tensor,
-    v: Tensor,
-    write: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is None:
-        return _run_dense(transition, q, v, write, initial_state)
-    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
-
-
-BACKEND = Backend(name="chunked", supports=supports, run=run, priority=10, min_length=2)
-
-
 def _run_dense(
     transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     assert isinstance(transition, Diagonal)
     assert write is not None
     inputs = (q, write, v, transition.decay, initial_state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if wants_gradient(*inputs):
         return _ChunkedDiagonal.apply(*inputs)
     o, final_state, _ = _forward_op(*inputs, False)
     return o, final_state
+
+
+BACKEND = Backend(name="chunked", supports=supports, run=by_rows(_run_dense), priority=10, min_length=2)
 
 
 class _ChunkedDiagonal(torch.autograd.Function):

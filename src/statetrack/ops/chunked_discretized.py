@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator
-from statetrack.ops.packing import run_packed
+from statetrack.ops.backend import Backend, register_operator, wants_gradient
+from statetrack.ops.packing import by_rows
 from statetrack.transition import Discretized, Transition, accumulation_dtype
 
 # Elements of the largest tensors of a tile: 2 MiB each in float32. The forward has two of them, the backward four.
@@ -37,22 +37,6 @@ def supports(transition: Transition) -> str | None:
     return None if isinstance(transition, Discretized) else "chunked_discretized serves Discretized transitions"
 
 
-def run(
-    transition: Transition,
-    q: Tensor,
-    v: Tensor,
-    write: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is None:
-        return _run_dense(transition, q, v, write, initial_state)
-    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
-
-
-BACKEND = Backend(name="chunked", supports=supports, run=run, priority=10, min_length=2)
-
-
 def _run_dense(
     transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -60,10 +44,13 @@ def _run_dense(
     assert write is not None
     inputs = (transition.dt, transition.A, transition.lower_end, q, write, v, initial_state)
     lo, hi = transition.eigenvalue_range.lo, transition.eigenvalue_range.hi
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if wants_gradient(*inputs):
         return _ChunkedDiscretized.apply(*inputs, lo, hi)
     o, final_state, _ = _forward_op(*inputs, lo, hi, False)
     return o, final_state
+
+
+BACKEND = Backend(name="chunked", supports=supports, run=by_rows(_run_dense), priority=10, min_length=2)
 
 
 class _ChunkedDiscretized(torch.autograd.Function):

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator
+from statetrack.ops.backend import Backend, register_operator, wants_gradient
 from statetrack.ops.chunking import Cut, decay_gradient, decay_products, rows_in_cache
-from statetrack.ops.packing import run_packed
+from statetrack.ops.packing import by_rows
 from statetrack.transition import Householder, Transition, accumulation_dtype
 
 # Up to so many rows (sequences times heads) with states of up to so many numbers a chunk is long even on a CPU.
@@ -44,31 +44,18 @@ def supports(transition: Transition) -> str | None:
     return None
 
 
-def run(
-    transition: Transition,
-    q: Tensor,
-    v: Tensor,
-    write: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is None:
-        return _run_dense(transition, q, v, write, initial_state)
-    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
-
-
-BACKEND = Backend(name="chunked", supports=supports, run=run, priority=10, min_length=2)
-
-
 def _run_dense(
     transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     assert isinstance(transition, Householder)
     inputs = (q, transition.k, v, transition.beta, transition.decay, initial_state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if wants_gradient(*inputs):
         return _ChunkedHouseholder.apply(*inputs, transition.normalize)
     o, final_state, _ = _forward_op(*inputs, transition.normalize, False)
     return o, final_state
+
+
+BACKEND = Backend(name="chunked", supports=supports, run=by_rows(_run_dense), priority=10, min_length=2)
 
 
 class _ChunkedHouseholder(torch.autograd.Function):

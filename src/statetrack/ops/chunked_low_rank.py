@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator
-from statetrack.ops.packing import run_packed
+from statetrack.ops.backend import Backend, register_operator, wants_gradient
+from statetrack.ops.packing import by_rows
 from statetrack.transition import Householder, LowRank, Transition, accumulation_dtype
 
 # How many numbers the largest buffer of a group of heads may have on a CPU. Measured with 1 MB of cache for each core.
@@ -46,22 +46,6 @@ def supports(transition: Transition) -> str | None:
     if isinstance(transition, Householder) and transition.decay is not None and transition.decay.ndim == 4:
         return None
     return "chunked_low_rank serves LowRank transitions, and Householder transitions with a decay for each channel"
-
-
-def run(
-    transition: Transition,
-    q: Tensor,
-    v: Tensor,
-    write: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is None:
-        return _run_dense(transition, q, v, write, initial_state)
-    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
-
-
-BACKEND = Backend(name="chunked", supports=supports, run=run, priority=10, min_length=2)
 
 
 def _run_dense(
@@ -79,10 +63,13 @@ def _run_dense(
         assert transition.decay is not None
         decay, keys, normalize = transition.decay, [transition.k, transition.beta], transition.normalize
     inputs = (q, v, decay, initial_state, *keys)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if wants_gradient(*inputs):
         return _ChunkedLowRank.apply(normalize, *inputs)
     o, final_state, _ = _forward_op(q, v, decay, initial_state, keys, normalize, False)
     return o, final_state
+
+
+BACKEND = Backend(name="chunked", supports=supports, run=by_rows(_run_dense), priority=10, min_length=2)
 
 
 class _ChunkedLowRank(torch.autograd.Function):

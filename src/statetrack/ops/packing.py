@@ -13,10 +13,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from statetrack.ops.backend import Run
 from statetrack.transition import Transition
 
 RunDense = Callable[[Transition, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 """(transition, q, v, write, initial_state) -> (o, final_state), as `linear_recurrence` without `cu_seqlens`."""
+
+Check = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]
+"""(q, v, write, initial_state): raises ValueError for what a backend can't take."""
 
 # The longest sequence of a batch has at most this many times the tokens of the shortest, which bounds the padding.
 _LENGTH_RATIO = 1.5
@@ -56,6 +60,31 @@ def sequence_mask(cu_seqlens: Tensor) -> Tensor:
     makes such rows, and `pack` packs them again."""
     lengths = cu_seqlens.diff()
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)
+
+
+def by_rows(run_dense: RunDense, check: Check | None = None) -> Run:
+    """What a backend runs, from a function that computes a dense batch: packed sequences go to it as rows.
+
+    Args:
+        run_dense: computes a dense batch.
+        check: refuses tensors before anything is computed; None to take all.
+    """
+
+    def run(
+        transition: Transition,
+        q: Tensor,
+        v: Tensor,
+        write: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if check is not None:
+            check(q, v, write, initial_state)
+        if cu_seqlens is None:
+            return run_dense(transition, q, v, write, initial_state)
+        return run_packed(run_dense, transition, q, v, write, initial_state, cu_seqlens)
+
+    return run
 
 
 def run_packed(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator
-from statetrack.ops.packing import run_packed
+from statetrack.ops.backend import Backend, register_operator, wants_gradient
+from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
     INTERPRETED_ONLY,
     Launch,
@@ -45,23 +45,6 @@ def supports(transition: Transition) -> str | None:
     return unavailable(transition.dt, transition.A, transition.lower_end)
 
 
-def run(
-    transition: Transition,
-    q: Tensor,
-    v: Tensor,
-    write: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_inputs(q, v, write, initial_state)
-    if cu_seqlens is None:
-        return _run_dense(transition, q, v, write, initial_state)
-    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
-
-
-BACKEND = Backend(name="triton", supports=supports, run=run, priority=INTERPRETED_ONLY)
-
-
 def _run_dense(
     transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -69,10 +52,13 @@ def _run_dense(
     assert write is not None
     inputs = (transition.dt, transition.A, transition.lower_end, q, write, v, initial_state)
     lo, hi = transition.eigenvalue_range.lo, transition.eigenvalue_range.hi
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if wants_gradient(*inputs):
         return _TritonDiscretized.apply(*inputs, lo, hi)
     o, final_state, _ = _forward_op(*inputs, lo, hi)
     return o, final_state
+
+
+BACKEND = Backend(name="triton", supports=supports, run=by_rows(_run_dense, check_inputs), priority=INTERPRETED_ONLY)
 
 
 class _TritonDiscretized(torch.autograd.Function):

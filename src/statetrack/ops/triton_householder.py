@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator
-from statetrack.ops.packing import run_packed
+from statetrack.ops.backend import Backend, register_operator, wants_gradient
+from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
     CHECKED_ON_A_CARD,
     LARGEST_KEY,
@@ -53,32 +53,20 @@ def supports(transition: Transition) -> str | None:
     return None
 
 
-def run(
-    transition: Transition,
-    q: Tensor,
-    v: Tensor,
-    write: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_inputs(q, v, initial_state)
-    if cu_seqlens is None:
-        return _run_dense(transition, q, v, write, initial_state)
-    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
-
-
-BACKEND = Backend(name="triton", supports=supports, run=run, priority=CHECKED_ON_A_CARD, decodes=True)
-
-
 def _run_dense(
     transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     assert isinstance(transition, Householder)
     inputs = (q, transition.k, v, transition.beta, transition.decay, initial_state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if wants_gradient(*inputs):
         return _TritonHouseholder.apply(*inputs, transition.normalize)
     o, final_state, _ = _forward_op(*inputs, transition.normalize, False)
     return o, final_state
+
+
+BACKEND = Backend(
+    name="triton", supports=supports, run=by_rows(_run_dense, check_inputs), priority=CHECKED_ON_A_CARD, decodes=True
+)
 
 
 class _TritonHouseholder(torch.autograd.Function):

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator
-from statetrack.ops.packing import run_packed
+from statetrack.ops.backend import Backend, register_operator, wants_gradient
+from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
     INTERPRETED_ONLY,
     Launch,
@@ -49,23 +49,6 @@ def supports(transition: Transition) -> str | None:
     return "triton_low_rank serves LowRank transitions, and Householder transitions with a decay for each channel"
 
 
-def run(
-    transition: Transition,
-    q: Tensor,
-    v: Tensor,
-    write: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    check_inputs(q, v, write, initial_state)
-    if cu_seqlens is None:
-        return _run_dense(transition, q, v, write, initial_state)
-    return run_packed(_run_dense, transition, q, v, write, initial_state, cu_seqlens)
-
-
-BACKEND = Backend(name="triton", supports=supports, run=run, priority=INTERPRETED_ONLY)
-
-
 def _run_dense(
     transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -79,6 +62,9 @@ def _run_dense(
     decay = transition.decay
     decay = decay.unsqueeze(-1).expand_as(q) if decay.ndim == 3 else decay
     return _run_steps(q, transition.w, transition.u, write, v, decay, initial_state)
+
+
+BACKEND = Backend(name="triton", supports=supports, run=by_rows(_run_dense, check_inputs), priority=INTERPRETED_ONLY)
 
 
 def _householder_steps(
@@ -103,7 +89,7 @@ def _run_steps(
     q: Tensor, w: Tensor, u: Tensor, p: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     inputs = (q, w, u, p, v, decay, initial_state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if wants_gradient(*inputs):
         return _TritonLowRank.apply(*inputs)
     o, final_state, _ = _forward_op(*inputs, False)
     return o, final_state
