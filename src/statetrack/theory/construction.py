@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +51,7 @@ class Plan:
     why: str
 
 
-class Construction:
+class Construction(ABC):
     """A model to be: its plan, its config, and the writing of its weights."""
 
     plan: Plan
@@ -67,12 +68,13 @@ class Construction:
         return p.num_layers * p.num_heads * p.num_householder * (p.head_dim + p.value_dim)
 
     @cached_property
+    @abstractmethod
     def config(self) -> ModelConfig:
-        raise NotImplementedError
+        """Of the model that holds the weights."""
 
+    @abstractmethod
     def write(self, model: LanguageModel) -> None:
         """Writes the weights that are not 0."""
-        raise NotImplementedError
 
     @property
     def letters(self) -> range:
