@@ -1,4 +1,4 @@
-"""What holds for all tests: one thread a worker, and those marked `gpu` are skipped where there is no CUDA device."""
+"""What holds for all tests: one thread a worker, one seed a test, and `gpu` tests are skipped without a CUDA device."""
 
 import os
 
@@ -8,6 +8,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers already share the cores; set 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_seed():
+    """What a test draws doesn't depend on the tests that a worker happened to run before it."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items):
