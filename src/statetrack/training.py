@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from statetrack import seeds
 from statetrack.config import RunConfig, TrainingConfig
-from statetrack.mixers import Mixer, MixerConfig
+from statetrack.mixers import MixerConfig
 from statetrack.model import LanguageModel
 from statetrack.runs import RunDirectory, RunError, load_weights
 from statetrack.tasks import IGNORE, Task, get_task
 from statetrack.transition import EigenvalueRange
+from statetrack.weight_decay import by_weight_decay
 
 
 class TrainingError(RuntimeError):
@@ -209,11 +210,10 @@ def _loss(model: LanguageModel, ids: Tensor, labels: Tensor, z_loss: float) -> t
 
 
 def _optimizer(model: LanguageModel, options: TrainingConfig) -> torch.optim.AdamW:
-    kept = {id(p) for module in model.modules() if isinstance(module, Mixer) for p in module.eigenvalue_parameters()}
-    kept |= {id(p) for p in model.parameters() if p.ndim < 2} | {id(model.embedding.weight)}
+    decayed, kept = by_weight_decay(model)
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in model.parameters() if id(p) not in kept], "weight_decay": options.weight_decay},
-        {"params": [p for p in model.parameters() if id(p) in kept], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
 
