@@ -4,40 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from reproduction_examples import SMALL
 
+from statetrack import reproduce
 from statetrack.cli import main
 from statetrack.experiments import load_experiment
 from statetrack.experiments.experiment import read_experiment
 from statetrack.report import Record
 from statetrack.reproduce import Outcome, comparison, reproductions, run_reproduction
-
-SMALL = {
-    "title": "small",
-    "published": {
-        "source": "a paper",
-        "protocol": "paper",
-        "measure": "scaled_accuracy",
-        "differences": ["fewer steps"],
-    },
-    "shared": {
-        "task": "modular_arithmetic:3",
-        "lengths": [4, 8],
-        "sequences": 16,
-        "chance": 0.2,
-        "model": {"d_model": 8, "num_layers": 1},
-        "mixer": {"name": "deltanet", "num_heads": 2},
-        "training": {"steps": 2, "batch_size": 4, "max_length": 8, "last_label_only": True},
-    },
-    "run": [
-        {
-            "sweep": [
-                {"eigenvalue_range": [0, 1], "published": {"best": 0.25, "median": 0.125}},
-                {"eigenvalue_range": [-1, 1], "published": {"text": "perfect"}, "model": {"num_layers": 2}},
-            ]
-        }
-    ],
-    "preset": {"one": {"seeds": [5], "training": {"steps": 1}}},
-}
 
 
 def record(accuracy, **facts):
@@ -171,3 +146,31 @@ def test_every_run_of_a_grid_works(name, tmp_path):
     outcomes = run_reproduction(load_experiment(name, preset="smoke"), tmp_path, workers=1)
     assert all(outcome.judged for outcome in outcomes)
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "devices"), [("", ["cuda:0", "cuda:1"]), ("--devices=cuda:1", ["cuda:1"]), ("--devices=cpu", ["cpu"])]
+)
+def test_a_grid_uses_every_gpu_unless_told_otherwise(words, devices, tmp_path, monkeypatch):
+    seen = []
+
+    def run_reproduction(experiment, out, **options):
+        seen.extend(options["devices"])
+        return []
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(reproduce, "run_reproduction", run_reproduction)
+    main(["reproduce", "word-problems", "--preset", "smoke", "--out", str(tmp_path), *words.split()])
+    assert seen == devices
+
+
+@pytest.mark.parametrize(("device", "key"), [("cuda", True), ("cpu", False), (None, False)])
+def test_seconds_of_a_gpu_have_a_key_of_their_own(device, key):
+    experiment = read_experiment(SMALL)
+    line = Outcome(experiment.runs[0], record({4: 1.0}, train_seconds=2.5, train_device=device)).data(
+        experiment.published
+    )
+    assert line["seconds"] == 2.5
+    assert line.get("gpu_seconds") == (2.5 if key else None)
+    assert ("gpu_seconds" in line) == key

@@ -96,6 +96,8 @@ class Outcome:
         }
         if record is not None:
             line |= {"seconds": record.train_seconds, "failed": record.failed}
+            if record.train_device == "cuda":
+                line["gpu_seconds"] = record.train_seconds
             if publication.measure == "sequence_accuracy":
                 shares = {str(length): share for length, share in record.accuracy.items()}
                 line |= {"sequence_accuracy": shares, "horizon": self.horizon()}
@@ -132,9 +134,7 @@ def run_reproduction(
     Raises:
         ValueError: if the experiment reproduces nothing.
     """
-    publication = experiment.published
-    if publication is None:
-        raise ValueError(f"the experiment {experiment.title!r} reproduces no publication")
+    publication_of(experiment)
     out.mkdir(parents=True, exist_ok=True)
     began, console = time.monotonic(), Console()
     records: dict[int, Record] = {}
@@ -157,31 +157,55 @@ def run_reproduction(
             console.print(f"{name}  {describe(event.progress)}", highlight=False, markup=False)
 
     run_experiment(experiment, out / "runs", workers=workers, devices=devices, on_event=show, should_stop=stop)
+    return write_results(experiment, records, out)
+
+
+def write_results(experiment: Experiment, records: Mapping[int, Record], out: Path) -> list[Outcome]:
+    """Writes `summary.json`, `table.md` and, once a run has ended, `report.html`.
+
+    Args:
+        experiment: the grid.
+        records: of the runs that are done, by their index in the experiment.
+        out: the directory of the results.
+
+    Returns:
+        The outcome of each run, in the experiment's order.
+
+    Raises:
+        ValueError: if the experiment reproduces nothing.
+    """
+    title, publication = experiment.title, publication_of(experiment)
     outcomes = [Outcome(run, records.get(index)) for index, run in enumerate(experiment.runs)]
-    write_results(experiment.title, publication, outcomes, out)
-    return outcomes
-
-
-def write_results(title: str, publication: Publication, outcomes: Sequence[Outcome], out: Path) -> None:
-    """Writes `summary.json`, `table.md` and, once a run has ended, `report.html`."""
     origin = provenance()
     lines = [outcome.data(publication) for outcome in outcomes]
     summary = {"title": title, "source": publication.source, "provenance": origin, "runs": lines}
     atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     tables = comparison(publication, outcomes)
     atomic_write(out / "table.md", _markdown(title, tables, origin))
-    records = [outcome.record for outcome in outcomes if outcome.record is not None]
-    if records:
+    done = [outcome.record for outcome in outcomes if outcome.record is not None]
+    if done:
         measured = "whole sequences" if publication.measure == "sequence_accuracy" else "labels"
         write_report(
-            records,
+            done,
             out / "report.html",
             title=title,
-            headline=f"{len(records)} of {len(outcomes)} runs are done. Accuracies below are shares of {measured}.",
-            descriptions={record.task: get_task(record.task).description for record in records},
+            headline=f"{len(done)} of {len(outcomes)} runs are done. Accuracies below are shares of {measured}.",
+            descriptions={record.task: get_task(record.task).description for record in done},
             provenance=origin,
             tables=tables,
         )
+    return outcomes
+
+
+def publication_of(experiment: Experiment) -> Publication:
+    """What an experiment reproduces.
+
+    Raises:
+        ValueError: if that is nothing.
+    """
+    if experiment.published is None:
+        raise ValueError(f"the experiment {experiment.title!r} reproduces no publication")
+    return experiment.published
 
 
 def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[ReportTable]:
