@@ -249,9 +249,7 @@ class _Run:
         return time.perf_counter() - self._began
 
 
-def _train(
-    runs: Sequence[_Run], on_progress: Callable[[int, Progress], None], should_stop: Callable[[], bool]
-) -> None:
+def _train(runs: Sequence[_Run], on_progress: Callable[[int, Progress], None], should_stop: Callable[[], bool]) -> None:
     """Trains runs that have got to the same step."""
     options = runs[0].config.training
     on_gpu = runs[0].model.embedding.weight.device.type == "cuda"

@@ -27,8 +27,8 @@ from statetrack.mixers.mixer import (
     with_options,
 )
 from statetrack.ops import check_packing
-from statetrack.ops.vmapped import is_vmapped, vmapped_over_heads
 from statetrack.ops.packing import pack, sequence_mask, unpack
+from statetrack.ops.vmapped import is_vmapped, vmapped_over_heads
 from statetrack.transition import accumulation_dtype
 
 
