@@ -149,8 +149,8 @@ class Attention(Mixer):
             is_causal=mask is None,
             enable_gqa=self.key_heads != self.config.num_heads,
         )
-        heads = [projected.transpose(1, 2) for projected in (q, k, v)]
-        o = vmapped_over_heads(attend, [1, 1, 1], *heads) if is_vmapped() else attend(*heads)
+        heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        o = vmapped_over_heads(attend, [1, 1, 1], *heads) if is_vmapped() else attend(heads[0], heads[1], heads[2])
         after = before + (t if lengths is None else lengths)
         return self.o_proj(o.transpose(1, 2).flatten(2)), {"k": k, "v": v, "length": after}
 

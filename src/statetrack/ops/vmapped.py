@@ -35,25 +35,25 @@ def vmapped_recurrence(
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """`recurrence` of all replicas at once; shapes are those of one replica."""
-    names = list(transition.tensors())
+    named = transition.tensors()
+    given = {"q": q, "v": v, "write": write, "initial_state": initial_state}
+    names = [*(name for name, x in given.items() if x is not None), *named]
+    # Where heads are, on the first axis of parameters and the third of what there is for every token. None: fold rows.
+    heads = {"A": 0, "lower_end": 0, "initial_state": 1} if isinstance(transition, Discretized) else None
 
-    def folded(replicas: int, moved: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-        inputs, tensors = moved[:4], dict(zip(names, moved[4:], strict=True))
-        if not isinstance(transition, Discretized):
-            fold = _into_rows
-            whole = replace(transition, **{name: fold(x) for name, x in tensors.items()})
-            o, state = recurrence(whole, *(None if x is None else fold(x) for x in inputs))  # type: ignore[arg-type]
+    def folded(replicas: int, moved: list[Tensor]) -> tuple[Tensor, Tensor]:
+        x = {
+            name: tensor.flatten(0, 1) if heads is None else _into_axis(tensor, heads.get(name, 2))
+            for name, tensor in zip(names, moved, strict=True)
+        }
+        whole = replace(transition, **{name: x[name] for name in named})
+        o, state = recurrence(whole, x["q"], x["v"], x.get("write"), x.get("initial_state"))
+        if heads is None:
             return o.unflatten(0, (replicas, -1)), state.unflatten(0, (replicas, -1))
-        # A and lower_end are [R, H, ...], states [R, B, H, ...], all others [R, B, T, H, ...].
-        heads = {"A": 0, "lower_end": 0}
-        whole = replace(transition, **{name: _into_axis(x, heads.get(name, 2)) for name, x in tensors.items()})
-        axes = (2, 2, 2, 1)
-        o, state = recurrence(  # type: ignore[arg-type]
-            whole, *(None if x is None else _into_axis(x, axis) for x, axis in zip(inputs, axes, strict=True))
-        )
         return o.unflatten(2, (replicas, -1)).movedim(2, 0), state.unflatten(1, (replicas, -1)).movedim(1, 0)
 
-    return _Vmapped.apply(folded, q, v, write, initial_state, *transition.tensors().values())  # type: ignore[no-any-return]
+    inputs = [*(x for x in given.values() if x is not None), *named.values()]
+    return _Vmapped.apply(folded, *inputs)  # type: ignore[no-any-return]
 
 
 def vmapped_over_heads(function: Callable[..., Any], axes: list[int], *inputs: Tensor) -> Any:
@@ -64,11 +64,6 @@ def vmapped_over_heads(function: Callable[..., Any], axes: list[int], *inputs: T
         return tree_map(lambda x: x.unflatten(1, (replicas, -1)).movedim(1, 0), results)
 
     return _Vmapped.apply(folded, *inputs)
-
-
-def _into_rows(x: Tensor) -> Tensor:
-    """[R, B, ...] as [R B, ...]."""
-    return x.flatten(0, 1)
 
 
 def _into_axis(x: Tensor, axis: int) -> Tensor:
@@ -93,9 +88,10 @@ class _Vmapped(torch.autograd.Function):
         raise NotImplementedError  # never reached, but functorch wants it to be there
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, folded: Any, *inputs: Any) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        folded, *inputs = args
         moved = [
-            x if x is None else x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             for x, dim in zip(inputs, in_dims[1:], strict=True)
         ]
         results = folded(info.batch_size, moved)
