@@ -6,6 +6,8 @@ from statetrack import EigenvalueRange
 from statetrack.experiments import load_experiment, run_experiment
 from statetrack.experiments.experiment import read_experiment
 from statetrack.report.record import group
+from statetrack.runs import RunDirectory
+from statetrack.training import train
 
 SMALL = {
     "title": "small",
@@ -117,6 +119,23 @@ def test_a_grid_runs_stops_and_goes_on(tmp_path):
     again = run_experiment(experiment, tmp_path, workers=1)
     assert again == records
     assert written == {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in written}
+
+
+def test_runs_trained_together_have_directories_and_records_of_their_own(tmp_path):
+    experiment, events = read_experiment(SMALL), []
+    records = run_experiment(experiment, tmp_path / "grid", workers=1, together=3, on_event=events.append)
+    assert records is not None
+    assert {event.progress.together for event in events if event.progress} == {2}  # the seeds of either range
+    for run, record in zip(experiment.runs, records, strict=True):
+        assert (record.seed, record.steps) == (run.config.training.seed, 4)
+        assert str(record.eigenvalue_range) == str(run.config.model.mixer.eigenvalue_range)
+        alone, losses = RunDirectory(tmp_path / run.name), [point.loss for point in record.history]
+        train(run.config, alone)
+        assert losses == pytest.approx([line["loss"] for line in alone.read_metrics()], rel=1e-4)
+        files = {file.name for file in (tmp_path / "grid" / run.name).iterdir()}
+        assert files == {file.name for file in alone.path.iterdir()} | {"evaluation.json"}
+    # Nothing is left to do, together or one by one.
+    assert run_experiment(experiment, tmp_path / "grid", workers=1) == records
 
 
 def test_a_run_that_breaks_down_is_reported_not_dropped(tmp_path):

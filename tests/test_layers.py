@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from statetrack import layers
 from statetrack.layers import (
     GatedMLP,
     HeadNorm,
@@ -25,6 +26,21 @@ def test_short_convolution_equals_a_padded_grouped_convolution(size, bias):
     y, state = layer(x, layer.init_state(2))
     assert torch.allclose(y, expected, atol=1e-6)
     assert torch.equal(state, x[:, 9 - size + 1 :])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_the_gradients_of_a_short_convolution_are_those_of_a_grouped_one(rows, monkeypatch):
+    """Also where the batch is cut into groups of so many rows, of which the last is smaller."""
+    monkeypatch.setattr(layers, "CACHED_NUMBERS", 4 * rows * 12 * 6)
+    layer, x = ShortConvolution(6, 4, bias=True).double(), torch.randn(4, 9, 6, dtype=torch.float64)
+    state, d_y = torch.randn(4, 3, 6, dtype=torch.float64), torch.randn(4, 9, 6, dtype=torch.float64)
+    inputs = [x.requires_grad_(), state.requires_grad_(), *layer.parameters()]
+    y = layer(x, state)[0]
+    expected = F.conv1d(torch.cat([state, x], 1).mT, layer.weight, layer.bias, groups=6).mT
+    assert torch.allclose(y, expected)
+    gradients = [torch.autograd.grad(out, inputs, d_y) for out in (y, expected)]
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b)
 
 
 @pytest.mark.parametrize("split", [1, 2, 5])

@@ -18,10 +18,15 @@ from statetrack.config import TrainingConfig, run_config
 from statetrack.evaluation import evaluate
 from statetrack.runs import RunDirectory, RunError
 from statetrack.tasks import IGNORE, get_task
-from statetrack.training import TrainingError, fitting_lengths, learning_rate_at, train
-from statetrack.training import _batch as batch_of
-from statetrack.training import _loss as loss_of
-from statetrack.training import _optimizer as optimizer_of
+from statetrack.training import TrainingError, train
+from statetrack.training_step import (
+    data_generator,
+    draw_batch,
+    fitting_lengths,
+    learning_rate_at,
+    loss_and_accuracy,
+    make_optimizer,
+)
 
 
 def make(mixer="deltanet", **training):
@@ -185,7 +190,7 @@ def test_weight_decay_leaves_out_vectors_embeddings_and_what_decides_on_eigenval
     model = LanguageModel(replace(make().model, mixer=mixer_config("gated_deltanet")(num_heads=2)))
     decayed, kept = (
         {name for name, p in model.named_parameters() if any(p is q for q in group["params"])}
-        for group in optimizer_of(model, TrainingConfig(weight_decay=0.5)).param_groups
+        for group in make_optimizer(model, TrainingConfig(weight_decay=0.5)).param_groups
     )
     assert decayed | kept == {name for name, _ in model.named_parameters()}
     assert not decayed & kept
@@ -198,8 +203,8 @@ def test_the_z_loss_adds_the_mean_square_of_the_log_partition_function():
     ids = torch.randint(2, (3, 5))
     labels = torch.randint(2, (3, 5))
     labels[:, 0] = IGNORE
-    plain, accuracy = loss_of(model, ids, labels, 0.0)
-    penalized, _ = loss_of(model, ids, labels, 0.5)
+    plain, accuracy = loss_and_accuracy(model, ids, labels, 0.0)
+    penalized, _ = loss_and_accuracy(model, ids, labels, 0.5)
     logits, asked = model(ids)[:, 1:], labels[:, 1:]
     cross_entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), asked.flatten())
     assert plain.item() == pytest.approx(cross_entropy.item())
@@ -217,8 +222,9 @@ def test_training_draws_the_lengths_that_a_task_has(task, lengths):
 
 def test_the_last_label_alone_may_be_learned_from():
     task, options = get_task("parity"), TrainingConfig(min_length=5, max_length=9, batch_size=6)
-    all_ids, all_labels = batch_of(task, options, [5, 9], 3, "cpu")
-    ids, labels = batch_of(task, replace(options, last_label_only=True), [5, 9], 3, "cpu")
+    cpu = torch.device("cpu")
+    all_ids, all_labels = draw_batch(task, options, 9, data_generator(options, 3, cpu))
+    ids, labels = draw_batch(task, replace(options, last_label_only=True), 9, data_generator(options, 3, cpu))
     assert torch.equal(ids, all_ids)
     assert torch.equal(labels[:, -1], all_labels[:, -1])
     assert (labels[:, :-1] == IGNORE).all()

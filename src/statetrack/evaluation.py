@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from statetrack import seeds
 from statetrack.model import LanguageModel, ModelState, Tracker
@@ -18,8 +19,8 @@ LONG = 10_000
 SOLVED_LENGTH, SOLVED_ACCURACY = 256, 0.999
 """A model has solved its task if it is right this often at this length, several times its longest training sequence."""
 
-SEGMENT_TOKENS = 16_384
-"""Tokens of all sequences of a batch that are in memory at once."""
+SEGMENT_TOKENS, SEGMENT_TOKENS_GPU = 16_384, 262_144
+"""Tokens of all sequences of a batch that are in memory at once, on a CPU and on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def evaluate(
         groups.setdefault((count, 0 if isinstance(task, EndlessTask) else length), []).append(length)
     total = sum(count * group[-1] for (count, _), group in groups.items())
     done = 0
-    results = []
+    shares: dict[int, tuple[int, Tensor]] = {}
+    unlabelled: list[tuple[list[int], Tensor]] = []
+    # Nothing in the loop looks at what was computed, so that a GPU never waits for the host.
     for (count, alone), group in groups.items():
         key = (seed, count, alone) if alone else (seed, count)
         segments = _segments(task, count, group[-1], seeds.generator("evaluation data", *key, device=device))
@@ -93,11 +96,11 @@ def evaluate(
         for batch in segments:
             size = batch.ids.shape[1]
             here = [length for length in group if position < length <= position + size]
-            at = torch.tensor([length - position - 1 for length in here], dtype=torch.long, device=device)
+            at = torch.tensor([length - position - 1 for length in here], dtype=torch.long)
+            at = at.to(device, non_blocking=True)
             logits, state = model.scan(batch.ids, state, positions=None if whole else at)
             answers = batch.labels[:, at]
-            if (answers == IGNORE).any():
-                raise ValueError(f"the task {task.name} has no label at every one of the lengths {here}")
+            unlabelled.append((here, (answers == IGNORE).any()))
             if whole:
                 right = (logits.argmax(-1) == batch.labels) | (batch.labels == IGNORE)
                 right[:, 0] &= so_far
@@ -105,17 +108,19 @@ def evaluate(
                 right, so_far = right[:, at], right[:, -1]
             else:
                 right = logits.argmax(-1) == answers
-            shares = right.double().mean(0)
-            results += [Accuracy(n, float(share), count) for n, share in zip(here, shares, strict=True)]
+            shares |= {n: (count, share) for n, share in zip(here, right.double().mean(0).unbind(), strict=True)}
             position += size
             done += size * count
             on_progress(done, total)
-    return sorted(results, key=lambda result: result.length)
+    for here, missing in unlabelled:
+        if missing:
+            raise ValueError(f"the task {task.name} has no label at every one of the lengths {here}")
+    return [Accuracy(length, float(share), count) for length, (count, share) in sorted(shares.items())]
 
 
 def _segments(task: Task, count: int, length: int, generator: torch.Generator) -> Iterator[Batch]:
-    """Sequences of a length in segments of at most `SEGMENT_TOKENS` tokens in all."""
-    size = max(1, SEGMENT_TOKENS // count)
+    """Sequences of a length in segments of limited size."""
+    size = max(1, (SEGMENT_TOKENS_GPU if generator.device.type == "cuda" else SEGMENT_TOKENS) // count)
     if isinstance(task, EndlessTask):
         stream = task.stream(count, generator)
         for position in range(0, length, size):

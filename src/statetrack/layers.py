@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from statetrack.ops.backend import wants_gradient
+from statetrack.ops.chunking import CACHED_NUMBERS
+from statetrack.ops.vmapped import is_vmapped
 from statetrack.transition import accumulated
 
 
@@ -70,10 +75,57 @@ class ShortConvolution(nn.Module):
 
     def _taps(self, extended: Tensor, length: int) -> Tensor:
         weight = self.weight.to(extended.dtype)
-        y = extended[:, :length] * weight[:, 0, 0]
-        for i in range(1, self.size):
-            y = y.addcmul(extended[:, i : i + length], weight[:, 0, i])
+        on_cpu = extended.device.type == "cpu"
+        if on_cpu and wants_gradient(extended, weight) and not (is_vmapped() or torch.compiler.is_compiling()):
+            y = _Taps.apply(extended, weight)
+        else:
+            y = extended[:, :length] * weight[:, 0, 0]
+            for i in range(1, self.size):
+                y = y.addcmul(extended[:, i : i + length], weight[:, 0, i])
         return y if self.bias is None else y + self.bias.to(extended.dtype)
+
+
+class _Taps(torch.autograd.Function):
+    """The sum over the taps [C, 1, size] of a convolution of [B, T + size - 1, C], for the caches of a CPU.
+
+    A few rows at a time, so that only the first tap's pass over them has to wait for memory. Autograd's backward would
+    go through it sixteen times where the size is four.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, extended: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(extended, weight)
+        taps = weight[:, 0].mT.contiguous().unbind()  # with a stride they would not be vectorized
+        length = extended.shape[1] - len(taps) + 1
+        y = extended.new_empty(len(extended), length, extended.shape[2])
+        for x, out in _groups(extended, y):
+            torch.mul(x[:, :length], taps[0], out=out)
+            for i, tap in enumerate(taps[1:], 1):
+                out.addcmul_(x[:, i : i + length], tap)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        (d_y,) = grad_outputs
+        extended, weight = ctx.saved_tensors
+        taps, length = weight[:, 0].mT.contiguous().unbind(), d_y.shape[1]
+        d_extended, d_taps = torch.empty_like(extended), torch.zeros_like(weight[:, 0].mT)
+        for x, d_x, d_out in _groups(extended, d_extended, d_y):
+            torch.mul(d_out, taps[0], out=d_x[:, :length])
+            d_x[:, length:].zero_()
+            product = torch.empty_like(d_out)
+            for i, tap in enumerate(taps):
+                if i:
+                    d_x[:, i : i + length].addcmul_(d_out, tap)
+                d_taps[i] += torch.mul(d_out, x[:, i : i + length], out=product).sum((0, 1))
+        return d_extended, d_taps.mT.unsqueeze(1)
+
+
+def _groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The rows of tensors [B, ..., C] in groups that fit a cache."""
+    rows = max(1, CACHED_NUMBERS // 4 // max(1, tensors[0].shape[1:].numel()))
+    return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
 class GatedMLP(nn.Module):

@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from statetrack import seeds
-from statetrack.config import RunConfig, TrainingConfig
+from statetrack.config import RunConfig
 from statetrack.mixers import MixerConfig
 from statetrack.model import LanguageModel
 from statetrack.runs import RunDirectory, RunError, load_weights
-from statetrack.tasks import IGNORE, Task, get_task
+from statetrack.tasks import get_task
+from statetrack.training_step import TrainingStep, fitting_lengths, learning_rate_at, make_optimizer
 from statetrack.transition import EigenvalueRange
-from statetrack.weight_decay import by_weight_decay
 
 
 class TrainingError(RuntimeError):
@@ -37,7 +36,9 @@ class Progress:
         accuracy: share of this step's labels that the model got right.
         learning_rate: of this step.
         tokens_per_second: since training started or went on.
-        seconds: of training so far, those before an interruption included.
+        seconds: of training so far, those before an interruption included; of runs that are trained together, each has
+            its share of the time.
+        together: how many runs are trained together.
     """
 
     step: int
@@ -47,10 +48,11 @@ class Progress:
     learning_rate: float
     tokens_per_second: float
     seconds: float
+    together: int = 1
 
     @property
     def seconds_left(self) -> float:
-        return self.seconds / self.step * (self.steps - self.step)
+        return self.together * self.seconds / self.step * (self.steps - self.step)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class TrainingResult:
     Attributes:
         model: the trained model, in evaluation mode.
         step: optimizer steps done; fewer than the config's if it was told to stop.
-        seconds: of training, those before an interruption included.
+        seconds: of training, those before an interruption included; its share where runs were trained together.
     """
 
     model: LanguageModel
@@ -84,7 +86,7 @@ def train(
     Args:
         config: what to train.
         directory: where checkpoints and metrics go; None keeps everything in memory.
-        device: where to train.
+        device: where to train. On a GPU the steps are replayed from CUDA graphs.
         on_progress: called every `log_every` steps.
         should_stop: asked after every step; on True a checkpoint is written and `train` returns.
 
@@ -94,128 +96,189 @@ def train(
         TrainingError: if the loss is no longer finite.
         OSError: if a checkpoint can't be written; the last one is intact.
     """
-    options, task = config.training, get_task(config.task)
-    fitting = fitting_lengths(task, options)
-    torch.manual_seed(int(seeds.generator("initial weights", options.seed).initial_seed()))
-    model = LanguageModel(config.model).to(device)
-    optimizer = _optimizer(model, options)
-    start, seconds_before = 0, 0.0
-    if directory is not None:
-        _open(directory, config)
-        if (checkpoint := directory.load_checkpoint()) is not None:
-            weights, moments, progress = checkpoint
-            load_weights(model, weights, directory.state_file)
-            _load_optimizer(optimizer, model, moments)
-            start, seconds_before = int(progress["step"]), float(progress["seconds"])
-        directory.truncate_metrics(start)
-
-    model.train()
-    began = time.perf_counter()
-    tokens, step = 0, start
-    # A process killed between the two files of a checkpoint leaves weights that are older than the training state.
-    saved = start if directory is None or directory.weights_step() == start else None
-
-    def seconds() -> float:
-        return seconds_before + time.perf_counter() - began
-
-    def checkpoint_now() -> None:
-        nonlocal saved
-        if directory is not None and saved != step:
-            progress = {"step": str(step), "steps": str(options.steps), "seconds": repr(seconds())}
-            directory.save_checkpoint(model, _optimizer_tensors(optimizer, model), progress)
-        saved = step
-
-    while step < options.steps:
-        learning_rate = learning_rate_at(step, options)
-        batch = _batch(task, options, fitting, step, device)
-        loss, correct = _loss(model, *batch, options.z_loss)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if options.gradient_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
-        optimizer.step()
-        step += 1
-        tokens += batch[0].numel()
-        last = step == options.steps
-        # Reading the loss waits for a GPU, so it is read where it is needed.
-        if step % options.log_every == 0 or step % options.checkpoint_every == 0 or last:
-            if not math.isfinite(loss_value := loss.item()):
-                raise TrainingError(
-                    f"the loss became {loss_value} at step {step} of {options.steps}; "
-                    f"a learning rate below {options.learning_rate:g} or a stricter gradient clip may help"
-                )
-            rate = tokens / (time.perf_counter() - began)
-            progress = Progress(
-                step, options.steps, loss_value, correct.item(), learning_rate, round(rate, 1), round(seconds(), 4)
-            )
-            if directory is not None:
-                directory.append_metrics(vars(progress))
-            on_progress(progress)
-        stopping = should_stop() and not last
-        if step % options.checkpoint_every == 0 or stopping:
-            checkpoint_now()
-        if stopping:
-            break
-    checkpoint_now()
-    return TrainingResult(model.eval(), step, seconds())
+    (outcome,) = train_together(
+        [config],
+        [directory],
+        device=device,
+        on_progress=lambda _, progress: on_progress(progress),
+        should_stop=should_stop,
+    )
+    if isinstance(outcome, TrainingError):
+        raise outcome
+    return outcome
 
 
-def learning_rate_at(step: int, options: TrainingConfig) -> float:
-    """The learning rate of optimizer step `step` (from 0): a linear rise, a constant part, a fall to 0."""
-    warmup, decay = options.warmup * options.steps, options.decay * options.steps
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    left = min(1.0, (options.steps - step) / decay) if decay else 1.0
-    fall = left if options.decay_shape == "linear" else (1 - math.cos(math.pi * left)) / 2
-    return options.learning_rate * rise * fall
+def train_together(
+    configs: Sequence[RunConfig],
+    directories: Sequence[RunDirectory | None] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int, Progress], None] = lambda run, progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[TrainingResult | TrainingError]:
+    """Trains runs that differ in seed and learning rate alone, as one model, in less time than one after the other.
 
+    Each is trained as `train` would train it, to float rounding: on its own data, with its own gradient clipping, into
+    its own directory. Runs that have got to different steps go on one group after the other.
 
-def fitting_lengths(task: Task, options: TrainingConfig) -> list[int]:
-    """The lengths that training draws from, each as often as the others: those within its bounds that the task has.
+    Args:
+        configs: what to train.
+        directories: where checkpoints and metrics go, one for each; None keeps everything in memory.
+        device: as of `train`.
+        on_progress: called with the index of a run every `log_every` steps.
+        should_stop: asked after every step; on True checkpoints are written and this returns.
+
+    Returns:
+        For each run its result, or the error that `train` would raise when its loss is no longer finite; the others go
+        on without it.
 
     Raises:
-        ValueError: if there are none.
+        RunError, OSError: as `train`.
+        ValueError: as `train`, and for configs that can't be trained together.
     """
-    fitting = [length for length in range(options.min_length, options.max_length + 1) if task.fits(length)]
-    if not fitting:
-        raise ValueError(
-            f"the task {task.name} has no sequences of {options.min_length} to {options.max_length} tokens; "
-            "choose another min_length and max_length"
+    if (reason := why_apart(configs)) is not None:
+        raise ValueError(reason)
+    fitting_lengths(get_task(configs[0].task), configs[0].training)
+    directories = directories or [None] * len(configs)
+    runs = [_Run(config, directory, device) for config, directory in zip(configs, directories, strict=True)]
+    for start in sorted({run.step for run in runs}):
+        members = [index for index, run in enumerate(runs) if run.step == start]
+        _train([runs[i] for i in members], lambda i, progress, of=members: on_progress(of[i], progress), should_stop)
+    return [run.outcome() for run in runs]
+
+
+def why_apart(configs: Sequence[RunConfig]) -> str | None:
+    """Why runs can't be trained together, in a sentence; None if they can."""
+    if not configs:
+        return "there must be at least one run to train"
+    first = configs[0]
+    if len(configs) > 1 and not all(mixer.vmaps for mixer in first.model.mixer_pattern):
+        return f"runs of {first.model.mixer_name} can't be trained together; train them one after the other"
+    for config in configs[1:]:
+        training = replace(config.training, seed=first.training.seed, learning_rate=first.training.learning_rate)
+        if (other := replace(config, training=training)) != first:
+            return (
+                "runs that are trained together differ in seed and learning rate alone, "
+                "but {} is {} in one and {} in another".format(*_difference(first, other))
+            )
+    return None
+
+
+class _Run:
+    """One run: its model, its optimizer, and what is in its directory.
+
+    Attributes:
+        step: optimizer steps done.
+        failure: why it can't go on; None while it can.
+    """
+
+    def __init__(self, config: RunConfig, directory: RunDirectory | None, device: torch.device | str) -> None:
+        self.config, self.directory = config, directory
+        torch.manual_seed(seeds.number("initial weights", config.training.seed))
+        self.model = LanguageModel(config.model).to(device)
+        self.optimizer = make_optimizer(self.model, config.training)
+        self.step = 0
+        self.failure: TrainingError | None = None
+        self._seconds_before = 0.0
+        if directory is not None:
+            _open(directory, config)
+            if (checkpoint := directory.load_checkpoint()) is not None:
+                weights, moments, progress = checkpoint
+                load_weights(self.model, weights, directory.state_file)
+                _load_optimizer(self.optimizer, self.model, moments)
+                self.step, self._seconds_before = int(progress["step"]), float(progress["seconds"])
+            directory.truncate_metrics(self.step)
+        # A process killed between the two files of a checkpoint leaves weights older than the training state.
+        self._saved = self.step if directory is None or directory.weights_step() == self.step else None
+        self.begin(1)
+
+    def begin(self, together: int) -> None:
+        """Starts the clock, which runs for so many runs at once."""
+        self.model.train()
+        self._began, self._tokens, self._together = time.perf_counter(), 0, together
+
+    def seconds(self) -> float:
+        return self._seconds_before + self._elapsed() / self._together
+
+    def count(self, tokens: int) -> None:
+        """One more step is done, on so many tokens."""
+        self.step += 1
+        self._tokens += tokens
+
+    def report(self, loss: float, correct: float) -> Progress | None:
+        """A line of metrics; None if the loss is no longer finite, which ends the run."""
+        options = self.config.training
+        if not math.isfinite(loss):
+            self.failure = TrainingError(
+                f"the loss became {loss} at step {self.step} of {options.steps}; "
+                f"a learning rate below {options.learning_rate:g} or a stricter gradient clip may help"
+            )
+            return None
+        rate, learning_rate = self._tokens / self._elapsed(), learning_rate_at(self.step - 1, options)
+        progress = Progress(
+            self.step,
+            options.steps,
+            loss,
+            correct,
+            learning_rate,
+            round(rate, 1),
+            round(self.seconds(), 4),
+            self._together,
         )
-    return fitting
+        if self.directory is not None:
+            self.directory.append_metrics({k: v for k, v in vars(progress).items() if k != "together"})
+        return progress
+
+    def checkpoint(self) -> None:
+        """Writes a checkpoint, unless there is one of this step or the run has failed."""
+        if self.failure is None and self.directory is not None and self._saved != self.step:
+            steps = self.config.training.steps
+            progress = {"step": str(self.step), "steps": str(steps), "seconds": repr(self.seconds())}
+            self.directory.save_checkpoint(self.model, _optimizer_tensors(self.optimizer, self.model), progress)
+        self._saved = self.step
+
+    def outcome(self) -> TrainingResult | TrainingError:
+        return self.failure or TrainingResult(self.model.eval(), self.step, self._seconds_before)
+
+    def end(self) -> None:
+        """Writes the last checkpoint and stops the clock."""
+        self.checkpoint()
+        self._seconds_before = self.seconds()
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._began
 
 
-def _batch(
-    task: Task, options: TrainingConfig, fitting: Sequence[int], step: int, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    lengths = seeds.generator("training length", options.seed, step)
-    length = fitting[int(torch.randint(len(fitting), (), generator=lengths))]
-    data = seeds.generator("training data", options.seed, step, device=device)
-    ids, labels = task.sample(options.batch_size, length, data)
-    if options.last_label_only:
-        labels[:, :-1] = IGNORE
-    return ids, labels
-
-
-def _loss(model: LanguageModel, ids: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    """The mean loss of the labels, and the share of them that is right."""
-    logits, answers = model(ids).flatten(0, 1).float(), labels.flatten()
-    asked = answers != IGNORE
-    loss = F.cross_entropy(logits, answers, ignore_index=IGNORE)
-    if z_loss:
-        loss = loss + z_loss * (torch.logsumexp(logits, -1).square() * asked).sum() / asked.sum()
-    correct = ((logits.detach().argmax(-1) == answers) & asked).sum() / asked.sum()
-    return loss, correct
-
-
-def _optimizer(model: LanguageModel, options: TrainingConfig) -> torch.optim.AdamW:
-    decayed, kept = by_weight_decay(model)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": options.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
+def _train(runs: Sequence[_Run], on_progress: Callable[[int, Progress], None], should_stop: Callable[[], bool]) -> None:
+    """Trains runs that have got to the same step."""
+    options = runs[0].config.training
+    on_gpu = runs[0].model.embedding.weight.device.type == "cuda"
+    take_step = TrainingStep(
+        [run.config for run in runs], [run.model for run in runs], [run.optimizer for run in runs], fixed=on_gpu
+    )
+    for run in runs:
+        run.begin(len(runs))
+    with take_step.context():
+        for step in range(runs[0].step, options.steps):
+            losses, correct = take_step(step)
+            for run, length in zip(runs, take_step.lengths(step), strict=True):
+                run.count(options.batch_size * length)
+            last, checkpoint = step + 1 == options.steps, (step + 1) % options.checkpoint_every == 0
+            # Reading the loss waits for a GPU, so it is read where it is needed.
+            if (step + 1) % options.log_every == 0 or checkpoint or last:
+                for index, values in enumerate(zip(losses.tolist(), correct.tolist(), strict=True)):
+                    if runs[index].failure is None and (progress := runs[index].report(*values)) is not None:
+                        on_progress(index, progress)
+                if all(run.failure is not None for run in runs):
+                    break
+            stopping = should_stop() and not last
+            if checkpoint or stopping:
+                for run in runs:
+                    run.checkpoint()
+            if stopping:
+                break
+        for run in runs:
+            run.end()
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -237,13 +300,13 @@ def _open(directory: RunDirectory, config: RunConfig) -> None:
     there = directory.read_config()
     if there != config:
         raise RunError(
-            f"{directory.path} holds another run ({_difference(there, config)}); choose another directory, or repeat "
-            "the options it was started with to go on"
+            "{} holds another run ({} is {} there, not {}); choose another directory, or repeat the options it was "
+            "started with to go on".format(directory.path, *_difference(there, config))
         )
 
 
-def _difference(there: Any, here: Any, prefix: str = "") -> str:
-    """The first field in which two configs differ, in words."""
+def _difference(there: Any, here: Any, prefix: str = "") -> tuple[str, Any, Any]:
+    """The first field in which two configs differ, and its values, as a message has them."""
     if type(there) is type(here) and is_dataclass(there) and not isinstance(there, EigenvalueRange):
         for field in fields(there):
             if (a := getattr(there, field.name)) != (b := getattr(here, field.name)):
@@ -251,8 +314,7 @@ def _difference(there: Any, here: Any, prefix: str = "") -> str:
     if isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here):
         index = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
         return _difference(there[index], here[index], f"{prefix}[{index}]")
-    there, here = (_written(value) for value in (there, here))
-    return f"{prefix} is {there} there, not {here}"
+    return prefix, _written(there), _written(here)
 
 
 def _written(value: Any) -> Any:

@@ -1,4 +1,8 @@
-"""Runs an experiment: every run in a worker process of one thread, as many at once as there are cores or GPUs."""
+"""Runs an experiment in worker processes of one thread, as many at once as there are cores or GPUs.
+
+On a GPU, runs that differ in seed and learning rate alone are trained together, as one model (`train_together`), which
+takes little longer than one of them; on a CPU, where arithmetic and not launching it takes the time, one by one.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,10 @@ from statetrack.records import record_of_failure, record_of_run
 from statetrack.report import Record
 from statetrack.runs import RunDirectory
 from statetrack.tasks import get_task
-from statetrack.training import Progress, TrainingError, train
+from statetrack.training import Progress, TrainingError, TrainingResult, train_together, why_apart
+
+MOST_TOGETHER = 8
+"""So many runs trained as one keep a GPU busy; more would only need more of its memory."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ def run_experiment(
     *,
     workers: int | None = None,
     devices: Sequence[str] = ("cpu",),
+    together: int | None = None,
     evaluation_seed: int = 0,
     on_event: Callable[[RunEvent], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -63,6 +71,8 @@ def run_experiment(
         out: the directory of the experiment.
         workers: processes; None for one on each core, or one on each GPU.
         devices: where they run, such as ("cuda:0", "cuda:1"); the workers are shared out among them.
+        together: how many runs that differ in seed and learning rate alone are trained as one, at most; None for
+            `MOST_TOGETHER` on GPUs, fewer if some would have nothing to do, and one on CPUs.
         evaluation_seed: seed of the sequences that the models are judged on.
         on_event: called in this process with news of the runs.
         should_stop: asked a few times a second; on True all runs write a checkpoint and stop.
@@ -70,7 +80,11 @@ def run_experiment(
     Returns:
         A record for each run, in the experiment's order, those that failed included; None if it was told to stop.
     """
-    workers = workers or (available_cores() if list(devices) == ["cpu"] else len(devices))
+    on_cpu = list(devices) == ["cpu"]
+    workers = workers or (available_cores() if on_cpu else len(devices))
+    if together is None:
+        together = 1 if on_cpu else min(MOST_TOGETHER, -(-len(experiment.runs) // workers))
+    groups = _groups(experiment.runs, together)
     context = multiprocessing.get_context("spawn")
     events: Queue[RunEvent] = context.Queue()
     stop = context.Event()
@@ -89,17 +103,18 @@ def run_experiment(
             pass
 
     with ProcessPoolExecutor(workers, context, _start_worker, (events, stop, places, os.getpid())) as pool:
-        pending: dict[Future[Record | None], int] = {}
-        for index, run in enumerate(experiment.runs):
-            pending[pool.submit(_run, index, run, out / run.name, evaluation_seed)] = index
+        pending: dict[Future[list[Record | None]], list[int]] = {}
+        for group in groups:
+            runs = [experiment.runs[index] for index in group]
+            pending[pool.submit(_run, group, runs, [out / run.name for run in runs], evaluation_seed)] = group
         try:
             while pending and not should_stop():
                 drain(timeout=0.1)
                 for future in [future for future in pending if future.done()]:
-                    index = pending.pop(future)
-                    if (record := future.result()) is not None:
-                        records[index] = record
-                        on_event(RunEvent(index, record=record))
+                    for index, record in zip(pending.pop(future), future.result(), strict=True):
+                        if record is not None:
+                            records[index] = record
+                            on_event(RunEvent(index, record=record))
         finally:  # also when a run ended in an error: the others save what they have
             if pending:
                 stop.set()
@@ -148,24 +163,58 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
-def _run(index: int, run: ExperimentRun, path: Path, evaluation_seed: int) -> Record | None:
-    directory, config = RunDirectory(path), run.config
+def _groups(runs: Sequence[ExperimentRun], most: int) -> list[list[int]]:
+    """The indices of the runs, those side by side that can be trained together, at most so many in a group."""
+    groups: list[list[int]] = []
+    for index, run in enumerate(runs):
+        last = groups[-1] if groups else []
+        if last and len(last) < most and why_apart([*(runs[i].config for i in last), run.config]) is None:
+            last.append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _run(
+    indices: Sequence[int], runs: Sequence[ExperimentRun], paths: Sequence[Path], evaluation_seed: int
+) -> list[Record | None]:
+    """Trains runs together and judges them one by one; None for those that were stopped."""
+    directories = [_directory(run, path) for run, path in zip(runs, paths, strict=True)]
+    outcomes = train_together(
+        [run.config for run in runs],
+        directories,
+        device=_device,
+        on_progress=lambda run, progress: _events.put(RunEvent(indices[run], progress=progress)),
+        should_stop=_stop.is_set,
+    )
+    return [
+        _judge(index, run, directory, outcome, evaluation_seed)
+        for index, run, directory, outcome in zip(indices, runs, directories, outcomes, strict=True)
+    ]
+
+
+def _directory(run: ExperimentRun, path: Path) -> RunDirectory:
+    """The directory of a run, empty if another run was in it."""
+    directory = RunDirectory(path)
     if directory.exists() and not _holds(directory, run):
         shutil.rmtree(path)
-    try:
-        result = train(
-            config,
-            directory,
-            device=_device,
-            on_progress=lambda progress: _events.put(RunEvent(index, progress=progress)),
-            should_stop=_stop.is_set,
-        )
-    except TrainingError as error:
-        return record_of_failure(directory, str(error), explanation=run.explanation)
-    if result.step < config.training.steps:
+    return directory
+
+
+def _judge(
+    index: int,
+    run: ExperimentRun,
+    directory: RunDirectory,
+    outcome: TrainingResult | TrainingError,
+    evaluation_seed: int,
+) -> Record | None:
+    """The record of a run that was trained, evaluated unless it has been; None if it was stopped."""
+    if isinstance(outcome, TrainingError):
+        return record_of_failure(directory, str(outcome), explanation=run.explanation)
+    if outcome.step < run.config.training.steps:
         return None
     if not directory.evaluation_file.exists():
-        task = get_task(config.task)
+        task = get_task(run.config.task)
 
         def judge(lengths: tuple[int, ...]) -> list[Accuracy]:
             def on_progress(done: int, total: int) -> None:
@@ -174,7 +223,7 @@ def _run(index: int, run: ExperimentRun, path: Path, evaluation_seed: int) -> Re
                 _events.put(RunEvent(index, evaluated=done / total))
 
             return evaluate(
-                result.model,
+                outcome.model,
                 task,
                 lengths,
                 seed=evaluation_seed,

@@ -9,6 +9,7 @@ It has no state-transition matrix and so no eigenvalue range. With few key heads
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ from statetrack.mixers.mixer import (
 )
 from statetrack.ops import check_packing
 from statetrack.ops.packing import pack, sequence_mask, unpack
+from statetrack.ops.vmapped import is_vmapped, vmapped_over_heads
 from statetrack.transition import accumulation_dtype
 
 
@@ -141,14 +143,14 @@ class Attention(Mixer):
             distance = positions.unsqueeze(2) - torch.arange(past + t, device=x.device)
             mask = distance >= 0 if self.config.window is None else (distance >= 0) & (distance < self.config.window)
             mask = mask.unsqueeze(1)
-        o = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
+        attend = partial(
+            F.scaled_dot_product_attention,
             attn_mask=mask,
             is_causal=mask is None,
             enable_gqa=self.key_heads != self.config.num_heads,
         )
+        heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        o = vmapped_over_heads(attend, [1, 1, 1], *heads) if is_vmapped() else attend(heads[0], heads[1], heads[2])
         after = before + (t if lengths is None else lengths)
         return self.o_proj(o.transpose(1, 2).flatten(2)), {"k": k, "v": v, "length": after}
 

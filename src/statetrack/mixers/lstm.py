@@ -34,6 +34,8 @@ class LSTMConfig(MixerConfig):
         "eigenvalue_range": "lstm has no eigenvalue_range: its recurrence is not linear and has no transition matrix"
     }
 
+    vmaps: ClassVar[bool] = False  # PyTorch's LSTM has no batching rule
+
     hidden_size: int | None = None
 
     def __post_init__(self) -> None:

@@ -34,6 +34,8 @@ class MixerConfig(ABC):
     """Options that one may look for here in vain, each with the sentence that says why there is none."""
     rotary_positions: ClassVar[bool] = False
     """Whether queries and keys turn with the position, which is as if `A_t` turned the state."""
+    vmaps: ClassVar[bool] = True
+    """Whether `torch.func.vmap` can make one call of several modules, and so one training of several runs."""
 
     @abstractmethod
     def build(self, d_model: int) -> Mixer:

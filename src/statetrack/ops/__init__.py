@@ -16,6 +16,7 @@ from torch import Tensor
 
 from statetrack.ops.backend import Backend
 from statetrack.ops.step import one_token
+from statetrack.ops.vmapped import Recurrence, is_vmapped, vmapped_recurrence
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
 
 __all__ = ["Backend", "available_backends", "check_packing", "linear_recurrence"]
@@ -51,6 +52,8 @@ def linear_recurrence(
         backend: a name from `available_backends()`, or "auto" for the fastest that supports the transition
             (a single token has code of its own).
 
+    `torch.func.vmap` makes one call of all replicas; cu_seqlens are then not supported.
+
     Returns:
         o: [B, T, H, V] in the dtype of `v`.
         final_state: [B, H, K, V], or [S, H, K, V] with `cu_seqlens`; float64 if any input is float64, else float32.
@@ -60,6 +63,10 @@ def linear_recurrence(
             the transition.
     """
     _check(transition, q, v, write, initial_state, cu_seqlens)
+    if is_vmapped():
+        if cu_seqlens is not None:
+            raise ValueError("packed sequences can't be vmapped: give every replica rows of one length, or pad them")
+        return vmapped_recurrence(_positional(backend), transition, q, v, write, initial_state)
     a_step = backend == "auto" and q.shape[1] == 1 and cu_seqlens is None
     if a_step and not any(decoder.supports(transition) is None for decoder in _DECODERS):
         return one_token(transition, q, v, write, initial_state)
@@ -89,6 +96,12 @@ def _choose(transition: Transition, length: int, name: str) -> Backend:
     if not reasons:
         raise ValueError(f"unknown backend {name!r}; available: auto, {', '.join(available_backends())}")
     raise ValueError(f"backend {name!r} can't serve {type(transition).__name__}: {'; '.join(reasons)}")
+
+
+def _positional(backend: str) -> Recurrence:
+    return lambda transition, q, v, write, initial_state: linear_recurrence(
+        transition, q, v, write=write, initial_state=initial_state, backend=backend
+    )
 
 
 @cache

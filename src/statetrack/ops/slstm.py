@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from statetrack.ops.backend import register_operator
+from statetrack.ops.vmapped import is_vmapped, vmapped_over_heads
 
 
 def slstm(gates: Tensor, recurrent: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -29,6 +30,8 @@ def slstm(gates: Tensor, recurrent: Tensor, state: tuple[Tensor, ...]) -> tuple[
         recurrent: R [H, N, 4 N], in the dtype of the gates.
         state: h, c, n, m before the first token, each [H, B, N]. At the start h = c = n = 0 and m = -inf.
     """
+    if is_vmapped():
+        return vmapped_over_heads(_SLSTM.apply, [1, 0, 0, 0, 0, 0], gates, recurrent, *state)  # type: ignore[no-any-return]
     return _SLSTM.apply(gates, recurrent, *state)  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,284 @@
+"""One training step of small models, beside a plain PyTorch loop on a CPU and flash-linear-attention's on a GPU.
+
+    python -m benchmarks.training_step                    # one CPU thread: results/cpu/training.json
+    python -m benchmarks.training_step --device cuda      # results/training/<device>.json
+    python -m benchmarks.training_step --device cuda --peer   # also flash-linear-attention; autotunes for two minutes
+
+A step is all of it: drawing the batch, forward, backward, clipping, AdamW and its learning rate. Ours is the loop of
+`statetrack train`. The plain loop has the same models (`benchmarks.plain_models`, same weights, and checked here to
+give the same logits), data from a Python loop over sequences, AdamW and the scheduler as PyTorch makes them by default,
+and reads the loss at every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import plain_models
+from benchmarks.common import ROOT, environment, interleaved_cpu_times, write_results
+from benchmarks.plain_models import PlainModel
+from statetrack import LanguageModel, mixer_config
+from statetrack.config import RunConfig, TrainingConfig, run_config
+from statetrack.training_step import TrainingStep, make_optimizer
+
+STEPS = 100_000
+"""So many that learning rates stay in their rise, where no model breaks down."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and its batches."""
+
+    mixer: str
+    d_model: int
+    batch_size: int
+    layers: int = 2
+    length: int = 40
+
+    @property
+    def name(self) -> str:
+        factors = " n=2" if self.mixer == "deltaproduct" else ""
+        return f"{self.mixer}{factors}, {self.layers} layers, d={self.d_model}, B={self.batch_size}, T={self.length}"
+
+    def config(self, shortest: int | None = None) -> RunConfig:
+        """Lengths from the shortest to the case's own; all of its own for None."""
+        training = TrainingConfig(
+            steps=STEPS, batch_size=self.batch_size, min_length=shortest or self.length, max_length=self.length
+        )
+        sizes = {"d_model": self.d_model, "num_layers": self.layers}
+        options = {} if self.mixer in ("slstm", "attention") else {"eigenvalue_range": (-1, 1)}
+        return run_config("parity", mixer_config(self.mixer)(**options), sizes, training)
+
+
+CPU_CASES = [
+    Case(mixer, d_model, batch_size)
+    for mixer in ("deltanet", "deltaproduct", "mamba", "mlstm")
+    for d_model, batch_size in ((64, 64), (64, 256), (128, 64), (128, 256))
+]
+GPU_CASES = [Case(mixer, 128, 256) for mixer in ("deltanet", "deltaproduct", "mamba", "mlstm", "slstm", "attention")]
+
+
+def our_steps(config: RunConfig, seeds: Sequence[int], *, fixed: bool, device: str) -> TrainingStep:
+    configs = [replace(config, training=replace(config.training, seed=seed)) for seed in seeds]
+    models = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        models.append(LanguageModel(config.model).to(device).train())
+    optimizers = [make_optimizer(model, config.training) for model in models]
+    return TrainingStep(configs, models, optimizers, fixed=fixed)
+
+
+def plain_loop(case: Case, model: nn.Module, device: str = "cpu", autocast: bool = False) -> Iterator[float]:
+    """Yields the loss of one step after the other."""
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (0.1 * STEPS)))
+    draw = random.Random(0)
+    while True:
+        rows, answers = [], []
+        for _ in range(case.batch_size):
+            bits = [draw.randint(0, 1) for _ in range(case.length)]
+            parity, labels = 0, []
+            for bit in bits:
+                parity ^= bit
+                labels.append(parity)
+            rows.append(bits)
+            answers.append(labels)
+        ids, targets = torch.tensor(rows, device=device), torch.tensor(answers, device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            logits = model(ids)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        yield loss.item()
+
+
+def plain_model(config: RunConfig) -> PlainModel:
+    """The plain model with the weights of ours; checked to have the same logits."""
+    torch.manual_seed(0)
+    ours, plain = LanguageModel(config.model), PlainModel(config.model)
+    plain.load_state_dict(ours.state_dict())
+    ids = torch.randint(config.model.vocab_size, (4, config.training.max_length))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids), ours(ids), rtol=1e-3, atol=1e-3)
+    return plain
+
+
+def cpu_row(case: Case, rounds: int) -> dict[str, Any]:
+    """Medians of CPU time of one thread, in milliseconds a step."""
+    config = case.config()
+    step = our_steps(config, [0], fixed=False, device="cpu")
+    count = iter(range(STEPS))
+    loops = {name: plain_loop(case, plain_model(config)) for name in ("plain", "indexed")}
+
+    def plain(name: str) -> float:
+        plain_models.token_by_token = name == "indexed"
+        return next(loops[name])
+
+    calls: dict[str, Callable[[], object]] = {
+        "ours": lambda: step(next(count)),
+        "plain loop": lambda: plain("plain"),
+        "plain loop, indexed token by token": lambda: plain("indexed"),
+    }
+    times = {name: value["median_ms"] for name, value in interleaved_cpu_times(calls, rounds=rounds).items()}
+    ratios = {name: value / times["ours"] for name, value in times.items() if name != "ours"}
+    return {"case": case.name, "median_ms": times, "times_as_fast_as": ratios}
+
+
+def gpu_times(calls: dict[str, Callable[[], object]], *, rounds: int, steps: int) -> dict[str, float]:
+    """Medians of the wall-clock time of a step, in milliseconds: `steps` at once, and wait for the device."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(steps):
+                call()
+            torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) / steps * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def gpu_row(case: Case, seeds: Sequence[int], shortest: int, *, peer: bool) -> dict[str, Any]:
+    """Ours eager, captured, and with several seeds at once, for lengths drawn from the shortest to the case's own."""
+    calls: dict[str, Callable[[], object]] = {}
+    first = {}
+    for name, chosen, fixed in [
+        ("ours, eager", seeds[:1], False),
+        ("ours, captured", seeds[:1], True),
+        *((f"ours, captured, {n} seeds", seeds[:n], True) for n in (3, len(seeds))),
+    ]:
+        step = our_steps(case.config(shortest), chosen, fixed=fixed, device="cuda")
+
+        def call(step: TrainingStep = step, count: Iterator[int] = iter(range(STEPS))) -> None:  # noqa: B008
+            with step.context():
+                step(next(count))
+
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(200 if fixed else 20):  # every length three times, so that all graphs are there
+            call()
+        torch.cuda.synchronize()
+        first[name] = time.perf_counter() - start
+        calls[name] = call
+    if peer and case.mixer == "deltanet":
+        loop = plain_loop(case, FLAModel(case), "cuda", autocast=True)
+        start = time.perf_counter()
+        for _ in range(5):
+            next(loop)
+        first["flash-linear-attention"] = time.perf_counter() - start
+        calls["flash-linear-attention"] = lambda: next(loop)
+    times = gpu_times(calls, rounds=5, steps=40)
+    by_seed = {name: value / _seeds(name) for name, value in times.items()}
+    return {"case": case.name, "lengths": [shortest, case.length], "median_ms": times, "ms_a_seed": by_seed,
+            "first_steps_seconds": first}  # fmt: skip
+
+
+def _seeds(name: str) -> int:
+    return int(name.split(", ")[-1].split()[0]) if name.endswith("seeds") else 1
+
+
+class FLAModel(nn.Module):
+    """DeltaNet from flash-linear-attention's parts, put together as its own layer does; bfloat16 by autocast."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(2, case.d_model)
+        self.blocks = nn.ModuleList(FLADeltaNet(case.d_model) for _ in range(case.layers))
+        self.norm, self.head = nn.RMSNorm(case.d_model), nn.Linear(case.d_model, 2, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x))
+
+
+class FLADeltaNet(nn.Module):
+    def __init__(self, d_model: int, heads: int = 4) -> None:
+        super().__init__()
+        modules = importlib.import_module("fla.modules")
+        self.rule = importlib.import_module("fla.ops.delta_rule").chunk_delta_rule
+        self.heads = heads
+        self.norm = modules.RMSNorm(d_model)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_model, d_model, bias=False) for _ in range(3))
+        self.b_proj, self.o_proj = nn.Linear(d_model, heads, bias=False), nn.Linear(d_model, d_model, bias=False)
+        self.q_conv, self.k_conv, self.v_conv = (
+            modules.ShortConvolution(d_model, 4, activation="silu") for _ in range(3)
+        )
+        self.o_norm = modules.RMSNorm(d_model // heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        projected = (
+            conv(projection(x))[0].unflatten(-1, (self.heads, -1))
+            for conv, projection in (
+                (self.q_conv, self.q_proj),
+                (self.k_conv, self.k_proj),
+                (self.v_conv, self.v_proj),
+            )
+        )
+        q, k, v = (y.to(torch.bfloat16) for y in projected)
+        beta = 2 * self.b_proj(x).sigmoid()
+        o = self.rule(q, k, v, beta.to(torch.bfloat16), use_qk_l2norm_in_kernel=True)[0]
+        return self.o_proj(self.o_norm(o).flatten(2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each loop is timed")
+    parser.add_argument("--cases", default="", help="only cases with this in their name")
+    parser.add_argument("--peer", action="store_true", help="on a GPU: also flash-linear-attention's DeltaNet")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    on_gpu = options.device == "cuda"
+    if not on_gpu:
+        torch.set_num_threads(1)
+    rows, console = [], Console()
+    for case in GPU_CASES if on_gpu else CPU_CASES:
+        if options.cases not in case.name:
+            continue
+        made = (
+            [gpu_row(case, range(8), shortest, peer=options.peer) for shortest in (case.length, 3)]
+            if on_gpu
+            else [cpu_row(case, options.rounds)]
+        )
+        rows += made
+        for row in made:
+            console.print(case.name, row.get("lengths", ""), {k: round(v, 2) for k, v in row["median_ms"].items()})
+    what = (
+        "wall-clock time of a training step, 40 at once; ms_a_seed is its share for each of the seeds that it trains"
+        if on_gpu
+        else "CPU time of a training step of one thread, the loops taking turns"
+    )
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    out = options.out or ROOT / "results" / ("training/gpu.json" if on_gpu else "cpu/training.json")
+    packages = ["statetrack", "triton", "fla-core"] if on_gpu else ["statetrack"]
+    write_results(out, {"what": what, "environment": environment(packages) | {"device": device}, "results": rows})
+    names = list(rows[0]["median_ms"]) if rows else []
+    table = Table("case", *(f"{name}, ms" for name in names))
+    for row in rows:
+        table.add_row(row["case"], *(f"{row['median_ms'].get(name, float('nan')):.2f}" for name in names))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Functions that are called again and again, replayed from CUDA graphs; called as they are on any other device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Generator, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+_log = logging.getLogger("statetrack.graphs")
+
+
+class Side:
+    """A CUDA stream beside the one that a model learns on, and who waits for whom; nothing at all on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._finished = self._taken = None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(device))  # which makes the memory that is used here
+            self._finished, self._taken = torch.cuda.Event(), torch.cuda.Event()
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Makes this stream the current one; who waits for whom is left to events."""
+        return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def finished(self) -> None:
+        """Marks the end of the work on this stream that `handing_over` waits for."""
+        if self.stream is not None and self._finished is not None:
+            self._finished.record(self.stream)
+
+    @contextmanager
+    def handing_over(self) -> Iterator[None]:
+        """The current stream waits for what is finished here; what comes next here waits for the end of the block."""
+        if self.stream is None or self._finished is None or self._taken is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self.stream.device)
+        current.wait_event(self._finished)
+        yield
+        self._taken.record(current)
+        self.stream.wait_event(self._taken)
+
+
+class Graphs:
+    """A CUDA graph for each key, captured at the third call with it.
+
+    The first call makes what is made once (tables, compiled kernels, the optimizer's moments), and the second finds out
+    whether anything in it waits for the device: such a function is called as it is for ever. All memory that a function
+    reads or writes beyond its end must stay where it is.
+
+    Args:
+        device: where the functions compute.
+        side: the stream that they run on; a new one if None.
+    """
+
+    def __init__(self, device: torch.device, side: Side | None = None) -> None:
+        self._side = side or Side(device)
+        self._calls: dict[Hashable, int] = {}
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._waiting: set[Hashable] = set()
+        self._pool: Any = None
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Makes the stream of the functions the current one, as it must be for `run` and for reading results.
+
+        It goes on where the stream before has got to, and that one waits for it at the end.
+        """
+        stream = self._side.stream
+        return contextlib.nullcontext() if stream is None else _current(stream)
+
+    def run(
+        self,
+        key: Hashable,
+        function: Callable[[], None],
+        *,
+        before: Callable[[], object] = lambda: None,
+        random: torch.Generator | None = None,
+    ) -> None:
+        """Calls the function, or replays what it did.
+
+        Args:
+            key: functions with the same key do the same to the same memory.
+            function: what to do.
+            before: called ahead of every call and every replay, and never part of a graph.
+            random: a generator that the function draws from.
+        """
+        if self._side.stream is None or key in self._waiting:
+            before()
+            function()
+            return
+        calls = self._calls[key] = self._calls.get(key, 0) + 1
+        if calls == 1:
+            before()
+            function()
+        elif calls == 2:
+            self._check(key, function, before)
+        else:
+            if key not in self._graphs:
+                self._graphs[key] = self._capture(function, random)
+            before()
+            self._graphs[key].replay()
+
+    def _check(self, key: Hashable, function: Callable[[], None], before: Callable[[], object]) -> None:
+        before()
+        try:
+            with _refusing_to_wait():
+                function()
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            _log.info("no CUDA graph for %r, as it waits for the device: %s", key, error)
+            self._waiting.add(key)
+            before()
+            function()
+
+    def _capture(self, function: Callable[[], None], random: torch.Generator | None) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        if random is not None:
+            graph.register_generator_state(random)
+        # `torch.cuda.graph` would also wait for the device and collect garbage, a tenth of a second for each of many
+        # graphs. Nothing that a graph has in its pool outlives its replay, so that all of them may share one.
+        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        try:
+            function()
+        finally:
+            graph.capture_end()
+        self._pool = self._pool or graph.pool()
+        return graph
+
+
+@contextmanager
+def _current(stream: torch.cuda.Stream) -> Generator[None]:
+    outside = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(outside)
+    with torch.cuda.stream(stream):
+        yield
+    outside.wait_stream(stream)
+
+
+@contextmanager
+def _refusing_to_wait() -> Generator[None]:
+    """Operations that make the host wait for the device raise RuntimeError."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch calls this mode a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)

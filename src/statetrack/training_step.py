@@ -1,0 +1,347 @@
+"""One optimizer step of a run, or of several that differ in seed and learning rate alone: data, loss, gradients, AdamW.
+
+Several runs are one model whose parameters have one more axis, `torch.func.vmap` over it, so that a small model's step,
+which is bound by the number of its operations, costs little more for all of them than for one. Gradients are clipped,
+learning rates set and AdamW applied run by run, so that each is trained as it would be alone, to float rounding.
+
+On a GPU a step is replayed from CUDA graphs and nothing waits for the device: see `statetrack.graphs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+
+from statetrack import seeds
+from statetrack.config import RunConfig, TrainingConfig
+from statetrack.graphs import Graphs, Side
+from statetrack.model import LanguageModel
+from statetrack.tasks import IGNORE, Batch, Task, get_task
+from statetrack.transition import accumulated
+from statetrack.weight_decay import by_weight_decay
+
+LENGTHS = 8
+"""On a GPU batches are padded to multiples of so many tokens, so that few graphs serve all lengths."""
+
+
+class TrainingStep:
+    """The optimizer steps of R runs at once.
+
+    A batch depends on its run's seed and the step alone. Batches of different lengths are padded with tokens that have
+    no label, behind the last of their own, which changes no loss: models are causal.
+
+    Args:
+        configs: of the runs; alike but for seed and learning rate.
+        models: one for each, on the device. Their parameters become views of stacked ones where there are several.
+        optimizers: one for each, from `make_optimizer`.
+        fixed: keep batches, gradients and learning rates in the same memory at every step, as graphs need it. The
+            numbers are the same, but for the padding.
+    """
+
+    def __init__(
+        self,
+        configs: Sequence[RunConfig],
+        models: Sequence[LanguageModel],
+        optimizers: Sequence[torch.optim.Optimizer],
+        *,
+        fixed: bool,
+    ) -> None:
+        self._task = get_task(configs[0].task)
+        self._options = [config.training for config in configs]
+        self._fitting = fitting_lengths(self._task, self._options[0])
+        self._optimizers = optimizers
+        self._replicas = Replicas(models)
+        self._fixed = _Fixed(self._options, self._task, self._fitting, self._replicas, optimizers) if fixed else None
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """Takes step number `step` (from 0); returns each run's loss and share of right labels, [R] each.
+
+        With fixed memory they are overwritten by the next step.
+        """
+        lengths = self.lengths(step)
+        rates = [learning_rate_at(step, options) for options in self._options]
+        if self._fixed is not None:
+            return self._fixed.step(step, lengths, rates)
+        for optimizer, rate in zip(self._optimizers, rates, strict=True):
+            set_learning_rate(optimizer, rate)
+        batches = [
+            draw_batch(self._task, options, length, data_generator(options, step, self._replicas.device))
+            for options, length in zip(self._options, lengths, strict=True)
+        ]
+        ids = torch.stack([pad(batch.ids, max(lengths), 0) for batch in batches])
+        labels = torch.stack([pad(batch.labels, max(lengths), IGNORE) for batch in batches])
+        return update(self._replicas, self._optimizers, self._options[0], ids, labels)
+
+    def lengths(self, step: int) -> list[int]:
+        """The length of each run's batch in a step."""
+        return [draw_length(options, self._fitting, step) for options in self._options]
+
+    def context(self) -> AbstractContextManager[Any]:
+        """What steps, and everything that reads models or optimizers between them, must happen in."""
+        return contextlib.nullcontext() if self._fixed is None else self._fixed.graphs.context()
+
+
+class Replicas:
+    """R models of one config as one.
+
+    Args:
+        models: of the same config, on the same device. If there are several, their parameters and gradients become
+            views of stacked ones: what is done to one is done to the other.
+    """
+
+    def __init__(self, models: Sequence[LanguageModel]) -> None:
+        self.models = models
+        self.device = models[0].embedding.weight.device
+        self._stacked: dict[str, Tensor] = {}
+        if len(models) == 1:
+            return
+        for name, _ in models[0].named_parameters():
+            members = [model.get_parameter(name) for model in models]
+            stacked = torch.stack([member.detach() for member in members]).requires_grad_()
+            for index, member in enumerate(members):
+                member.data = stacked.detach()[index]
+            self._stacked[name] = stacked
+
+    def losses(self, ids: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+        """Each model's loss and share of right labels, [R] each, on batches of its own, [R, B, T]."""
+        if len(self.models) == 1:
+            loss, correct = loss_and_accuracy(self.models[0], ids[0], labels[0], z_loss)
+            return loss.unsqueeze(0), correct.unsqueeze(0)
+
+        def one(parameters: dict[str, Tensor], ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            # Embeddings in place of ids, as the model can't look at the ids of replicas.
+            def model(ids: Tensor) -> Tensor:
+                x = F.embedding(ids, parameters["embedding.weight"])
+                return functional_call(self.models[0], parameters, (x,))  # type: ignore[no-any-return]
+
+            return loss_and_accuracy(model, ids, labels, z_loss)
+
+        return vmap(one)(self._stacked, ids, labels)  # type: ignore[no-any-return]
+
+    def zero_gradients(self, *, keep: bool) -> None:
+        """Forgets the gradients; with `keep`, or with several models, by setting them to zero where they are."""
+        if len(self.models) == 1 and not keep:
+            self.models[0].zero_grad(set_to_none=True)
+            return
+        leaves = self._stacked or dict(self.models[0].named_parameters())
+        if any(leaf.grad is None for leaf in leaves.values()):
+            self._allocate_gradients(leaves)
+        self._gradients.zero_()
+
+    def _allocate_gradients(self, leaves: Mapping[str, Tensor]) -> None:
+        """All gradients in one piece of memory, which one operation sets to zero."""
+        sizes = [leaf.numel() for leaf in leaves.values()]
+        first = next(iter(leaves.values()))
+        self._gradients = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        for (name, leaf), piece in zip(leaves.items(), self._gradients.split(sizes), strict=True):
+            leaf.grad = piece.view_as(leaf)
+            if self._stacked:
+                for model, gradient in zip(self.models, leaf.grad, strict=True):
+                    model.get_parameter(name).grad = gradient
+
+
+def update(
+    replicas: Replicas,
+    optimizers: Sequence[torch.optim.Optimizer],
+    options: TrainingConfig,
+    ids: Tensor,
+    labels: Tensor,
+    *,
+    keep_gradients: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Forward, backward, clipping and AdamW on a batch [R, B, T]; the losses and shares of right labels, [R] each."""
+    losses, correct = replicas.losses(ids, labels, options.z_loss)
+    replicas.zero_gradients(keep=keep_gradients)
+    losses.sum().backward()
+    for model, optimizer in zip(replicas.models, optimizers, strict=True):
+        if options.gradient_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
+        optimizer.step()
+    return losses.detach(), correct
+
+
+class _Fixed:
+    """Steps in memory that stays where it is, from graphs on a GPU.
+
+    The batches of the next step are drawn on streams of their own while the model learns from those of this one.
+    """
+
+    def __init__(
+        self,
+        options: Sequence[TrainingConfig],
+        task: Task,
+        fitting: Sequence[int],
+        replicas: Replicas,
+        optimizers: Sequence[torch.optim.Optimizer],
+    ) -> None:
+        self._options, self._fitting = options, fitting
+        self._replicas, self._optimizers = replicas, optimizers
+        self._longest = padded_length(max(fitting), max(fitting))
+        shape = (2, len(options), options[0].batch_size, self._longest)
+        self._batch = torch.zeros(shape, dtype=torch.int64, device=replicas.device)
+        self._results = torch.zeros(2, len(options), device=replicas.device)
+        self._samplers = [_Sampler(own, task, self._longest, replicas.device) for own in options]
+        self._drawn: int | None = None
+        for optimizer in optimizers:
+            fix_learning_rate(optimizer, replicas.device)
+        self.graphs = Graphs(replicas.device)
+
+    def step(self, step: int, lengths: Sequence[int], rates: Sequence[float]) -> tuple[Tensor, Tensor]:
+        if self._drawn != step:
+            self._draw(step, lengths)
+        for index, sampler in enumerate(self._samplers):
+            sampler.hand_over(self._batch[:, index])
+        if step + 1 < self._options[0].steps:
+            self._draw(step + 1, [draw_length(options, self._fitting, step + 1) for options in self._options])
+        for optimizer, rate in zip(self._optimizers, rates, strict=True):
+            set_learning_rate(optimizer, rate)
+        length = padded_length(max(lengths), self._longest)
+        self.graphs.run(length, lambda: self._update(length))
+        return self._results[0], self._results[1]
+
+    def _draw(self, step: int, lengths: Sequence[int]) -> None:
+        for sampler, length in zip(self._samplers, lengths, strict=True):
+            sampler.draw(step, length)
+        self._drawn = step
+
+    def _update(self, length: int) -> None:
+        ids, labels = self._batch[..., :length]
+        losses, correct = update(
+            self._replicas, self._optimizers, self._options[0], ids, labels, keep_gradients=True
+        )  # fmt: skip
+        self._results[0].copy_(losses)
+        self._results[1].copy_(correct)
+
+
+class _Sampler:
+    """Draws the batches of one run into memory that stays where it is."""
+
+    def __init__(self, options: TrainingConfig, task: Task, longest: int, device: torch.device) -> None:
+        self._options, self._task = options, task
+        self._generator = torch.Generator(device)
+        self._drawn = torch.zeros(2, options.batch_size, longest, dtype=torch.int64, device=device)
+        self._side = Side(device)
+        self._graphs = Graphs(device, self._side)
+
+    def draw(self, step: int, length: int) -> None:
+        def sample() -> None:
+            batch = draw_batch(self._task, self._options, length, self._generator)
+            ids, labels = self._drawn
+            ids[:, :length].copy_(batch.ids)
+            ids[:, length:].zero_()
+            labels[:, :length].copy_(batch.labels)
+            labels[:, length:].fill_(IGNORE)
+
+        seed = data_seed(self._options, step)
+        with self._side.context():
+            self._graphs.run(length, sample, before=lambda: self._generator.manual_seed(seed), random=self._generator)
+        self._side.finished()
+
+    def hand_over(self, target: Tensor) -> None:
+        """Copies the batch that was drawn to `target`, once it is there."""
+        with self._side.handing_over():
+            target.copy_(self._drawn)
+
+
+def learning_rate_at(step: int, options: TrainingConfig) -> float:
+    """The learning rate of optimizer step `step` (from 0): a linear rise, a constant part, a fall to 0."""
+    warmup, decay = options.warmup * options.steps, options.decay * options.steps
+    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    left = min(1.0, (options.steps - step) / decay) if decay else 1.0
+    fall = left if options.decay_shape == "linear" else (1 - math.cos(math.pi * left)) / 2
+    return options.learning_rate * rise * fall
+
+
+def fitting_lengths(task: Task, options: TrainingConfig) -> list[int]:
+    """The lengths that training draws from, each as often as the others: those within its bounds that the task has.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    fitting = [length for length in range(options.min_length, options.max_length + 1) if task.fits(length)]
+    if not fitting:
+        raise ValueError(
+            f"the task {task.name} has no sequences of {options.min_length} to {options.max_length} tokens; "
+            "choose another min_length and max_length"
+        )
+    return fitting
+
+
+def padded_length(length: int, longest: int) -> int:
+    """The length that a batch is padded to where graphs replay the steps."""
+    return min(longest, -(-length // LENGTHS) * LENGTHS)
+
+
+def draw_length(options: TrainingConfig, fitting: Sequence[int], step: int) -> int:
+    """The length of the batch of a step."""
+    generator = seeds.generator("training length", options.seed, step)
+    return fitting[int(torch.randint(len(fitting), (), generator=generator))]
+
+
+def data_seed(options: TrainingConfig, step: int) -> int:
+    """The seed of the batch of a step."""
+    return seeds.number("training data", options.seed, step)
+
+
+def data_generator(options: TrainingConfig, step: int, device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(data_seed(options, step))
+
+
+def draw_batch(task: Task, options: TrainingConfig, length: int, generator: torch.Generator) -> Batch:
+    """The batch of a step, on the generator's device."""
+    batch = task.sample(options.batch_size, length, generator)
+    if options.last_label_only:
+        batch.labels[:, :-1] = IGNORE
+    return batch
+
+
+def pad(x: Tensor, length: int, value: int) -> Tensor:
+    """Tokens or labels [B, T] with padding up to a length."""
+    return x if x.shape[1] == length else F.pad(x, (0, length - x.shape[1]), value=value)
+
+
+def loss_and_accuracy(
+    model: Callable[[Tensor], Tensor], ids: Tensor, labels: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """The mean loss of the labels, and the share of them that is right."""
+    logits, answers = accumulated(model(ids).flatten(0, 1)), labels.flatten()
+    asked = answers != IGNORE
+    loss = F.cross_entropy(logits, answers, ignore_index=IGNORE)
+    if z_loss:
+        loss = loss + z_loss * (torch.logsumexp(logits, -1).square() * asked).sum() / asked.sum()
+    correct = ((logits.detach().argmax(-1) == answers) & asked).sum() / asked.sum()
+    return loss, correct
+
+
+def make_optimizer(model: LanguageModel, options: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW that decays matrices but for embeddings and what decides on eigenvalues."""
+    decayed, kept = by_weight_decay(model)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": options.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
+
+
+def fix_learning_rate(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Keeps the learning rate of an optimizer in a tensor, which `set_learning_rate` then fills."""
+    rate = torch.zeros((), device=device)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        group["capturable"] = device.type == "cuda"
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+            return
+        group["lr"] = rate

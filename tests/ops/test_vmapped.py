@@ -1,0 +1,90 @@
+"""`torch.func.vmap` over the recurrences: replicas with parameters of their own, forward and backward, as one call."""
+
+import pytest
+import torch
+from torch.func import grad, vmap
+
+from statetrack.ops import linear_recurrence
+from statetrack.ops.slstm import slstm
+from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank
+
+R, B, T, N, H, K, V = 3, 2, 7, 2, 2, 3, 4
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def householder(k, beta, decay):
+    return Householder(k, 2 * torch.sigmoid(beta), torch.tanh(decay), normalize=True)
+
+
+def discretized(dt, a, lower_end):
+    return Discretized(dt.exp(), -a.exp(), EigenvalueRange(-1, 1), -torch.sigmoid(lower_end))
+
+
+KINDS = {
+    "householder": (householder, [(B, T, N, H, K), (B, T, N, H), (B, T, H)]),
+    "diagonal": (lambda decay: Diagonal(torch.tanh(decay)), [(B, T, H, K)]),
+    "discretized": (discretized, [(B, T, H, V), (H, K, V), (H, V)]),
+    "low_rank": (lambda decay, u, w: LowRank(torch.tanh(decay), u, 0.1 * w), [(B, T, H, K)] * 3),
+}
+
+
+def assert_vmaps(function, inputs, in_dims):
+    """Results and gradients of the replicas at once are those of one after the other."""
+    inputs = [x.requires_grad_() for x in inputs]
+    together = vmap(function, in_dims=in_dims)(*inputs)
+    each = [
+        function(*(x if dim is None else x.select(dim, r) for x, dim in zip(inputs, in_dims, strict=True)))
+        for r in range(R)
+    ]
+    expected = [torch.stack(parts) for parts in zip(*each, strict=True)]
+    weights = [torch.randn_like(x) for x in expected]
+    gradients = [
+        torch.autograd.grad([(x * w).sum() for x, w in zip(results, weights, strict=True)], inputs)
+        for results in (together, expected)
+    ]
+    for a, b in [*zip(together, expected, strict=True), *zip(*gradients, strict=True)]:
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_replicas_of_a_recurrence_are_one_recurrence(kind, backend):
+    make, shapes = KINDS[kind]
+    tensors = [randn(R, *shape) for shape in shapes]
+    v = randn(R, B, T, *((N,) if kind == "householder" else ()), H, V)
+    q, start = randn(B, R, T, H, K), randn(B, H, K, V)  # an axis elsewhere, and one start for all
+    write = () if kind == "householder" else (randn(R, B, T, H, K),)
+
+    def function(q, v, start, *others):
+        tensors, rest = others[: len(shapes)], others[len(shapes) :]
+        transition = make(*tensors)
+        return linear_recurrence(
+            transition, q, v, write=rest[0] if rest else None, initial_state=start, backend=backend
+        )
+
+    assert_vmaps(function, [q, v, start, *tensors, *write], (1, 0, None, *[0] * len((*tensors, *write))))
+
+
+def test_replicas_of_slstm_have_recurrent_matrices_of_their_own():
+    state = [randn(H, B, K) for _ in range(2)] + [1 + randn(H, B, K).square(), randn(H, B, K)]
+
+    def function(gates, recurrent):
+        return slstm(gates, recurrent, tuple(state))[:3]
+
+    assert_vmaps(function, [randn(R, T, H, B, 4 * K), randn(R, H, K, 4 * K)], (0, 0))
+
+
+def test_what_vmap_can_not_do_is_said():
+    decay, q, v = randn(R, 1, T, H, K), randn(R, 1, T, H, K), randn(R, 1, T, H, V)
+
+    def packed(decay, q, v):
+        return linear_recurrence(Diagonal(decay), q, v, write=q, cu_seqlens=torch.tensor([0, T]))[0]
+
+    with pytest.raises(ValueError, match="packed sequences can't be vmapped"):
+        vmap(packed)(decay, q, v)
+    with pytest.raises(NotImplementedError, match="vmap alone"):
+        grad(lambda q: linear_recurrence(Diagonal(decay[0]), q, v[0], write=q)[0].sum())(q[0])
