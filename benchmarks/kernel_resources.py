@@ -79,7 +79,6 @@ def compiled(case: Case, op: str) -> Iterator[tuple[str, Any, float]]:
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     backend = importlib.import_module(f"statetrack.ops.triton_{op}")
-    modules = {"_kernels": op, "_channel_kernels": "channels"}
     results: dict[tuple[str, int], tuple[str, Any, float]] = {}
 
     def launcher(function: Any, name: str) -> Any:
@@ -94,19 +93,18 @@ def compiled(case: Case, op: str) -> Iterator[tuple[str, Any, float]]:
 
         return Launcher()
 
+    def recorder(*modules: str) -> SimpleNamespace:
+        return SimpleNamespace(**{name: launcher(x, name) for name, x in vars(triton_common.kernels(*modules)).items()})
+
     transition, inputs = case
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton_common, "interpreted", return_value=True))
-        for attribute, module in modules.items():
-            if hasattr(backend, attribute):
-                functions = vars(importlib.import_module(f"statetrack.ops.kernels.{module}"))
-                recorder = SimpleNamespace(**{name: launcher(x, name) for name, x in functions.items()})
-                stack.enter_context(mock.patch.object(backend, attribute, return_value=recorder))
+        stack.enter_context(mock.patch.object(backend, "kernels", recorder))
         triton.runtime.driver.set_active(driver)
         inputs = {name: x.requires_grad_() for name, x in inputs.items()}
         for save in (False, True):
             with torch.set_grad_enabled(save):
-                o, state = backend.run(transition, inputs["q"], inputs["v"], inputs.get("write"), None, None)
+                o, state = backend.BACKEND.run(transition, inputs["q"], inputs["v"], inputs.get("write"), None, None)
         (o.float().sum() + state.sum()).backward()
     yield from results.values()
 

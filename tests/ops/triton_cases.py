@@ -12,9 +12,18 @@ import torch
 from cases import relative_error
 from torch.utils._pytree import tree_map_only
 
+from statetrack.ops import triton_common
+
 INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs triton and TRITON_INTERPRET=1: `make test-kernels`")
 FLOAT32 = {"dtype": torch.float32}
+
+
+def short_segments(monkeypatch):
+    """Segments of a few chunks, scanned at once as on a device that rows do not fill."""
+    monkeypatch.setattr(triton_common, "processors", lambda device: 100)
+    monkeypatch.setattr(triton_common, "_FEWEST_SEGMENTS", 2)
+    monkeypatch.setattr(triton_common, "_SHORTEST_SEGMENT", 2)
 
 
 def on_gpu(case):

@@ -6,8 +6,6 @@ chunks at once. `docs/kernels.md` has the derivation, `kernels/diagonal.py` the 
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from statetrack.ops.triton_common import (
     Launch,
     as_float32,
     check_inputs,
+    kernels,
     operand_dtype,
     power_of_two,
     unavailable,
@@ -66,14 +65,8 @@ class _TritonDiagonal(torch.autograd.Function):
         return *gradients, None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.diagonal")
-
-
-@cache
-def _channel_kernels() -> Any:
-    return import_module("statetrack.ops.kernels.channels")
+    return kernels("diagonal", "channels")
 
 
 # By kernel and by the key dimension's power of two, up to which an entry serves: for the scans the width of the tiles
@@ -176,7 +169,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Returns o, the final state, and a tape for `_backward`, which is empty unless `save`."""
-    kernels = _kernels()
+    launch = _kernels()
     operand = operand_dtype(q, k, v)
     shape = _Shape(k, v.shape[-1], decay, operand)
     o = v.new_empty(v.shape)
@@ -189,15 +182,15 @@ def _forward(
     starts = shape.empty_states() if save else None
     with torch.cuda.device_of(k):
         if shape.by_channel:
-            _channel_kernels().prepare_channels[(shape.rows * shape.chunks,)](
+            launch.prepare_channels[(shape.rows * shape.chunks,)](
                 q, q, k, k, decay, attention, *scaled, into, None, *shape.sizes, 0,
                 BASE=0, **shape.whole("prepare_channels"),
             )  # fmt: skip
         else:
             options = shape.whole("prepare_heads")
-            kernels.prepare_heads[(shape.rows * shape.chunks,)](q, k, decay, *prepared, *shape.sizes, **options)
+            launch.prepare_heads[(shape.rows * shape.chunks,)](q, k, decay, *prepared, *shape.sizes, **options)
         grid, options = shape.scan("scan_forward")
-        kernels.scan_forward[grid](
+        launch.scan_forward[grid](
             *(scaled or (q, k)), v, attention, into, out_of, initial, o, final, starts, *shape.sizes,
             INITIAL=initial is not None, SAVE=save, **options,
         )  # fmt: skip
@@ -216,7 +209,7 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, tape: list[Tensor], d_o: Tensor, d_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v, decay and the initial state; `d_x` is that of x."""
-    kernels = _kernels()
+    launch = _kernels()
     attention, into, out_of, *scaled, starts = tape
     shape = _Shape(k, v.shape[-1], decay, starts.dtype)
     d_q, d_k, d_v, d_decay, d_initial = _empty_gradients(q, k, v, decay, tape, d_o, d_state)
@@ -225,7 +218,7 @@ def _backward(
     d_ends = shape.empty_states()
     with torch.cuda.device_of(k):
         grid, options = shape.scan("scan_backward")
-        kernels.scan_backward[grid](
+        launch.scan_backward[grid](
             *(scaled or (q, k)), attention, into, out_of, d_o, as_float32(d_state), d_v, d_ends, d_initial,
             *shape.sizes, **options,
         )  # fmt: skip
@@ -233,12 +226,12 @@ def _backward(
             "V": shape.value_dim, "BV": min(_VALUES, power_of_two(shape.value_dim)), "SPLIT": _split(shape.operand),
         }  # fmt: skip
         if shape.by_channel:
-            _channel_kernels().gradients_channels[(shape.rows * shape.chunks,)](
+            launch.gradients_channels[(shape.rows * shape.chunks,)](
                 q, q, k, k, decay, starts, d_o, d_o, v, v, d_ends, d_q, d_q, d_k, d_k, d_decay, *shape.sizes,
                 **values, **shape.whole("gradients_channels"),
             )  # fmt: skip
         else:
-            kernels.gradients_heads[(shape.rows * shape.chunks,)](
+            launch.gradients_heads[(shape.rows * shape.chunks,)](
                 q, k, v, decay, starts, d_o, d_ends, d_q, d_k, d_decay, *shape.sizes,
                 **values, **shape.whole("gradients_heads"),
             )  # fmt: skip

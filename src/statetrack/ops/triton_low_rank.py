@@ -11,8 +11,6 @@ one walks through them. Backward: one walks back, one finishes all chunks at onc
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from statetrack.ops.triton_common import (
     Launch,
     as_float32,
     check_inputs,
+    kernels,
     operand_dtype,
     power_of_two,
     unavailable,
@@ -120,14 +119,8 @@ class _TritonLowRank(torch.autograd.Function):
         return *gradients, None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.low_rank")
-
-
-@cache
-def _channel_kernels() -> Any:
-    return import_module("statetrack.ops.kernels.channels")
+    return kernels("low_rank", "channels")
 
 
 # By kernel and by the key dimension's power of two, up to which an entry serves: for the scans the width of the tiles
@@ -210,7 +203,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Returns o, the final state, and a tape for `_backward`, which is empty unless `save`."""
-    kernels = _kernels()
+    launch = _kernels()
     shape = _Shape(q, v.shape[-1])
     o = v.new_empty(v.shape)
     final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim)
@@ -221,12 +214,12 @@ def _forward(
     prepared = shape.empty_prepared()
     saved = [shape.empty_states(record), shape.empty_values()] if save else []
     with torch.cuda.device_of(q):
-        _channel_kernels().prepare_channels[(shape.rows * shape.chunks,)](
+        launch.prepare_channels[(shape.rows * shape.chunks,)](
             q, w, u, p, as_float32(decay), *prepared, *shape.sizes, shape.numbers,
             BASE=_BASE, **shape.whole("prepare_channels"),
         )  # fmt: skip
         grid, options = shape.scan("scan_forward")
-        kernels.scan_forward[grid](
+        launch.scan_forward[grid](
             v, *prepared, initial, o, final, *(saved or (None, None)), *shape.sizes, shape.numbers,
             INITIAL=initial is not None, SAVE=save, **options,
         )  # fmt: skip
@@ -260,7 +253,7 @@ def _backward(
     d_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, w, u, p, v, decay and the initial state; `d_x` is that of x."""
-    kernels = _kernels()
+    launch = _kernels()
     prepared, (starts, written) = tape[:_PREPARED], tape[_PREPARED:]
     shape = _Shape(q, v.shape[-1])
     results = _empty_gradients(q, w, u, p, v, decay, tape, d_o, d_state)
@@ -269,10 +262,10 @@ def _backward(
     d_ends, d_read = torch.empty_like(starts), torch.empty_like(written)
     with torch.cuda.device_of(q):
         grid, options = shape.scan("scan_backward")
-        kernels.scan_backward[grid](
+        launch.scan_backward[grid](
             *prepared, d_o, as_float32(d_state), d_v, d_read, d_ends, d_initial, *shape.sizes, shape.numbers, **options
         )
-        _channel_kernels().gradients_channels[(shape.rows * shape.chunks,)](
+        launch.gradients_channels[(shape.rows * shape.chunks,)](
             q, w, u, p, as_float32(decay), starts, d_o, d_read, written, v, d_ends, d_q, d_w, d_u, d_p, d_decay,
             *shape.sizes, V=shape.value_dim, BV=min(_VALUES, power_of_two(shape.value_dim)), SPLIT=False,
             **shape.whole("gradients_channels"),

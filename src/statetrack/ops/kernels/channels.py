@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import dot_masks, unit_triangular_inverse
+from statetrack.ops.kernels.products import dot_masks, unit_triangular_inverse
 from statetrack.ops.kernels.tiles import load_kinds, outer_products, state_overlap, state_products, store_kinds
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import dot_precise
+from statetrack.ops.kernels.products import dot_precise
 from statetrack.ops.kernels.tiles import load_tile, outer_products, state_overlap, state_products, store_tile
 
 
