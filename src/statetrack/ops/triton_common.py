@@ -116,5 +116,25 @@ def segments(chunks: int, programs: int, device: torch.device) -> tuple[int, int
     return count, -(-chunks // count)
 
 
+def join_segments(maps: Tensor, ends: Tensor, border: Tensor | None, *, reverse: bool) -> Tensor:
+    """The states between segments, [rows, segments, V, K].
+
+    Args:
+        maps: the segments' transitions, transposed, [rows, segments, K, K], or [rows, segments, K] if diagonal.
+        ends: what a state of zeros becomes in each segment, [rows, segments, V, K].
+        border: the state [B, H, K, V] before the first segment, or with `reverse` its gradient after the last.
+    """
+    rows, count, value_dim, key_dim = ends.shape
+    diagonal = maps.ndim == 3
+    block_v = min(16 if diagonal else 64, power_of_two(value_dim))
+    borders = torch.empty_like(ends)
+    kernels("segments").join_segments[(rows, -(-value_dim // block_v))](
+        maps, ends, border, borders, count,
+        K=key_dim, V=value_dim, BK=power_of_two(key_dim), BV=block_v,
+        DIAGONAL=diagonal, BORDER=border is not None, REVERSE=reverse, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return borders
+
+
 def as_float32(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()

@@ -21,6 +21,7 @@ from statetrack.ops.triton_common import (
     Launch,
     as_float32,
     check_inputs,
+    join_segments,
     kernels,
     power_of_two,
     segments,
@@ -106,7 +107,7 @@ class _TritonHouseholder(torch.autograd.Function):
 
 
 def _kernels() -> Any:
-    return kernels("householder", "householder_backward", "segments")
+    return kernels("householder", "householder_backward")
 
 
 def _operands(dtypes: set[torch.dtype]) -> tuple[torch.dtype, bool]:
@@ -197,15 +198,6 @@ class _Shape:
         count, _ = self.segments(-(-self.value_dim // block_v))
         return [] if count == 1 else [self.new(self.rows, count, self.key_dim, self.key_dim, dtype=torch.float32)]
 
-    def join(self, maps: Tensor, ends: Tensor, border: Tensor | None, borders: Tensor, *, reverse: bool) -> None:
-        """Fills `borders` with the states between segments."""
-        block_v = min(64, power_of_two(self.value_dim))
-        _kernels().join_segments[(self.rows, -(-self.value_dim // block_v))](
-            maps, ends, border, borders, maps.shape[1],
-            K=self.key_dim, V=self.value_dim, BK=self.block_k, BV=block_v,
-            BORDER=border is not None, REVERSE=reverse, num_warps=4, num_stages=1,
-        )  # fmt: skip
-
     def empty_record(self) -> list[Tensor]:
         """Every chunk's first state, transposed, in two halves (the second may be empty), and u likewise."""
         u = (self.batch, self.length, self.factors, self.heads, self.value_dim)
@@ -267,16 +259,15 @@ def _forward(
         if count == 1:
             mode, first = 0, initial
         else:
-            mode, first = 1, shape.new(shape.rows, count, shape.value_dim, shape.key_dim, dtype=torch.float32)
+            ends = shape.new(shape.rows, count, shape.value_dim, shape.key_dim, dtype=torch.float32)
             maps = shape.new(shape.rows, count, shape.key_dim, shape.key_dim, dtype=torch.float32)
-            ends = torch.empty_like(first)
             for what, target, width in ((2, ends, shape.value_dim), (3, maps, shape.key_dim)):
                 block = min(block_v, power_of_two(width))
                 launch.scan_forward[(shape.rows * count, -(-width // block))](
                     q, k, v, *prepared, None, o, target, *[None] * 4, *shape.sizes, count, length,
                     V=width, BV=block, MODE=what, SAVE=False, **constants, **options,
                 )  # fmt: skip
-            shape.join(maps, ends, initial, first, reverse=False)
+            mode, first = 1, join_segments(maps, ends, initial, reverse=False)
         launch.scan_forward[(shape.rows * count, blocks)](
             q, k, v, *prepared, first, o, final, *record, *shape.sizes, count, length,
             V=shape.value_dim, BV=block_v, MODE=mode, SAVE=save, **constants, **options,
@@ -340,8 +331,7 @@ def _backward(
             launch.scan_backward[(shape.rows * count, blocks)](
                 *inputs, *[None] * 5, first, *shape.sizes, count, length, MODE=2, **constants, **options
             )
-            mode, border, last = 1, last, torch.empty_like(first)
-            shape.join(maps[0], first, border, last, reverse=True)
+            mode, last = 1, join_segments(maps[0], first, last, reverse=True)
         launch.scan_backward[(shape.rows * count, blocks)](
             *inputs, last, d_error_high, d_error_low, d_ends, d_ends_low, d_initial, *shape.sizes, count, length,
             MODE=mode, **constants, **options,

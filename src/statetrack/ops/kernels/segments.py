@@ -13,12 +13,13 @@ import triton.language as tl
 def join_segments(
     maps, ends, border, borders,
     segments,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BORDER: tl.constexpr, REVERSE: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    DIAGONAL: tl.constexpr, BORDER: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """The states between segments, in `borders` [rows, segments, V, K]: H <- A_s H + B_s, or backwards with A_s^T.
 
-    `maps` are the A_s^T [rows, segments, K, K], `ends` the B_s^T [rows, segments, V, K], `border` [rows, K, V] is the
-    state before the first (REVERSE: after the last) segment.
+    `maps` are the A_s^T [rows, segments, K, K], or [rows, segments, K] where they are DIAGONAL, `ends` the B_s^T [rows,
+    segments, V, K], `border` [rows, K, V] is the state before the first (REVERSE: after the last) segment.
     """
     head = tl.program_id(0).to(tl.int64)
     key = tl.arange(0, BK)
@@ -34,7 +35,11 @@ def join_segments(
             place = head * segments + segments - 1 - step
         at = place * K * V + value[:, None] * K + key[None, :]
         tl.store(borders + at, state, mask=ok)
-        across = tl.load(maps + place * K * K + key[:, None] * K + key[None, :], mask=map_ok, other=0.0)
-        if REVERSE:
-            across = tl.trans(across)
-        state = tl.load(ends + at, mask=ok, other=0.0) + tl.dot(state, across, input_precision="tf32x3")
+        if DIAGONAL:
+            state = state * tl.load(maps + place * K + key, mask=key < K, other=0.0)[None, :]
+            state += tl.load(ends + at, mask=ok, other=0.0)
+        else:
+            across = tl.load(maps + place * K * K + key[:, None] * K + key[None, :], mask=map_ok, other=0.0)
+            if REVERSE:
+                across = tl.trans(across)
+            state = tl.load(ends + at, mask=ok, other=0.0) + tl.dot(state, across, input_precision="tf32x3")
