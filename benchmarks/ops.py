@@ -6,8 +6,8 @@
     python -m benchmarks.ops training --rows 'train-340m*' --peer    # without peers
     python -m benchmarks.ops plot                             # from what the files hold; needs no GPU
 
-Writes to <output>/ <card>-accuracy.json, <card>.json (speed), <card>-training.json, and <card>.svg, a figure of time and
-error against T. What a file holds already is not measured again, so that several calls with --minutes add up; a row
+Writes to <output>/ <card>-accuracy.json, <card>.json (speed), <card>-training.json, and <card>.svg, a figure of time
+and error against T. What a file holds already is not measured again, so that several calls with --minutes add up; a row
 without its peer is measured again where --peer asks for the peer. Peers are timed where their packages are installed;
 flash-linear-attention tunes itself for about 100 s in every row.
 """

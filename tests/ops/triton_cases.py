@@ -41,9 +41,9 @@ def check_on_gpu(case, tolerance=None):
     assert not wrong, f"relative errors above {limit:g}: {wrong}"
 
 
-def gpu_results(case, backend):
+def gpu_results(case, backend, precision="default"):
     inputs = {name: x.detach().clone().requires_grad_() for name, x in case.tensors().items()}
-    o, state = case.with_tensors(inputs).run(backend)
+    o, state = case.with_tensors(inputs).run(backend, precision)
     generator = torch.Generator("cuda").manual_seed(0)
     weights = [torch.randn(x.shape, generator=generator, device="cuda").bfloat16().to(x.dtype) for x in (o, state)]
     gradients = torch.autograd.grad([o, state], list(inputs.values()), weights)
