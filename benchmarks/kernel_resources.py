@@ -36,31 +36,32 @@ _REGISTERS = 65_536
 Case = tuple[Transition, dict[str, torch.Tensor]]
 
 
-def householder(dtype: torch.dtype, k: int, v: int, *, n: int = 1, gated: bool = False) -> Case:
-    decay = torch.rand(1, 256, 2) if gated else None
-    transition = Householder(torch.randn(1, 256, n, 2, k).to(dtype), torch.rand(1, 256, n, 2), decay, normalize=True)
-    return transition, {"q": torch.randn(1, 256, 2, k).to(dtype), "v": torch.randn(1, 256, n, 2, v).to(dtype)}
+def householder(
+    dtype: torch.dtype, k: int, v: int, *, n: int = 1, gated: bool = False, b: int = 1, t: int = 2048
+) -> Case:
+    decay = torch.rand(b, t, 2) if gated else None
+    transition = Householder(torch.randn(b, t, n, 2, k).to(dtype), torch.rand(b, t, n, 2), decay, normalize=True)
+    return transition, {"q": torch.randn(b, t, 2, k).to(dtype), "v": torch.randn(b, t, n, 2, v).to(dtype)}
 
 
-def diagonal(dtype: torch.dtype, k: int, v: int, *, by_channel: bool) -> Case:
-    transition = Diagonal(torch.rand(1, 256, 2, *([k] if by_channel else [])))
-    return transition, _written(dtype, k, v)
+def diagonal(dtype: torch.dtype, k: int, v: int, *, by_channel: bool, b: int = 1, t: int = 2048) -> Case:
+    return Diagonal(torch.rand(b, t, 2, *([k] if by_channel else []))), _written(dtype, k, v, b, t)
 
 
-def discretized(dtype: torch.dtype, k: int, v: int, *, lower_end: bool = False) -> Case:
-    k, v = 16, 2048
+def discretized(dtype: torch.dtype, k: int, v: int, *, lower_end: bool = False, b: int = 1, t: int = 2048) -> Case:
+    k, v = 16, 256
     low = -torch.rand(2, v) if lower_end else None
-    transition = Discretized(torch.rand(1, 256, 2, v).to(dtype), -torch.rand(2, k, v), EigenvalueRange(-1, 1), low)
-    return transition, _written(dtype, k, v)
+    transition = Discretized(torch.rand(b, t, 2, v).to(dtype), -torch.rand(2, k, v), EigenvalueRange(-1, 1), low)
+    return transition, _written(dtype, k, v, b, t)
 
 
-def low_rank(dtype: torch.dtype, k: int, v: int) -> Case:
-    transition = LowRank(torch.rand(1, 256, 2, k), *torch.randn(2, 1, 256, 2, k).to(dtype).unbind())
-    return transition, _written(dtype, k, v)
+def low_rank(dtype: torch.dtype, k: int, v: int, *, b: int = 1, t: int = 2048) -> Case:
+    transition = LowRank(torch.rand(b, t, 2, k), *torch.randn(2, b, t, 2, k).to(dtype).unbind())
+    return transition, _written(dtype, k, v, b, t)
 
 
-def _written(dtype: torch.dtype, k: int, v: int) -> dict[str, torch.Tensor]:
-    return {name: torch.randn(1, 256, 2, size).to(dtype) for name, size in (("q", k), ("v", v), ("write", k))}
+def _written(dtype: torch.dtype, k: int, v: int, b: int, t: int) -> dict[str, torch.Tensor]:
+    return {name: torch.randn(b, t, 2, size).to(dtype) for name, size in (("q", k), ("v", v), ("write", k))}
 
 
 OPS: dict[str, list[Callable[..., Case]]] = {
@@ -71,44 +72,79 @@ OPS: dict[str, list[Callable[..., Case]]] = {
 }
 
 
-def compiled(case: Case, op: str) -> Iterator[tuple[str, Any, float]]:
+def compiled(case: Case, op: str, *, processors: int = 1) -> Iterator[tuple[str, Any, float]]:
     """(name, compiled kernel, seconds) of every kernel that a forward and its backward launch."""
+    results: dict[tuple[str, int], tuple[str, Any, float]] = {}
+
+    def compile_one(name: str, function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        start = time.perf_counter()
+        kernel = function.warmup(*arguments, grid=(1,), **options)
+        results.setdefault((name, id(kernel)), (name, kernel, time.perf_counter() - start))
+
+    launches(case, op, compile_one, processors=processors)
+    yield from results.values()
+
+
+def keys(case: Case, op: str, *, processors: int = 1) -> set[tuple[str, str]]:
+    """What triton tells compiled kernels apart by, (name, key), for every launch of a forward and its backward.
+
+    Calls with the same keys share their kernels. Nothing is compiled.
+    """
+    found: set[tuple[str, str]] = set()
+
+    def note(name: str, function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        *_, bind = function.device_caches[0]
+        _, specialization, others = bind(*arguments, **options)
+        found.add((name, repr((specialization, others))))
+
+    launches(case, op, note, processors=processors)
+    return found
+
+
+Visit = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], None]
+"""(name, kernel, arguments, options) of a launch."""
+
+
+def launches(case: Case, op: str, visit: Visit, *, processors: int = 1) -> None:
+    """Runs an op without and with a gradient, and visits its launches in place of making them.
+
+    Args:
+        case: the transition and the other arguments, on a CPU.
+        op: of which `ops/triton_<op>.py` is the backend.
+        visit: is called with every launch.
+        processors: of the device that isn't there; with many, time is cut into segments.
+    """
     triton = importlib.import_module("triton")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
     driver = SimpleNamespace(
         get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
     )
     backend = importlib.import_module(f"statetrack.ops.triton_{op}")
-    modules = {"_kernels": op, "_channel_kernels": "channels"}
-    results: dict[tuple[str, int], tuple[str, Any, float]] = {}
+    load = triton_common.kernels
 
-    def launcher(function: Any, name: str) -> Any:
+    def launcher(name: str, function: Any) -> Any:
         class Launcher:
             def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-                def launch(*arguments: Any, **options: Any) -> None:
-                    start = time.perf_counter()
-                    kernel = function.warmup(*arguments, grid=grid, **options)
-                    results.setdefault((name, id(kernel)), (name, kernel, time.perf_counter() - start))
-
-                return launch
+                return lambda *arguments, **options: visit(name, function, arguments, options)
 
         return Launcher()
+
+    def recorder(*modules: str) -> SimpleNamespace:
+        return SimpleNamespace(**{name: launcher(name, x) for name, x in vars(load(*modules)).items()})
 
     transition, inputs = case
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton_common, "interpreted", return_value=True))
-        for attribute, module in modules.items():
-            if hasattr(backend, attribute):
-                functions = vars(importlib.import_module(f"statetrack.ops.kernels.{module}"))
-                recorder = SimpleNamespace(**{name: launcher(x, name) for name, x in functions.items()})
-                stack.enter_context(mock.patch.object(backend, attribute, return_value=recorder))
+        for module in (triton_common, backend):
+            stack.enter_context(mock.patch.object(module, "kernels", recorder))
+            if hasattr(module, "processors"):
+                stack.enter_context(mock.patch.object(module, "processors", return_value=processors))
         triton.runtime.driver.set_active(driver)
         inputs = {name: x.requires_grad_() for name, x in inputs.items()}
         for save in (False, True):
             with torch.set_grad_enabled(save):
-                o, state = backend.run(transition, inputs["q"], inputs["v"], inputs.get("write"), None, None)
+                o, state = backend.BACKEND.run(transition, inputs["q"], inputs["v"], inputs.get("write"), None, None)
         (o.float().sum() + state.sum()).backward()
-    yield from results.values()
 
 
 def resources(kernel: Any) -> dict[str, int]:
@@ -135,13 +171,15 @@ def main() -> int:
     parser.add_argument("--ops", nargs="*", default=list(OPS), choices=list(OPS))
     parser.add_argument("--sizes", nargs="*", type=int, default=[64, 128, 256], help="of keys and values")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
+    parser.add_argument("--processors", type=int, default=1, help="of the device: with 132, time is cut into segments")
     options = parser.parse_args()
     all_fit = True
     for op in options.ops:
         for make in OPS[op]:
             for dtype in options.dtypes:
                 for size in options.sizes:
-                    for name, kernel, seconds in compiled(make(getattr(torch, dtype), size, size), op):
+                    case = make(getattr(torch, dtype), size, size)
+                    for name, kernel, seconds in compiled(case, op, processors=options.processors):
                         found = resources(kernel)
                         all_fit = all_fit and found["programs"] > 0
                         print(

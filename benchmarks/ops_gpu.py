@@ -1,27 +1,25 @@
-"""The recurrences on one GPU beside flash-linear-attention and mamba-ssm; to results/ops/h100.json.
+"""The recurrences on one GPU beside flash-linear-attention and mamba-ssm: the rows of `python -m benchmarks.ops speed`.
 
 Every row is one op at one shape in bfloat16: keys of length 1 and beta in [0, 2], decays in (0, 1) because the peers
 take their logarithms, the median time of a forward and of a forward with its backward, the peak memory beyond what is
 allocated before the call, and the memory floor, that is inputs read once and outputs written once at the device's own
-copy bandwidth. `--peer` also times the peer in the same process; flash-linear-attention's autotuning takes about 100 s
-an op and shape, so choose rows with `--rows`. First `python -m benchmarks.ops_gpu_accuracy` says whether what is timed
-is right.
+copy bandwidth. The peer is timed in the same process. flash-linear-attention tunes itself for about 100 s an op and
+shape; in the rows `sweep-*`, one op at several lengths, it does so at the first and keeps what it has found.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROOT, environment, write_results
-from statetrack.ops import linear_recurrence
+from statetrack.ops import Precision, linear_recurrence
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
 
 _MIB = 2**20
@@ -39,6 +37,7 @@ class Row:
     n: int = 1
     gated: bool = False
     kind: str = "delta rule"
+    precision: Precision = "default"
 
     @property
     def op(self) -> str:
@@ -79,34 +78,22 @@ ROWS = [
     Row("rwkv-b8", 8, 2048, 32, 64, kind="RWKV-7"),
     Row("rwkv-b1", 1, 8192, 32, 64, kind="RWKV-7"),
     Row("kda-b4", 4, 2048, 16, 128, kind="KDA"),
+    Row("simple-long", 1, 65536, 8, 128, kind="simple GLA"),
+    Row("gla-long", 1, 65536, 8, 128, kind="GLA"),
+    Row("rwkv-long", 1, 65536, 8, 64, kind="RWKV-7"),
+    Row("wide-high", 1, 8192, 96, 128, precision="high"),
+    Row("product2-high", 1, 8192, 96, 128, n=2, precision="high"),
+    Row("gla-b4-high", 4, 2048, 16, 128, kind="GLA", precision="high"),
+    *(Row(f"sweep-{t}", 1, t, 16, 128) for t in (512, 2048, 8192, 32768, 65536)),
 ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", default=[row.name for row in ROWS], help="names of rows")
-    parser.add_argument("--peer", nargs="*", default=[], help="names of rows at which the peer is timed too")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "ops" / "h100.json")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
-    bandwidth = _copy_bandwidth()
-    results = {
-        "environment": environment(["triton", "fla-core", "mamba-ssm"]),
-        "device": torch.cuda.get_device_name(),
-        "copy_bytes_per_second": bandwidth,
-        "rows": [],
-    }
-    # Those with the peer last: if its autotuning outlasts somebody's patience, the other rows are there.
-    for row in sorted(ROWS, key=lambda row: row.name in arguments.peer):
-        if row.name in arguments.rows or row.name in arguments.peer:
-            for result in _measure(row, row.name in arguments.peer, bandwidth):
-                results["rows"].append(result)
-                print(_line(result), flush=True)
-            write_results(arguments.output, results)
+def measure(row: Row, with_peer: bool, bandwidth: float) -> list[dict[str, Any]]:
+    """The row's results, of a forward and of a forward with its backward.
 
-
-def _measure(row: Row, with_peer: bool, bandwidth: float) -> list[dict[str, Any]]:
+    Args:
+        bandwidth: bytes that the device copies in a second.
+    """
     inputs = _inputs(row)
     leaves = [x for x in inputs.values() if x.requires_grad]
     out = row.b * row.t * row.h * row.d * inputs["v"].element_size()
@@ -120,11 +107,13 @@ def _measure(row: Row, with_peer: bool, bandwidth: float) -> list[dict[str, Any]
     for which, floor in floors.items():
         result: dict[str, Any] = {
             "op": row.op, "B": row.b, "T": row.t, "H": row.h, "D": row.d, "n": row.n, "pass": which, "floor_ms": floor,
-            "peer": row.peer if with_peer else None,
+            "row": row.name, "precision": row.precision, "peer": row.peer if with_peer else None,
         }  # fmt: skip
         for name, function in functions.items():
             call = _call(function, inputs, leaves, row, backward=which != "fwd")
-            result[f"{name}_ms"], result[f"{name}_mib"] = _time(call), _peak_mib(call)
+            once = name == "peer" and row.name.startswith("sweep-")
+            with _tuned_once() if once else contextlib.nullcontext():
+                result[f"{name}_ms"], result[f"{name}_mib"] = _time(call), _peak_mib(call)
         if with_peer:
             result["ratio"] = result["peer_ms"] / result["ours_ms"]
         rows.append(result)
@@ -182,7 +171,10 @@ def _transition(row: Row, inputs: dict[str, Tensor]) -> Transition:
 def _ours(row: Row, inputs: dict[str, Tensor]) -> Tensor:
     # Mamba writes dt x, which its own kernel multiplies by itself.
     v = inputs["dt"] * inputs["v"] if row.kind == "selective scan" else inputs["v"]
-    return linear_recurrence(_transition(row, inputs), inputs["q"], v, write=inputs.get("write"), backend="triton")[0]
+    return linear_recurrence(
+        _transition(row, inputs), inputs["q"], v, write=inputs.get("write"), backend="triton",
+        precision=row.precision,
+    )[0]  # fmt: skip
 
 
 def _peer(row: Row, inputs: dict[str, Tensor]) -> Tensor:
@@ -254,14 +246,30 @@ def _peak_mib(call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / _MIB
 
 
-def _copy_bandwidth() -> float:
+@contextlib.contextmanager
+def _tuned_once() -> Iterator[None]:
+    """Triton's autotuner, where it has tuned a kernel before, takes what it found then for other sizes too."""
+    autotuner = importlib.import_module("triton.runtime.autotuner").Autotuner
+    tune = autotuner.run
+
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        if not self.cache:
+            return tune(self, *arguments, **options)
+        best = next(iter(self.cache.values()))
+        return self.fn.run(*arguments, **options, **best.all_kwargs())
+
+    with mock.patch.object(autotuner, "run", run):
+        yield
+
+
+def copy_bandwidth() -> float:
     """Bytes read and written in a second by a large copy on the device."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / (_time(lambda: target.copy_(source)) * 1e-3)
 
 
-def _line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any]) -> str:
     shape = "x".join(str(row[x]) for x in "BTHD")
     text = (
         f"{row['op']:19s} n={row['n']} {shape:16s} {row['pass']:7s} {row['ours_ms']:8.3f} ms {row['ours_mib']:7.0f} MiB"
@@ -269,7 +277,3 @@ def _line(row: dict[str, Any]) -> str:
     if row["peer"]:
         text += f"   {row['peer']} {row['peer_ms']:8.3f} ms {row['peer_mib']:7.0f} MiB   {row['ratio']:.2f}x"
     return f"{text}   floor {row['floor_ms']:.3f} ms"
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from statetrack.ops import linear_recurrence
+from statetrack.ops import Precision, linear_recurrence
 from statetrack.transition import Transition
 
 # The relative error that a backend may have in its outputs, final states and gradients, by the dtype of its inputs; the
@@ -38,7 +38,7 @@ class Case:
         transition = replace(self.transition, **{k: x for k, x in tensors.items() if k in names})
         return replace(self, transition=transition, **{k: x for k, x in tensors.items() if k not in names})
 
-    def run(self, backend: str) -> tuple[Tensor, Tensor]:
+    def run(self, backend: str, precision: Precision = "default") -> tuple[Tensor, Tensor]:
         return linear_recurrence(
             self.transition,
             self.q,
@@ -47,13 +47,14 @@ class Case:
             initial_state=self.initial_state,
             cu_seqlens=self.cu_seqlens,
             backend=backend,
+            precision=precision,
         )
 
 
-def results(case: Case, backend: str) -> dict[str, Tensor]:
+def results(case: Case, backend: str, precision: Precision = "default") -> dict[str, Tensor]:
     """The output, the final state, and the gradient of every tensor for a fixed random weighting of the two."""
     inputs = {name: x.detach().clone().requires_grad_() for name, x in case.tensors().items()}
-    o, state = case.with_tensors(inputs).run(backend)
+    o, state = case.with_tensors(inputs).run(backend, precision)
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in (o, state)]
     # The weights are rounded to the dtype of the outputs first, so that two dtypes are asked for the same gradient.

@@ -4,9 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import check_against_reference, relative_error
+from cases import check_against_reference, relative_error, results
 from test_diagonal import KINDS, make_case
-from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, gpu_results, interpreted, on_gpu
+from triton_cases import (
+    FLOAT32,
+    check_compiled,
+    check_on_gpu,
+    check_operators,
+    gpu_results,
+    interpreted,
+    on_gpu,
+    short_segments,
+)
 
 from statetrack.ops import available_backends, triton_common, triton_diagonal
 from statetrack.transition import Diagonal
@@ -52,6 +61,25 @@ def test_keys_of_too_many_channels_are_refused(monkeypatch):
 @pytest.mark.parametrize("t", [1, 63, 64, 65, 150])
 def test_lengths_around_the_chunk_agree_with_the_reference(t, decay, path):
     check_against_reference(make_case(1, t, 2, 8, 5, decay=decay, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("decay", KINDS)
+@pytest.mark.parametrize("t", [200, 321])
+def test_segments_scanned_at_once_agree_with_the_reference(t, decay, monkeypatch):
+    short_segments(monkeypatch)
+    check_against_reference(make_case(1, t, 1, 8, 5, decay=decay, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("decay", KINDS)
+def test_high_precision_takes_operands_of_float32(decay):
+    """float16 in the place of bfloat16, which the interpreter can't multiply, as operands of default precision."""
+    case = make_case(1, 70, 2, decay=decay, dtype=torch.float16)
+    exact = results(case.with_tensors({name: x.double() for name, x in case.tensors().items()}), "reference")
+    high = results(case, "triton", "high")
+    assert relative_error(high["final state"], exact["final state"]) < 1e-6
+    assert all(relative_error(high[name], x) < 3e-4 for name, x in exact.items())
 
 
 @interpreted

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import check_against_reference, relative_error
+from cases import check_against_reference, relative_error, results
 from test_householder import make_case, one_key, parity_bits
-from triton_cases import FLOAT32, check_on_gpu, interpreted, on_gpu
+from triton_cases import FLOAT32, check_on_gpu, interpreted, on_gpu, short_segments
 
 from statetrack.ops import available_backends, linear_recurrence, triton_common, triton_householder
 
@@ -23,9 +23,7 @@ def path(request, monkeypatch):
     if request.param != "whole":
         monkeypatch.setattr(triton_householder, "_operands", lambda dtypes: (torch.float32, True))
     if request.param == "segments":
-        monkeypatch.setattr(triton_householder, "processors", lambda device: 100)
-        monkeypatch.setattr(triton_householder, "_FEWEST_SEGMENTS", 2)
-        monkeypatch.setattr(triton_householder, "_SHORTEST_SEGMENT", 2)
+        short_segments(monkeypatch)
 
 
 def test_without_a_gpu_the_backend_says_why(monkeypatch):
@@ -103,6 +101,32 @@ def test_decoding_agrees_with_the_reference(t):
 @pytest.mark.parametrize("beta", [2.0, 1.9, parity_bits], ids=["beta=2", "beta=1.9", "parity bits"])
 def test_one_key_repeated(beta, path):
     check_against_reference(one_key(1024, beta, k=16), "triton", 2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("segmented", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_high_precision_rounds_results_alone(n, decay, segmented, monkeypatch):
+    """float16 in the place of bfloat16, which the interpreter can't multiply: halves of 22 bits, and wholes of 11.
+
+    Its range is too small for what stands for a gate of 0.
+    """
+    monkeypatch.setattr(triton_householder, "_operands", lambda dtypes: (torch.float16, True))
+    if segmented:
+        short_segments(monkeypatch)
+    case = make_case(1, 150, n, 1, 24, 20, decay=decay, dtype=torch.float16)
+    gates = {name: x for name, x in case.tensors().items() if name in ("beta", "decay")}
+    case = case.with_tensors({name: torch.where(x == 0, 0.5, x) for name, x in gates.items()})
+    exact = results(case.with_tensors({name: x.double() for name, x in case.tensors().items()}), "reference")
+    default, high = results(case, "triton"), results(case, "triton", "high")
+    for name, expected in exact.items():
+        # Rounding a result to 11 bits is an error of 2e-4.
+        limit = 3e-4 if high[name].dtype == torch.float16 else 1e-5
+        assert relative_error(high[name], expected) < limit, name
+    # By default the products of queries and keys are rounded before they are summed.
+    name = "gradient of initial_state"
+    assert 1e-5 < relative_error(default[name], exact[name]) < 1e-3
 
 
 @pytest.mark.gpu

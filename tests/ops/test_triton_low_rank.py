@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import test_householder
 import torch
-from cases import check_against_reference
+from cases import check_against_reference, relative_error, results
 from test_low_rank import make_case, one_key
-from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, interpreted
+from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, interpreted, short_segments
 
 from statetrack.ops import available_backends, triton_common, triton_low_rank
 
@@ -34,6 +34,22 @@ def test_auto_prefers_what_has_been_checked_on_a_card(make, monkeypatch):
 @pytest.mark.parametrize("t", [1, 15, 16, 17, 40])
 def test_lengths_around_the_chunk_agree_with_the_reference(t):
     check_against_reference(make_case(1, t, 2, 8, 5, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("t", [50, 81])
+def test_segments_scanned_at_once_agree_with_the_reference(t, monkeypatch):
+    short_segments(monkeypatch)
+    check_against_reference(make_case(1, t, 1, 8, 5, **FLOAT32), "triton")
+
+
+@interpreted
+def test_high_precision_keeps_states_in_float32():
+    case = make_case(1, 40, 1, 8, 5, dtype=torch.float16)
+    exact = results(case.with_tensors({name: x.double() for name, x in case.tensors().items()}), "reference")
+    high = results(case, "triton", "high")
+    assert all(relative_error(high[name], x) < 3e-4 for name, x in exact.items())
+    assert relative_error(high["gradient of decay"], exact["gradient of decay"]) < 1e-5
 
 
 @interpreted

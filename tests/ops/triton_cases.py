@@ -12,9 +12,18 @@ import torch
 from cases import relative_error
 from torch.utils._pytree import tree_map_only
 
+from statetrack.ops import triton_common
+
 INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs triton and TRITON_INTERPRET=1: `make test-kernels`")
 FLOAT32 = {"dtype": torch.float32}
+
+
+def short_segments(monkeypatch):
+    """Segments of a few chunks, scanned at once as on a device that rows do not fill."""
+    monkeypatch.setattr(triton_common, "processors", lambda device: 100)
+    monkeypatch.setattr(triton_common, "_FEWEST_SEGMENTS", 2)
+    monkeypatch.setattr(triton_common, "_SHORTEST_SEGMENT", 2)
 
 
 def on_gpu(case):
@@ -32,9 +41,9 @@ def check_on_gpu(case, tolerance=None):
     assert not wrong, f"relative errors above {limit:g}: {wrong}"
 
 
-def gpu_results(case, backend):
+def gpu_results(case, backend, precision="default"):
     inputs = {name: x.detach().clone().requires_grad_() for name, x in case.tensors().items()}
-    o, state = case.with_tensors(inputs).run(backend)
+    o, state = case.with_tensors(inputs).run(backend, precision)
     generator = torch.Generator("cuda").manual_seed(0)
     weights = [torch.randn(x.shape, generator=generator, device="cuda").bfloat16().to(x.dtype) for x in (o, state)]
     gradients = torch.autograd.grad([o, state], list(inputs.values()), weights)

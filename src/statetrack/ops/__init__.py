@@ -10,6 +10,7 @@ import itertools
 import logging
 import pkgutil
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,9 @@ from statetrack.ops.step import one_token
 from statetrack.ops.vmapped import Recurrence, is_vmapped, vmapped_recurrence
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
 
-__all__ = ["Backend", "available_backends", "check_packing", "linear_recurrence"]
+__all__ = ["Backend", "Precision", "available_backends", "check_packing", "linear_recurrence"]
+
+Precision = Literal["default", "high"]
 
 _log = logging.getLogger("statetrack.ops")
 
@@ -33,6 +36,7 @@ def linear_recurrence(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    precision: Precision = "default",
 ) -> tuple[Tensor, Tensor]:
     """Computes `H_t = A_t H_{t-1} + B_t`, `o_t = H_t^T q_t` (equation 1 of arXiv 2411.12537).
 
@@ -51,6 +55,9 @@ def linear_recurrence(
             is 1.
         backend: a name from `available_backends()`, or "auto" for the fastest that supports the transition
             (a single token has code of its own).
+        precision: "default", or "high" for no rounding to less than 16 bits between inputs and results. It concerns
+            bfloat16 inputs on a GPU, of which the kernels by default round to bfloat16 what is not fed back into the
+            state; all else computes in float32 or better anyway. The eigenvalue -1 is exact either way.
 
     `torch.func.vmap` makes one call of all replicas; cu_seqlens are then not supported.
 
@@ -60,8 +67,10 @@ def linear_recurrence(
 
     Raises:
         ValueError: for shapes that don't go together, a length of 0, an unknown backend or one that does not support
-            the transition.
+            the transition, an unknown precision.
     """
+    if precision not in ("default", "high"):
+        raise ValueError(f'precision must be "default" or "high", got {precision!r}')
     _check(transition, q, v, write, initial_state, cu_seqlens)
     if is_vmapped():
         if cu_seqlens is not None:
@@ -71,7 +80,8 @@ def linear_recurrence(
     if a_step and not any(decoder.supports(transition) is None for decoder in _DECODERS):
         return one_token(transition, q, v, write, initial_state)
     chosen = _choose(transition, q.shape[1], backend)
-    return chosen.run(transition, q, v, write, initial_state, cu_seqlens)
+    run = chosen.run_high if precision == "high" and chosen.run_high is not None else chosen.run
+    return run(transition, q, v, write, initial_state, cu_seqlens)
 
 
 def available_backends(transition: Transition | None = None) -> list[str]:

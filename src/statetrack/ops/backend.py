@@ -38,6 +38,7 @@ class Backend:
         priority: "auto" takes the highest among those that support the transition.
         min_length: "auto" leaves shorter sequences to others.
         decodes: it has an algorithm of its own for one token; "auto" replaces those without by the plain formula.
+        run_high: the computation where `precision` is "high"; None if `run` rounds to nothing shorter than float32.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Backend:
     priority: int = 0
     min_length: int = 1
     decodes: bool = False
+    run_high: Run | None = None
 
 
 def wants_gradient(*inputs: Tensor | None) -> bool:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +27,11 @@ LARGEST_KEY = 256
 # it there gets CHECKED_ON_A_CARD.
 INTERPRETED_ONLY = 5
 CHECKED_ON_A_CARD = 20
+
+# Of segments of time that are scanned at once: fewer don't pay, nor do shorter ones (in chunks). Measured on an H100
+# for Householder products.
+_FEWEST_SEGMENTS = 4
+_SHORTEST_SEGMENT = 8
 
 
 def interpreted() -> bool:
@@ -56,6 +64,15 @@ def check_inputs(q: Tensor, v: Tensor, *others: Tensor | None) -> None:
         raise ValueError(f"backend 'triton' serves keys of up to {LARGEST_KEY} channels, got {q.shape[-1]}")
 
 
+@cache
+def kernels(*modules: str) -> Any:
+    """The functions of `kernels/<module>.py`, in one namespace; imports triton."""
+    found: dict[str, Any] = {}
+    for module in modules:
+        found |= vars(import_module(f"statetrack.ops.kernels.{module}"))
+    return SimpleNamespace(**found)
+
+
 @dataclass(frozen=True)
 class Launch:
     """Launch options of one kernel, and the width of its tiles along the dimension that the kernel cuts."""
@@ -83,6 +100,43 @@ def operand_dtype(*tensors: Tensor) -> torch.dtype:
 def processors(device: torch.device) -> int:
     """The number of multiprocessors."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def segments(chunks: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """How many segments the chunks are cut into, to be scanned at once, and how many chunks each has.
+
+    Segments cost a scan two or three times the work, so there is only one where programs fill the device by themselves.
+
+    Args:
+        programs: that walk through one segment each.
+    """
+    count = processors(device) // programs
+    if count < _FEWEST_SEGMENTS:
+        return 1, chunks
+    length = max(_SHORTEST_SEGMENT, -(-chunks // count))
+    # A backward finds the length again from the number of segments.
+    count = -(-chunks // length)
+    return count, -(-chunks // count)
+
+
+def join_segments(maps: Tensor, ends: Tensor, border: Tensor | None, *, reverse: bool) -> Tensor:
+    """The states between segments, [rows, segments, V, K].
+
+    Args:
+        maps: the segments' transitions, transposed, [rows, segments, K, K], or [rows, segments, K] if diagonal.
+        ends: what a state of zeros becomes in each segment, [rows, segments, V, K].
+        border: the state [B, H, K, V] before the first segment, or with `reverse` its gradient after the last.
+    """
+    rows, count, value_dim, key_dim = ends.shape
+    diagonal = maps.ndim == 3
+    block_v = min(16 if diagonal else 64, power_of_two(value_dim))
+    borders = torch.empty_like(ends)
+    kernels("segments").join_segments[(rows, -(-value_dim // block_v))](
+        maps, ends, border, borders, count,
+        K=key_dim, V=value_dim, BK=power_of_two(key_dim), BV=block_v,
+        DIAGONAL=diagonal, BORDER=border is not None, REVERSE=reverse, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return borders
 
 
 def as_float32(x: Tensor) -> Tensor:

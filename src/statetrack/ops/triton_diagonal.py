@@ -6,8 +6,7 @@ chunks at once. `docs/kernels.md` has the derivation, `kernels/diagonal.py` the 
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,8 +19,11 @@ from statetrack.ops.triton_common import (
     Launch,
     as_float32,
     check_inputs,
+    join_segments,
+    kernels,
     operand_dtype,
     power_of_two,
+    segments,
     unavailable,
 )
 from statetrack.transition import Diagonal, Transition
@@ -34,26 +36,32 @@ def supports(transition: Transition) -> str | None:
 
 
 def _run_dense(
-    transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
+    transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None, *, high: bool
 ) -> tuple[Tensor, Tensor]:
     assert isinstance(transition, Diagonal)
     assert write is not None
     inputs = (q, write, v, transition.decay, initial_state)
     if wants_gradient(*inputs):
-        return _TritonDiagonal.apply(*inputs)
-    o, final_state, _ = _forward_op(*inputs, False)
+        return _TritonDiagonal.apply(*inputs, high)
+    o, final_state, _ = _forward_op(*inputs, high, False)
     return o, final_state
 
 
-BACKEND = Backend(name="triton", supports=supports, run=by_rows(_run_dense, check_inputs), priority=INTERPRETED_ONLY)
+BACKEND = Backend(
+    name="triton",
+    supports=supports,
+    run=by_rows(partial(_run_dense, high=False), check_inputs),
+    run_high=by_rows(partial(_run_dense, high=True), check_inputs),
+    priority=INTERPRETED_ONLY,
+)
 
 
 class _TritonDiagonal(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, high: bool
     ) -> tuple[Tensor, Tensor]:
-        o, final_state, tape = _forward_op(q, k, v, decay, initial_state, True)
+        o, final_state, tape = _forward_op(q, k, v, decay, initial_state, high, True)
         ctx.save_for_backward(q, k, v, decay, *tape)
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
         return o, final_state
@@ -63,17 +71,11 @@ class _TritonDiagonal(torch.autograd.Function):
         d_o, d_state = grad_outputs
         q, k, v, decay, *tape = ctx.saved_tensors
         *gradients, d_initial = _backward_op(q, k, v, decay, tape, d_o, d_state)
-        return *gradients, None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
+        return *gradients, None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype), None
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.diagonal")
-
-
-@cache
-def _channel_kernels() -> Any:
-    return import_module("statetrack.ops.kernels.channels")
+    return kernels("diagonal", "channels")
 
 
 # By kernel and by the key dimension's power of two, up to which an entry serves: for the scans the width of the tiles
@@ -100,6 +102,10 @@ _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
 _VALUES = 64
 
 
+def _operand(q: Tensor, k: Tensor, v: Tensor, high: bool) -> torch.dtype:
+    return torch.float32 if high else operand_dtype(q, k, v)
+
+
 def _split(operand: torch.dtype) -> bool:
     """Whether the float32 numbers of which the decays' gradients are sums become operands in two halves."""
     return operand == torch.bfloat16
@@ -108,10 +114,12 @@ def _split(operand: torch.dtype) -> bool:
 class _Shape:
     """The sizes of one call and the arguments that its kernels share."""
 
-    def __init__(self, k: Tensor, value_dim: int, decay: Tensor, operand: torch.dtype) -> None:
-        self.batch, self.length, self.heads, self.key_dim = k.shape
-        self.value_dim, self.operand, self.by_channel = value_dim, operand, decay.ndim == 4
-        self.device = k.device
+    def __init__(
+        self, keys: torch.Size, device: torch.device, value_dim: int, operand: torch.dtype, by_channel: bool
+    ) -> None:
+        self.batch, self.length, self.heads, self.key_dim = keys
+        self.value_dim, self.operand, self.by_channel = value_dim, operand, by_channel
+        self.device = device
         # Half a chunk where the tiles of float32 operands would not fit on the chip.
         self.tokens = 32 if operand == torch.float32 and self.key_dim > 64 else 64
         self.block_k = power_of_two(self.key_dim)
@@ -141,15 +149,22 @@ class _Shape:
             **levels, **launch.options,
         }  # fmt: skip
 
-    def scan(self, kernel: str) -> tuple[tuple[int, int], dict[str, Any]]:
-        """The grid and the options of a kernel that walks through the chunks, in tiles of values."""
+    def scan(self, kernel: str) -> tuple[int, int, int, dict[str, Any]]:
+        """Of a kernel that walks through the chunks, in tiles of values: the programs for a segment, the number of
+        segments, how many chunks each has, and the options."""
         launch = self._launch(kernel)
         block = min(launch.block, power_of_two(self.value_dim))
         constants = {
             "K": self.key_dim, "V": self.value_dim, "BC": self.tokens, "BK": self.block_k, "BV": block,
             "CHANNEL": self.by_channel, "PRECISION": self.precision,
         }  # fmt: skip
-        return (self.rows, -(-self.value_dim // block)), constants | launch.options
+        blocks = -(-self.value_dim // block)
+        return blocks, *segments(self.chunks, self.rows * blocks, self.device), constants | launch.options
+
+    def empty_segments(self, count: int) -> tuple[Tensor, Tensor]:
+        """What segments do to a state: one of zeros, transposed, and the products of their decays."""
+        ends = self.new(self.rows, count, self.value_dim, self.key_dim, dtype=torch.float32)
+        return ends, self.new(self.rows, count, self.key_dim, dtype=torch.float32)
 
     def empty_prepared(self) -> list[Tensor]:
         """attention, into, out_of, and with a decay for each channel q_in and k_out."""
@@ -172,13 +187,17 @@ class _Shape:
         return self.new(self.rows * self.chunks, self.value_dim, self.key_dim)
 
 
+_shape = lru_cache(maxsize=64)(_Shape)
+"""Of sizes that come again and again, which are numbers: not of those that torch.compile traces with."""
+
+
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, save: bool
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, high: bool, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Returns o, the final state, and a tape for `_backward`, which is empty unless `save`."""
-    kernels = _kernels()
-    operand = operand_dtype(q, k, v)
-    shape = _Shape(k, v.shape[-1], decay, operand)
+    launch = _kernels()
+    operand = _operand(q, k, v, high)
+    shape = _shape(k.shape, k.device, v.shape[-1], operand, decay.ndim == 4)
     o = v.new_empty(v.shape)
     final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32)
     initial = None if initial_state is None else as_float32(initial_state)
@@ -189,25 +208,34 @@ def _forward(
     starts = shape.empty_states() if save else None
     with torch.cuda.device_of(k):
         if shape.by_channel:
-            _channel_kernels().prepare_channels[(shape.rows * shape.chunks,)](
+            launch.prepare_channels[(shape.rows * shape.chunks,)](
                 q, q, k, k, decay, attention, *scaled, into, None, *shape.sizes, 0,
                 BASE=0, **shape.whole("prepare_channels"),
             )  # fmt: skip
         else:
             options = shape.whole("prepare_heads")
-            kernels.prepare_heads[(shape.rows * shape.chunks,)](q, k, decay, *prepared, *shape.sizes, **options)
-        grid, options = shape.scan("scan_forward")
-        kernels.scan_forward[grid](
-            *(scaled or (q, k)), v, attention, into, out_of, initial, o, final, starts, *shape.sizes,
-            INITIAL=initial is not None, SAVE=save, **options,
-        )  # fmt: skip
+            launch.prepare_heads[(shape.rows * shape.chunks,)](q, k, decay, *prepared, *shape.sizes, **options)
+        blocks, count, length, options = shape.scan("scan_forward")
+        grid = (shape.rows * count, blocks)
+        inputs = (*(scaled or (q, k)), v, attention, into, out_of)
+        options |= {"INITIAL": initial is not None}
+        mode, first = 0, initial
+        if count > 1:
+            ends, products = shape.empty_segments(count)
+            launch.scan_forward[grid](
+                *inputs, None, None, ends, None, products, *shape.sizes, count, length, MODE=2, SAVE=False, **options
+            )
+            mode, first = 1, join_segments(products, ends, initial, reverse=False)
+        launch.scan_forward[grid](
+            *inputs, first, o, final, starts, None, *shape.sizes, count, length, MODE=mode, SAVE=save, **options
+        )
     return o, final, [] if starts is None else [*prepared, starts]
 
 
 def _empty_results(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, save: bool
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, high: bool, save: bool
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    shape = _Shape(k, v.shape[-1], decay, operand_dtype(q, k, v))
+    shape = _Shape(k.shape, k.device, v.shape[-1], _operand(q, k, v, high), decay.ndim == 4)
     final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32)
     return v.new_empty(v.shape), final, [*shape.empty_prepared(), shape.empty_states()] if save else []
 
@@ -216,29 +244,37 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, decay: Tensor, tape: list[Tensor], d_o: Tensor, d_state: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v, decay and the initial state; `d_x` is that of x."""
-    kernels = _kernels()
+    launch = _kernels()
     attention, into, out_of, *scaled, starts = tape
-    shape = _Shape(k, v.shape[-1], decay, starts.dtype)
+    shape = _shape(k.shape, k.device, v.shape[-1], starts.dtype, decay.ndim == 4)
     d_q, d_k, d_v, d_decay, d_initial = _empty_gradients(q, k, v, decay, tape, d_o, d_state)
     q, k, v, d_o = (x.to(shape.operand).contiguous() for x in (q, k, v, d_o))
     decay = as_float32(decay)
     d_ends = shape.empty_states()
     with torch.cuda.device_of(k):
-        grid, options = shape.scan("scan_backward")
-        kernels.scan_backward[grid](
-            *(scaled or (q, k)), attention, into, out_of, d_o, as_float32(d_state), d_v, d_ends, d_initial,
-            *shape.sizes, **options,
-        )  # fmt: skip
+        blocks, count, length, options = shape.scan("scan_backward")
+        grid = (shape.rows * count, blocks)
+        inputs = (*(scaled or (q, k)), attention, into, out_of, d_o)
+        mode, last = 0, as_float32(d_state)
+        if count > 1:
+            d_starts, products = shape.empty_segments(count)
+            launch.scan_backward[grid](
+                *inputs, None, None, None, d_starts, products, *shape.sizes, count, length, MODE=2, **options
+            )
+            mode, last = 1, join_segments(products, d_starts, last, reverse=True)
+        launch.scan_backward[grid](
+            *inputs, last, d_v, d_ends, d_initial, None, *shape.sizes, count, length, MODE=mode, **options
+        )
         values: dict[str, Any] = {
             "V": shape.value_dim, "BV": min(_VALUES, power_of_two(shape.value_dim)), "SPLIT": _split(shape.operand),
         }  # fmt: skip
         if shape.by_channel:
-            _channel_kernels().gradients_channels[(shape.rows * shape.chunks,)](
+            launch.gradients_channels[(shape.rows * shape.chunks,)](
                 q, q, k, k, decay, starts, d_o, d_o, v, v, d_ends, d_q, d_q, d_k, d_k, d_decay, *shape.sizes,
                 **values, **shape.whole("gradients_channels"),
             )  # fmt: skip
         else:
-            kernels.gradients_heads[(shape.rows * shape.chunks,)](
+            launch.gradients_heads[(shape.rows * shape.chunks,)](
                 q, k, v, decay, starts, d_o, d_ends, d_q, d_k, d_decay, *shape.sizes,
                 **values, **shape.whole("gradients_heads"),
             )  # fmt: skip

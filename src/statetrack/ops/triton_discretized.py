@@ -6,8 +6,6 @@ sums in a fixed order. `docs/kernels.md` explains the algorithm, `kernels/discre
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from statetrack.ops.triton_common import (
     Launch,
     as_float32,
     check_inputs,
+    kernels,
     power_of_two,
     processors,
     unavailable,
@@ -93,9 +92,8 @@ class _TritonDiscretized(torch.autograd.Function):
         )
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.discretized")
+    return kernels("discretized")
 
 
 class _Shape:
@@ -162,7 +160,7 @@ def _forward(
     hi: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns o, the final state, and the states before all tiles, which the backward starts from."""
-    kernels = _kernels()
+    launch = _kernels()
     shape = _Shape(q, v, _FORWARD, has_lower_end=lower_end is not None)
     o, final = v.new_empty(v.shape), shape.empty_state()
     dt, q, write, v = (x.contiguous() for x in (dt, q, write, v))
@@ -174,11 +172,11 @@ def _forward(
             starts[:, 0] = initial.flatten(0, 1)
         else:
             ends, products = shape.empty_states(), shape.empty_states()
-            kernels.summarize_forward[shape.every_tile](
+            launch.summarize_forward[shape.every_tile](
                 dt, A, lower_end, write, v, ends, products, *shape.sizes, lo, hi, **shape.options
             )
             starts = shape.join(ends, products, initial, reverse=False)
-        kernels.scan_forward[shape.scan](
+        launch.scan_forward[shape.scan](
             dt, A, lower_end, q, write, v, starts, o, final, *shape.sizes, lo, hi,
             SERIAL=shape.serial, **shape.options,
         )  # fmt: skip
@@ -214,7 +212,7 @@ def _backward(
     d_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of dt, A, lower_end (empty without one), q, write, v and the initial state."""
-    kernels = _kernels()
+    launch = _kernels()
     shape = _Shape(q, v, _BACKWARD, has_lower_end=lower_end is not None)
     results = _empty_gradients(dt, A, lower_end, q, write, v, starts, lo, hi, d_o, d_state)
     d_dt, d_A, d_lower_end, d_q, d_write, d_v, d_initial = results
@@ -230,11 +228,11 @@ def _backward(
             d_ends[:, -1] = d_final.flatten(0, 1)
         else:
             d_starts, products = shape.empty_states(), shape.empty_states()
-            kernels.summarize_backward[shape.every_tile](
+            launch.summarize_backward[shape.every_tile](
                 dt, scales, low, q, d_o, d_starts, products, *shape.sizes, lo, hi, **shape.options
             )
             d_ends = shape.join(d_starts, products, d_final, reverse=True)
-        kernels.scan_backward[shape.scan](
+        launch.scan_backward[shape.scan](
             dt, scales, low, q, write, v, starts, d_o, d_ends,
             d_dt, d_v, part_q, part_write, part_A, part_low, d_initial, *shape.sizes, shape.rows, lo, hi,
             SERIAL=shape.serial, **shape.options,

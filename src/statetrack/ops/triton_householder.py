@@ -7,8 +7,7 @@ imported by the first call, not with the package. Tile sizes come from a table, 
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,20 +21,21 @@ from statetrack.ops.triton_common import (
     Launch,
     as_float32,
     check_inputs,
+    join_segments,
+    kernels,
     power_of_two,
-    processors,
+    segments,
     unavailable,
 )
 from statetrack.transition import Householder, Transition
 
 # The tensors that a state-free kernel leaves for the scans, and those that a forward scan leaves for the backward.
-_PREPARED = 6
+_PREPARED = 7
 _LARGEST_PRODUCT = 64
 # Shorter sequences go step by step: with so few tokens the state's own traffic is all there is.
 _STEP_BY_STEP = 4
-# Of segments that are scanned at once: less than so many don't pay, nor do shorter ones (in chunks).
-_FEWEST_SEGMENTS = 4
-_SHORTEST_SEGMENT = 8
+# The products of the segments' transitions fit a multiprocessor up to keys of so many channels.
+_LARGEST_MAP = 128
 
 
 def supports(transition: Transition) -> str | None:
@@ -54,18 +54,23 @@ def supports(transition: Transition) -> str | None:
 
 
 def _run_dense(
-    transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
+    transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None, *, high: bool
 ) -> tuple[Tensor, Tensor]:
     assert isinstance(transition, Householder)
     inputs = (q, transition.k, v, transition.beta, transition.decay, initial_state)
     if wants_gradient(*inputs):
-        return _TritonHouseholder.apply(*inputs, transition.normalize)
-    o, final_state, _ = _forward_op(*inputs, transition.normalize, False)
+        return _TritonHouseholder.apply(*inputs, transition.normalize, high)
+    o, final_state, _ = _forward_op(*inputs, transition.normalize, high, False)
     return o, final_state
 
 
 BACKEND = Backend(
-    name="triton", supports=supports, run=by_rows(_run_dense, check_inputs), priority=CHECKED_ON_A_CARD, decodes=True
+    name="triton",
+    supports=supports,
+    run=by_rows(partial(_run_dense, high=False), check_inputs),
+    run_high=by_rows(partial(_run_dense, high=True), check_inputs),
+    priority=CHECKED_ON_A_CARD,
+    decodes=True,
 )
 
 
@@ -80,8 +85,9 @@ class _TritonHouseholder(torch.autograd.Function):
         decay: Tensor | None,
         initial_state: Tensor | None,
         normalize: bool,
+        high: bool,
     ) -> tuple[Tensor, Tensor]:
-        o, final_state, tape = _forward_op(q, k, v, beta, decay, initial_state, normalize, True)
+        o, final_state, tape = _forward_op(q, k, v, beta, decay, initial_state, normalize, high, True)
         ctx.save_for_backward(q, k, beta, decay, *tape)
         ctx.normalize, ctx.value_dtype = normalize, v.dtype
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
@@ -96,13 +102,12 @@ class _TritonHouseholder(torch.autograd.Function):
             *(dq, dk, dv, d_beta),
             None if decay is None else d_decay,
             None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype),
-            None,
+            *(None, None),
         )
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.householder")
+    return kernels("householder", "householder_backward")
 
 
 def _operands(dtypes: set[torch.dtype]) -> tuple[torch.dtype, bool]:
@@ -130,10 +135,14 @@ _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
 class _Shape:
     """The sizes of one call and the arguments that its kernels share."""
 
-    def __init__(self, k: Tensor, value_dim: int, operand: torch.dtype, split: bool) -> None:
-        self.batch, self.length, self.factors, self.heads, self.key_dim = k.shape
+    def __init__(
+        self, keys: torch.Size, device: torch.device, value_dim: int, operand: torch.dtype, split: bool, high: bool
+    ) -> None:
+        self.batch, self.length, self.factors, self.heads, self.key_dim = keys
         self.value_dim, self.operand, self.split = value_dim, operand, split
-        self.device = k.device
+        # Nothing is rounded to 16 bits where no operand is split.
+        self.high = high and split
+        self.device = device
         # Half a chunk does for the products of keys of 256 channels in float32, which would not fit on the chip.
         self.block_m = 32 if operand == torch.float32 and self.key_dim > 64 and self.factors <= 32 else 64
         self.tokens = self.block_m // self.factors
@@ -159,11 +168,11 @@ class _Shape:
         return {
             "N": self.factors, "K": self.key_dim, "C": self.tokens,
             "BM": self.block_m, "BC": self.block_c, "BK": self.block_k,
-            "SPLIT": self.split, "PRECISION": "ieee" if self.split else "tf32x3", **more,
+            "SPLIT": self.split, "HIGH": self.high, "PRECISION": "ieee" if self.split else "tf32x3", **more,
         }  # fmt: skip
 
     def empty_prepared(self, has_decay: bool) -> list[Tensor]:
-        """inverse_high, inverse_low, attention, into, into_token, out_of; those not needed are empty."""
+        """inverse_high, inverse_low, attention, attention_low, into, into_token, out_of; those not needed are empty."""
         places = self.rows * self.chunks
         bm, bc = self.block_m, self.block_c
         float32 = torch.float32
@@ -171,23 +180,17 @@ class _Shape:
             self.new(places, bm, bm),
             self.new(places if self.split else 0, bm, bm),
             self.new(places, bc, bm),
+            self.new(places if self.high else 0, bc, bm),
             self.new(places if has_decay else 0, bm, dtype=float32),
             self.new(places if has_decay else 0, bc, dtype=float32),
             self.new(places if has_decay else 0, bm, dtype=float32),
         ]
 
     def segments(self, blocks: int) -> tuple[int, int]:
-        """How many segments the chunks are cut into, to be scanned at once by `blocks` programs each, and their length.
-
-        Segments cost the scan almost three times the work, so there are none where rows fill the device by themselves.
-        """
-        count = processors(self.device) // (self.rows * blocks)
-        if count < _FEWEST_SEGMENTS or self.block_k > 128:
+        """How many segments the chunks are cut into, with `blocks` programs each, and their length in chunks."""
+        if self.block_k > _LARGEST_MAP:
             return 1, self.chunks
-        length = max(_SHORTEST_SEGMENT, -(-self.chunks // count))
-        # The backward finds the length again from the number of segments.
-        count = -(-self.chunks // length)
-        return count, -(-self.chunks // count)
+        return segments(self.chunks, self.rows * blocks, self.device)
 
     def empty_maps(self) -> list[Tensor]:
         """The products of the transitions of every segment, transposed, where there are segments."""
@@ -195,23 +198,20 @@ class _Shape:
         count, _ = self.segments(-(-self.value_dim // block_v))
         return [] if count == 1 else [self.new(self.rows, count, self.key_dim, self.key_dim, dtype=torch.float32)]
 
-    def join(self, maps: Tensor, ends: Tensor, border: Tensor | None, borders: Tensor, *, reverse: bool) -> None:
-        """Fills `borders` with the states between segments."""
-        block_v = min(64, power_of_two(self.value_dim))
-        _kernels().join_segments[(self.rows, -(-self.value_dim // block_v))](
-            maps, ends, border, borders, maps.shape[1],
-            K=self.key_dim, V=self.value_dim, BK=self.block_k, BV=block_v,
-            BORDER=border is not None, REVERSE=reverse, num_warps=4, num_stages=1,
-        )  # fmt: skip
-
     def empty_record(self) -> list[Tensor]:
-        """Every chunk's first state, transposed, and u in two halves."""
+        """Every chunk's first state, transposed, in two halves (the second may be empty), and u likewise."""
         u = (self.batch, self.length, self.factors, self.heads, self.value_dim)
+        places = self.rows * self.chunks
         return [
-            self.new(self.rows * self.chunks, self.value_dim, self.key_dim),
+            self.new(places, self.value_dim, self.key_dim),
+            self.new(places if self.high else 0, self.value_dim, self.key_dim),
             self.new(*u),
             self.new(*(u if self.split else (0,))),
         ]
+
+
+_shape = lru_cache(maxsize=64)(_Shape)
+"""Of sizes that come again and again, which are numbers: not of those that torch.compile traces with."""
 
 
 def _forward(
@@ -222,12 +222,13 @@ def _forward(
     decay: Tensor | None,
     initial_state: Tensor | None,
     normalize: bool,
+    high: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Returns o, the final state, and a tape for `_backward`, which is empty unless `save`."""
-    kernels = _kernels()
+    launch = _kernels()
     operand, split = _operands({q.dtype, k.dtype, v.dtype})
-    shape = _Shape(k, v.shape[-1], operand, split)
+    shape = _shape(k.shape, k.device, v.shape[-1], operand, split, high)
     o = v.new_empty(shape.batch, shape.length, shape.heads, shape.value_dim)
     final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32)
     initial = None if initial_state is None else as_float32(initial_state)
@@ -235,7 +236,7 @@ def _forward(
     with torch.cuda.device_of(k):
         if shape.length <= _STEP_BY_STEP and not save:
             block_v = min(32, power_of_two(shape.value_dim))
-            kernels.steps[(shape.rows, -(-shape.value_dim // block_v))](
+            launch.steps[(shape.rows, -(-shape.value_dim // block_v))](
                 q.contiguous(), k.contiguous(), v.contiguous(), beta, decay, initial, o, final,
                 shape.length, shape.heads,
                 N=shape.factors, K=shape.key_dim, V=shape.value_dim, BK=shape.block_k, BV=block_v,
@@ -245,31 +246,30 @@ def _forward(
         q, k, v = (x.to(operand).contiguous() for x in (q, k, v))
         prepared = shape.empty_prepared(decay is not None)
         base, options = shape.launch("prepare")
-        kernels.prepare[(shape.rows * shape.chunks,)](
+        launch.prepare[(shape.rows * shape.chunks,)](
             q, k, beta, decay, *prepared, *shape.sizes,
             **shape.constants(BASE=base, NORMALIZE=normalize, DECAY=decay is not None), **options,
         )  # fmt: skip
-        record = shape.empty_record() if save else [None] * 3
+        record = shape.empty_record() if save else [None] * 4
         block_v, options = shape.launch("scan_forward")
         blocks = -(-shape.value_dim // block_v)
         constants = shape.constants(INITIAL=initial is not None, DECAY=decay is not None)
-        segments, length = shape.segments(blocks)
+        count, length = shape.segments(blocks)
         maps = None
-        if segments == 1:
+        if count == 1:
             mode, first = 0, initial
         else:
-            mode, first = 1, shape.new(shape.rows, segments, shape.value_dim, shape.key_dim, dtype=torch.float32)
-            maps = shape.new(shape.rows, segments, shape.key_dim, shape.key_dim, dtype=torch.float32)
-            ends = torch.empty_like(first)
+            ends = shape.new(shape.rows, count, shape.value_dim, shape.key_dim, dtype=torch.float32)
+            maps = shape.new(shape.rows, count, shape.key_dim, shape.key_dim, dtype=torch.float32)
             for what, target, width in ((2, ends, shape.value_dim), (3, maps, shape.key_dim)):
                 block = min(block_v, power_of_two(width))
-                kernels.scan_forward[(shape.rows * segments, -(-width // block))](
-                    q, k, v, *prepared, None, o, target, *[None] * 3, *shape.sizes, segments, length,
+                launch.scan_forward[(shape.rows * count, -(-width // block))](
+                    q, k, v, *prepared, None, o, target, *[None] * 4, *shape.sizes, count, length,
                     V=width, BV=block, MODE=what, SAVE=False, **constants, **options,
                 )  # fmt: skip
-            shape.join(maps, ends, initial, first, reverse=False)
-        kernels.scan_forward[(shape.rows * segments, blocks)](
-            q, k, v, *prepared, first, o, final, *record, *shape.sizes, segments, length,
+            mode, first = 1, join_segments(maps, ends, initial, reverse=False)
+        launch.scan_forward[(shape.rows * count, blocks)](
+            q, k, v, *prepared, first, o, final, *record, *shape.sizes, count, length,
             V=shape.value_dim, BV=block_v, MODE=mode, SAVE=save, **constants, **options,
         )  # fmt: skip
     if not save:
@@ -286,9 +286,10 @@ def _empty_results(
     decay: Tensor | None,
     initial_state: Tensor | None,
     normalize: bool,
+    high: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    shape = _Shape(k, v.shape[-1], *_operands({q.dtype, k.dtype, v.dtype}))
+    shape = _Shape(k.shape, k.device, v.shape[-1], *_operands({q.dtype, k.dtype, v.dtype}), high)
     o = v.new_empty(shape.batch, shape.length, shape.heads, shape.value_dim)
     final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32)
     if not save:
@@ -307,37 +308,38 @@ def _backward(
     d_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v, beta, decay (empty without one) and the initial state; `d_x` is that of x."""
-    kernels = _kernels()
-    prepared, (starts, u_high, u_low, *maps) = tape[:_PREPARED], tape[_PREPARED:]
-    shape = _Shape(k, d_o.shape[-1], u_high.dtype, tape[1].numel() > 0)
+    launch = _kernels()
+    prepared, (starts, starts_low, u_high, u_low, *maps) = tape[:_PREPARED], tape[_PREPARED:]
+    split, high = u_low.numel() > 0, starts_low.numel() > 0
+    shape = _shape(k.shape, k.device, d_o.shape[-1], u_high.dtype, split, high)
     d_q, d_k, d_v, d_beta, d_decay, d_initial = _empty_gradients(q, k, beta, decay, normalize, tape, d_o, d_state)
     operand_q, operand_k, operand_d_o = (x.to(shape.operand).contiguous() for x in (q, k, d_o))
     beta, decay = _parameters(beta, decay)
     d_error_high = d_v if d_v.dtype == shape.operand else torch.empty_like(u_high)
-    d_error_low, d_ends = torch.empty_like(u_low), torch.empty_like(starts)
+    d_error_low, d_ends, d_ends_low = (torch.empty_like(x) for x in (u_low, starts, starts_low))
     has_decay = decay is not None
     with torch.cuda.device_of(k):
         block_v, options = shape.launch("scan_backward")
         blocks = -(-shape.value_dim // block_v)
         constants = shape.constants(V=shape.value_dim, BV=block_v, DECAY=has_decay)
         inputs = (operand_q, operand_k, *prepared, operand_d_o)
-        segments, length = (maps[0].shape[1], -(-shape.chunks // maps[0].shape[1])) if maps else (1, shape.chunks)
+        count = maps[0].shape[1] if maps else 1
+        length = -(-shape.chunks // count)
         mode, last = 0, as_float32(d_state)
         if maps:
-            first = shape.new(shape.rows, segments, shape.value_dim, shape.key_dim, dtype=torch.float32)
-            kernels.scan_backward[(shape.rows * segments, blocks)](
-                *inputs, None, None, None, None, first, *shape.sizes, segments, length, MODE=2, **constants, **options
+            first = shape.new(shape.rows, count, shape.value_dim, shape.key_dim, dtype=torch.float32)
+            launch.scan_backward[(shape.rows * count, blocks)](
+                *inputs, *[None] * 5, first, *shape.sizes, count, length, MODE=2, **constants, **options
             )
-            mode, border, last = 1, last, torch.empty_like(first)
-            shape.join(maps[0], first, border, last, reverse=True)
-        kernels.scan_backward[(shape.rows * segments, blocks)](
-            *inputs, last, d_error_high, d_error_low, d_ends, d_initial, *shape.sizes, segments, length,
+            mode, last = 1, join_segments(maps[0], first, last, reverse=True)
+        launch.scan_backward[(shape.rows * count, blocks)](
+            *inputs, last, d_error_high, d_error_low, d_ends, d_ends_low, d_initial, *shape.sizes, count, length,
             MODE=mode, **constants, **options,
         )  # fmt: skip
         block_v, options = shape.launch("gradients")
-        kernels.gradients[(shape.rows * shape.chunks,)](
-            operand_q, operand_k, beta, decay, starts, u_high, u_low, operand_d_o, d_error_high, d_error_low, d_ends,
-            d_q, d_k, d_beta, d_decay, *shape.sizes,
+        launch.gradients[(shape.rows * shape.chunks,)](
+            operand_q, operand_k, beta, decay, starts, starts_low, u_high, u_low, operand_d_o,
+            d_error_high, d_error_low, d_ends, d_ends_low, d_q, d_k, d_beta, d_decay, *shape.sizes,
             **shape.constants(V=shape.value_dim, BV=block_v, NORMALIZE=normalize, DECAY=has_decay), **options,
         )  # fmt: skip
     if d_error_high is not d_v:

@@ -11,8 +11,7 @@ one walks through them. Backward: one walks back, one finishes all chunks at onc
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -25,8 +24,11 @@ from statetrack.ops.triton_common import (
     Launch,
     as_float32,
     check_inputs,
+    join_segments,
+    kernels,
     operand_dtype,
     power_of_two,
+    segments,
     unavailable,
 )
 from statetrack.transition import Householder, LowRank, Transition
@@ -37,6 +39,8 @@ _PREPARED = 5
 _STEPS = 16
 # The blocks of forward substitution.
 _BASE = 4
+# The products of the segments' transitions fit a multiprocessor up to keys of so many channels.
+_LARGEST_MAP = 128
 # The width of the tiles of values of the kernel that cuts keys.
 _VALUES = 32
 
@@ -50,21 +54,27 @@ def supports(transition: Transition) -> str | None:
 
 
 def _run_dense(
-    transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
+    transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None, *, high: bool
 ) -> tuple[Tensor, Tensor]:
     if isinstance(transition, Householder):
         n = transition.k.shape[2]
         steps = _householder_steps(transition, q, v)
-        o, final_state = _run_steps(*steps, initial_state)
+        o, final_state = _run_steps(*steps, initial_state, high)
         return o[:, n - 1 :: n], final_state
     assert isinstance(transition, LowRank)
     assert write is not None
     decay = transition.decay
     decay = decay.unsqueeze(-1).expand_as(q) if decay.ndim == 3 else decay
-    return _run_steps(q, transition.w, transition.u, write, v, decay, initial_state)
+    return _run_steps(q, transition.w, transition.u, write, v, decay, initial_state, high)
 
 
-BACKEND = Backend(name="triton", supports=supports, run=by_rows(_run_dense, check_inputs), priority=INTERPRETED_ONLY)
+BACKEND = Backend(
+    name="triton",
+    supports=supports,
+    run=by_rows(partial(_run_dense, high=False), check_inputs),
+    run_high=by_rows(partial(_run_dense, high=True), check_inputs),
+    priority=INTERPRETED_ONLY,
+)
 
 
 def _householder_steps(
@@ -86,12 +96,12 @@ def _householder_steps(
 
 
 def _run_steps(
-    q: Tensor, w: Tensor, u: Tensor, p: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None
+    q: Tensor, w: Tensor, u: Tensor, p: Tensor, v: Tensor, decay: Tensor, initial_state: Tensor | None, high: bool
 ) -> tuple[Tensor, Tensor]:
     inputs = (q, w, u, p, v, decay, initial_state)
     if wants_gradient(*inputs):
-        return _TritonLowRank.apply(*inputs)
-    o, final_state, _ = _forward_op(*inputs, False)
+        return _TritonLowRank.apply(*inputs, high)
+    o, final_state, _ = _forward_op(*inputs, high, False)
     return o, final_state
 
 
@@ -106,8 +116,9 @@ class _TritonLowRank(torch.autograd.Function):
         v: Tensor,
         decay: Tensor,
         initial_state: Tensor | None,
+        high: bool,
     ) -> tuple[Tensor, Tensor]:
-        o, final_state, tape = _forward_op(q, w, u, p, v, decay, initial_state, True)
+        o, final_state, tape = _forward_op(q, w, u, p, v, decay, initial_state, high, True)
         ctx.save_for_backward(q, w, u, p, v, decay, *tape)
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
         return o, final_state
@@ -117,17 +128,11 @@ class _TritonLowRank(torch.autograd.Function):
         d_o, d_state = grad_outputs
         q, w, u, p, v, decay, *tape = ctx.saved_tensors
         *gradients, d_initial = _backward_op(q, w, u, p, v, decay, tape, d_o, d_state)
-        return *gradients, None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype)
+        return *gradients, None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype), None
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.low_rank")
-
-
-@cache
-def _channel_kernels() -> Any:
-    return import_module("statetrack.ops.kernels.channels")
+    return kernels("low_rank", "channels")
 
 
 # By kernel and by the key dimension's power of two, up to which an entry serves: for the scans the width of the tiles
@@ -144,9 +149,9 @@ _TABLE: dict[str, dict[int, Launch]] = {
 class _Shape:
     """The sizes of one call and the arguments that its kernels share."""
 
-    def __init__(self, q: Tensor, value_dim: int) -> None:
-        self.batch, self.length, self.heads, self.key_dim = q.shape
-        self.value_dim, self.device = value_dim, q.device
+    def __init__(self, queries: torch.Size, device: torch.device, value_dim: int) -> None:
+        self.batch, self.length, self.heads, self.key_dim = queries
+        self.value_dim, self.device = value_dim, device
         self.block_k = power_of_two(self.key_dim)
         self.chunks = -(-self.length // _STEPS)
         self.rows = self.batch * self.heads
@@ -171,12 +176,23 @@ class _Shape:
             "LEVELS": _STEPS.bit_length() - 1, "PRECISION": "tf32x3", **launch.options,
         }  # fmt: skip
 
-    def scan(self, kernel: str) -> tuple[tuple[int, int], dict[str, Any]]:
-        """The grid and the options of a kernel that walks through the chunks, in tiles of values."""
+    def scan(self, kernel: str, width: int) -> tuple[int, dict[str, Any]]:
+        """Of a kernel that walks through the chunks, in tiles of `width` values: programs a segment, and options."""
         launch = _TABLE[kernel][max(64, self.block_k)]
-        block = min(launch.block, power_of_two(self.value_dim))
-        constants = {"K": self.key_dim, "V": self.value_dim, "BC": _STEPS, "BK": self.block_k, "BV": block}
-        return (self.rows, -(-self.value_dim // block)), constants | launch.options
+        block = min(launch.block, power_of_two(width))
+        constants = {"K": self.key_dim, "V": width, "BC": _STEPS, "BK": self.block_k, "BV": block}
+        return -(-width // block), constants | launch.options
+
+    def segments(self) -> tuple[int, int]:
+        """How many segments the chunks are cut into, and their length in chunks."""
+        if self.block_k > _LARGEST_MAP:
+            return 1, self.chunks
+        blocks, _ = self.scan("scan_forward", self.value_dim)
+        return segments(self.chunks, self.rows * blocks, self.device)
+
+    def empty_segments(self, count: int, width: int) -> Tensor:
+        """A state of `width` values for every segment, transposed."""
+        return self.new(self.rows, count, width, self.key_dim)
 
     def empty_prepared(self) -> list[Tensor]:
         """scores, x_in, y_out, across, inverse."""
@@ -196,7 +212,18 @@ class _Shape:
         return self.new(self.batch, self.length, self.heads, self.value_dim)
 
     def empty_tape(self, dtype: torch.dtype) -> list[Tensor]:
-        return [*self.empty_prepared(), self.empty_states(dtype), self.empty_values()]
+        count, _ = self.segments()
+        maps = [] if count == 1 else [self.empty_segments(count, self.key_dim)]
+        return [*self.empty_prepared(), self.empty_states(dtype), self.empty_values(), *maps]
+
+
+_shape = lru_cache(maxsize=64)(_Shape)
+"""Of sizes that come again and again, which are numbers: not of those that torch.compile traces with."""
+
+
+def _record(q: Tensor, w: Tensor, u: Tensor, p: Tensor, v: Tensor, high: bool) -> torch.dtype:
+    """The dtype of the states that a backward only reads: as short as what was given."""
+    return torch.float32 if high else operand_dtype(q, w, u, p, v)
 
 
 def _forward(
@@ -207,30 +234,42 @@ def _forward(
     v: Tensor,
     decay: Tensor,
     initial_state: Tensor | None,
+    high: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Returns o, the final state, and a tape for `_backward`, which is empty unless `save`."""
-    kernels = _kernels()
-    shape = _Shape(q, v.shape[-1])
+    launch = _kernels()
+    shape = _shape(q.shape, q.device, v.shape[-1])
     o = v.new_empty(v.shape)
     final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim)
-    # States that a backward only reads may be as short as what was given.
-    record = operand_dtype(q, w, u, p, v)
+    record = _record(q, w, u, p, v, high)
     q, w, u, p, v = (x.contiguous() for x in (q, w, u, p, v))
     initial = None if initial_state is None else as_float32(initial_state)
     prepared = shape.empty_prepared()
     saved = [shape.empty_states(record), shape.empty_values()] if save else []
     with torch.cuda.device_of(q):
-        _channel_kernels().prepare_channels[(shape.rows * shape.chunks,)](
+        launch.prepare_channels[(shape.rows * shape.chunks,)](
             q, w, u, p, as_float32(decay), *prepared, *shape.sizes, shape.numbers,
             BASE=_BASE, **shape.whole("prepare_channels"),
         )  # fmt: skip
-        grid, options = shape.scan("scan_forward")
-        kernels.scan_forward[grid](
-            v, *prepared, initial, o, final, *(saved or (None, None)), *shape.sizes, shape.numbers,
-            INITIAL=initial is not None, SAVE=save, **options,
+        count, length = shape.segments()
+        sizes = (*shape.sizes, shape.numbers, count, length)
+        mode, first, maps = 0, initial, []
+        if count > 1:
+            ends, maps = shape.empty_segments(count, shape.value_dim), [shape.empty_segments(count, shape.key_dim)]
+            for what, target in ((2, ends), (3, maps[0])):
+                blocks, options = shape.scan("scan_forward", target.shape[2])
+                launch.scan_forward[(shape.rows * count, blocks)](
+                    v, *prepared, None, None, target, None, None, *sizes,
+                    INITIAL=False, MODE=what, SAVE=False, **options,
+                )  # fmt: skip
+            mode, first = 1, join_segments(maps[0], ends, initial, reverse=False)
+        blocks, options = shape.scan("scan_forward", shape.value_dim)
+        launch.scan_forward[(shape.rows * count, blocks)](
+            v, *prepared, first, o, final, *(saved or (None, None)), *sizes,
+            INITIAL=initial is not None, MODE=mode, SAVE=save, **options,
         )  # fmt: skip
-    return o, final, [*prepared, *saved] if save else []
+    return o, final, [*prepared, *saved, *maps] if save else []
 
 
 def _empty_results(
@@ -241,11 +280,12 @@ def _empty_results(
     v: Tensor,
     decay: Tensor,
     initial_state: Tensor | None,
+    high: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    shape = _Shape(q, v.shape[-1])
+    shape = _Shape(q.shape, q.device, v.shape[-1])
     final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim)
-    return v.new_empty(v.shape), final, shape.empty_tape(operand_dtype(q, w, u, p, v)) if save else []
+    return v.new_empty(v.shape), final, shape.empty_tape(_record(q, w, u, p, v, high)) if save else []
 
 
 def _backward(
@@ -260,19 +300,28 @@ def _backward(
     d_state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, w, u, p, v, decay and the initial state; `d_x` is that of x."""
-    kernels = _kernels()
-    prepared, (starts, written) = tape[:_PREPARED], tape[_PREPARED:]
-    shape = _Shape(q, v.shape[-1])
+    launch = _kernels()
+    prepared, (starts, written, *maps) = tape[:_PREPARED], tape[_PREPARED:]
+    shape = _shape(q.shape, q.device, v.shape[-1])
     results = _empty_gradients(q, w, u, p, v, decay, tape, d_o, d_state)
     d_q, d_w, d_u, d_p, d_v, d_decay, d_initial = results
     q, w, u, p, v, d_o = (x.contiguous() for x in (q, w, u, p, v, d_o))
     d_ends, d_read = torch.empty_like(starts), torch.empty_like(written)
     with torch.cuda.device_of(q):
-        grid, options = shape.scan("scan_backward")
-        kernels.scan_backward[grid](
-            *prepared, d_o, as_float32(d_state), d_v, d_read, d_ends, d_initial, *shape.sizes, shape.numbers, **options
+        blocks, options = shape.scan("scan_backward", shape.value_dim)
+        count = maps[0].shape[1] if maps else 1
+        sizes = (*shape.sizes, shape.numbers, count, -(-shape.chunks // count))
+        mode, last = 0, as_float32(d_state)
+        if maps:
+            d_starts = shape.empty_segments(count, shape.value_dim)
+            launch.scan_backward[(shape.rows * count, blocks)](
+                *prepared, d_o, *[None] * 4, d_starts, *sizes, MODE=2, **options
+            )
+            mode, last = 1, join_segments(maps[0], d_starts, last, reverse=True)
+        launch.scan_backward[(shape.rows * count, blocks)](
+            *prepared, d_o, last, d_v, d_read, d_ends, d_initial, *sizes, MODE=mode, **options
         )
-        _channel_kernels().gradients_channels[(shape.rows * shape.chunks,)](
+        launch.gradients_channels[(shape.rows * shape.chunks,)](
             q, w, u, p, as_float32(decay), starts, d_o, d_read, written, v, d_ends, d_q, d_w, d_u, d_p, d_decay,
             *shape.sizes, V=shape.value_dim, BV=min(_VALUES, power_of_two(shape.value_dim)), SPLIT=False,
             **shape.whole("gradients_channels"),

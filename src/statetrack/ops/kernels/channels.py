@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import dot_masks, unit_triangular_inverse
+from statetrack.ops.kernels.products import dot_masks, unit_triangular_inverse
 from statetrack.ops.kernels.tiles import load_kinds, outer_products, state_overlap, state_products, store_kinds
 
 
@@ -91,7 +91,7 @@ def _quarter(x, ROW: tl.constexpr, COLUMN: tl.constexpr, BC: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "chunks", "numbers"])
 def prepare_channels(
     x, x2, y, y2, decay, scores, x_in, y_out, across, inverse,
-    T, H, chunks, numbers,
+    T, H, chunks, numbers: tl.int64,
     K: tl.constexpr, BC: tl.constexpr, KINDS: tl.constexpr, BD: tl.constexpr, LEVELS: tl.constexpr,
     BASE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import dot_precise
+from statetrack.ops.kernels.products import dot_precise
 from statetrack.ops.kernels.tiles import load_tile, outer_products, state_overlap, state_products, store_tile
 
 
@@ -54,97 +54,137 @@ def prepare_heads(
     tl.store(out_of + place * BC + row, _last_row(pairs, BC))
 
 
-@triton.jit(do_not_specialize=["T", "chunks"])
+@triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
 def scan_forward(
-    q, k, v, attention, into, out_of, initial, o, final, starts,
-    T, H, chunks,
+    q, k, v, attention, into, out_of, initial, o, final, starts, products,
+    T, H, chunks, segments, segment_chunks,
     K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    CHANNEL: tl.constexpr, INITIAL: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNEL: tl.constexpr, INITIAL: tl.constexpr, MODE: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Chunk after chunk: outputs, the final state and, to SAVE, every chunk's first state.
 
-    With CHANNEL `into` holds the products of all decays of a chunk, [chunk, K], and `out_of` is not read.
+    With CHANNEL `into` holds the products of all decays of a chunk, [chunk, K], and `out_of` is not read. Each program
+    walks through one segment of `segment_chunks` chunks. MODE says what for:
+        0: all, where `initial` and `final` are [rows, K, V] and there is one segment;
+        1: all, where `initial` has a state [rows, segments, V, K] for every segment;
+        2: only `final` [rows, segments, V, K], from a state of zeros, and the products of the segments' decays
+           [rows, segments, K].
     """
     OPERAND: tl.constexpr = k.dtype.element_ty
-    head = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(0).to(tl.int64)
+    head = segment // segments
     b, h = head // H, head % H
     row, key = tl.arange(0, BC), tl.arange(0, BK)
     value = tl.program_id(1) * BV + tl.arange(0, BV)
     value_ok = value < V
     state_ok = value_ok[:, None] & (key < K)[None, :]
     state_at = head * K * V + value[:, None] + key[None, :] * V
+    segment_at = segment * K * V + value[:, None] * K + key[None, :]
     state = tl.zeros([BV, BK], tl.float32)
-    if INITIAL:
+    if MODE == 1:
+        state += tl.load(initial + segment_at, mask=state_ok, other=0.0)
+    elif INITIAL and MODE == 0:
         state += tl.load(initial + state_at, mask=state_ok, other=0.0)
-    for chunk in range(chunks):
+    product = tl.full([BK], 1.0, tl.float32)
+    begin = (segment % segments).to(tl.int32) * segment_chunks
+    for chunk in range(begin, tl.minimum(begin + segment_chunks, chunks)):
         rows_ok = row < tl.minimum(T - chunk * BC, BC)
         first = b * T + chunk * BC
         place = head * chunks + chunk
-        queries = load_tile(q + (first * H + h) * K, rows_ok, H * K, 0, K, BC, BK)
         keys = load_tile(k + (first * H + h) * K, rows_ok, H * K, 0, K, BC, BK)
         values_at = (first * H + h) * V + value[:, None] + row[None, :] * (H * V)
         values_ok = value_ok[:, None] & rows_ok[None, :]
         values = tl.load(v + values_at, mask=values_ok, other=0.0)
-        seen = tl.load(attention + place * BC * BC + row[:, None] * BC + row[None, :])
-        rounded = state.to(OPERAND)
-        if SAVE:
-            tl.store(starts + place * K * V + value[:, None] * K + key[None, :], rounded, mask=state_ok)
-        out = tl.dot(rounded, tl.trans(queries), input_precision=PRECISION)
+        if MODE < 2:
+            queries = load_tile(q + (first * H + h) * K, rows_ok, H * K, 0, K, BC, BK)
+            seen = tl.load(attention + place * BC * BC + row[:, None] * BC + row[None, :])
+            rounded = state.to(OPERAND)
+            if SAVE:
+                tl.store(starts + place * K * V + value[:, None] * K + key[None, :], rounded, mask=state_ok)
+            out = tl.dot(rounded, tl.trans(queries), input_precision=PRECISION)
+            if not CHANNEL:
+                out *= tl.load(into + place * BC + row)[None, :]
+            out = tl.dot(values, tl.trans(seen), out, input_precision=PRECISION)
+            tl.store(o + values_at, out.to(o.dtype.element_ty), mask=values_ok)
         if CHANNEL:
-            state *= tl.load(into + place * K + key, mask=key < K, other=0.0)[None, :]
+            across = tl.load(into + place * K + key, mask=key < K, other=0.0)
             written = values
         else:
-            out *= tl.load(into + place * BC + row)[None, :]
-            state *= tl.load(into + place * BC + BC - 1)
+            across = tl.zeros([BK], tl.float32) + tl.load(into + place * BC + BC - 1)
             written = (values.to(tl.float32) * tl.load(out_of + place * BC + row)[None, :]).to(OPERAND)
-        out = tl.dot(values, tl.trans(seen), out, input_precision=PRECISION)
-        tl.store(o + values_at, out.to(o.dtype.element_ty), mask=values_ok)
-        state = tl.dot(written, keys, state, input_precision=PRECISION)
-    tl.store(final + state_at, state, mask=state_ok)
+        if MODE == 2:
+            product *= across
+        state = tl.dot(written, keys, state * across[None, :], input_precision=PRECISION)
+    if MODE == 2:
+        tl.store(final + segment_at, state, mask=state_ok)
+        tl.store(products + segment * K + key, product, mask=(key < K) & (tl.program_id(1) == 0))
+    elif segment % segments == segments - 1:
+        tl.store(final + state_at, state, mask=state_ok)
 
 
-@triton.jit(do_not_specialize=["T", "chunks"])
+@triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
 def scan_backward(
-    q, k, attention, into, out_of, d_o, d_final, d_v, d_ends, d_initial,
-    T, H, chunks,
+    q, k, attention, into, out_of, d_o, d_final, d_v, d_ends, d_initial, products,
+    T, H, chunks, segments, segment_chunks,
     K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    CHANNEL: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNEL: tl.constexpr, MODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From the last chunk to the first: the gradients of the values, of every chunk's last state and of the first."""
+    """From the last chunk to the first: the gradients of the values, of every chunk's last state and of the first.
+
+    Segments and MODE as in `scan_forward`: 1 takes `d_final` for every segment, 2 gives only `d_initial` for each.
+    """
     OPERAND: tl.constexpr = k.dtype.element_ty
-    head = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(0).to(tl.int64)
+    head = segment // segments
     b, h = head // H, head % H
     row, key = tl.arange(0, BC), tl.arange(0, BK)
     value = tl.program_id(1) * BV + tl.arange(0, BV)
     value_ok = value < V
     state_ok = value_ok[:, None] & (key < K)[None, :]
     state_at = head * K * V + value[:, None] + key[None, :] * V
-    d_state = tl.load(d_final + state_at, mask=state_ok, other=0.0)
-    for step in range(chunks):
-        chunk = chunks - 1 - step
+    segment_at = segment * K * V + value[:, None] * K + key[None, :]
+    if MODE == 2:
+        d_state = tl.zeros([BV, BK], tl.float32)
+    elif MODE == 1:
+        d_state = tl.load(d_final + segment_at, mask=state_ok, other=0.0)
+    else:
+        d_state = tl.load(d_final + state_at, mask=state_ok, other=0.0)
+    product = tl.full([BK], 1.0, tl.float32)
+    begin = (segment % segments).to(tl.int32) * segment_chunks
+    end = tl.minimum(begin + segment_chunks, chunks)
+    for step in range(end - begin):
+        chunk = end - 1 - step
         rows_ok = row < tl.minimum(T - chunk * BC, BC)
         first = b * T + chunk * BC
         place = head * chunks + chunk
         queries = load_tile(q + (first * H + h) * K, rows_ok, H * K, 0, K, BC, BK)
-        keys = load_tile(k + (first * H + h) * K, rows_ok, H * K, 0, K, BC, BK)
         values_at = (first * H + h) * V + value[:, None] + row[None, :] * (H * V)
         values_ok = value_ok[:, None] & rows_ok[None, :]
         d_out = tl.load(d_o + values_at, mask=values_ok, other=0.0)
-        seen = tl.load(attention + place * BC * BC + row[:, None] * BC + row[None, :])
-        rounded = d_state.to(OPERAND)
-        tl.store(d_ends + place * K * V + value[:, None] * K + key[None, :], rounded, mask=state_ok)
-        d_values = tl.dot(rounded, tl.trans(keys), input_precision=PRECISION)
+        if MODE < 2:
+            keys = load_tile(k + (first * H + h) * K, rows_ok, H * K, 0, K, BC, BK)
+            seen = tl.load(attention + place * BC * BC + row[:, None] * BC + row[None, :])
+            rounded = d_state.to(OPERAND)
+            tl.store(d_ends + place * K * V + value[:, None] * K + key[None, :], rounded, mask=state_ok)
+            d_values = tl.dot(rounded, tl.trans(keys), input_precision=PRECISION)
+            if not CHANNEL:
+                d_values *= tl.load(out_of + place * BC + row)[None, :]
+            d_values = tl.dot(d_out, seen, d_values, input_precision=PRECISION)
+            tl.store(d_v + values_at, d_values.to(d_v.dtype.element_ty), mask=values_ok)
         if CHANNEL:
-            d_state *= tl.load(into + place * K + key, mask=key < K, other=0.0)[None, :]
+            across = tl.load(into + place * K + key, mask=key < K, other=0.0)
             reading = d_out
         else:
-            d_values *= tl.load(out_of + place * BC + row)[None, :]
-            d_state *= tl.load(into + place * BC + BC - 1)
+            across = tl.zeros([BK], tl.float32) + tl.load(into + place * BC + BC - 1)
             reading = (d_out.to(tl.float32) * tl.load(into + place * BC + row)[None, :]).to(OPERAND)
-        d_values = tl.dot(d_out, seen, d_values, input_precision=PRECISION)
-        tl.store(d_v + values_at, d_values.to(d_v.dtype.element_ty), mask=values_ok)
-        d_state = tl.dot(reading, queries, d_state, input_precision=PRECISION)
-    tl.store(d_initial + state_at, d_state, mask=state_ok)
+        if MODE == 2:
+            product *= across
+        d_state = tl.dot(reading, queries, d_state * across[None, :], input_precision=PRECISION)
+    if MODE == 2:
+        tl.store(d_initial + segment_at, d_state, mask=state_ok)
+        tl.store(products + segment * K + key, product, mask=(key < K) & (tl.program_id(1) == 0))
+    elif segment % segments == 0:
+        tl.store(d_initial + state_at, d_state, mask=state_ok)
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])

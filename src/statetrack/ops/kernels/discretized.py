@@ -175,7 +175,7 @@ def scan_forward(
             tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["T", "tiles"])
+@triton.jit(do_not_specialize=["T", "tiles", "rows"])
 def scan_backward(
     dt, A, lower_end, q, write, v, starts, d_o, d_ends,
     d_dt, d_v, d_q, d_write, d_A, d_lower_end, d_initial,
