@@ -106,7 +106,7 @@ def compiled(case: Case, op: str) -> Iterator[tuple[str, Any, float]]:
         inputs = {name: x.requires_grad_() for name, x in inputs.items()}
         for save in (False, True):
             with torch.set_grad_enabled(save):
-                o, state = backend.run(transition, inputs["q"], inputs["v"], inputs.get("write"), None, None)
+                o, state = backend.BACKEND.run(transition, inputs["q"], inputs["v"], inputs.get("write"), None, None)
         (o.float().sum() + state.sum()).backward()
     yield from results.values()
 

@@ -15,9 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from statetrack.transition import SHORTEST_KEY
+
 # Stands for a beta or, in the backward, a decay of exactly 0: it moves no result by more than the rounding, and lets
 # the gradient divide. The square is still a normal float32.
 _TINY = tl.constexpr(2.0**-40)
+# Up to this |k|^2 a normalized key counts as 0.
+_SHORTEST = tl.constexpr(SHORTEST_KEY**2)
 
 
 @triton.jit
@@ -186,10 +190,11 @@ def prepare(
 
     gram = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
     squared_norm = tl.sum(tl.where(i == j, gram, 0.0), axis=1)
-    divisor = tl.where(squared_norm > 0, squared_norm, 1.0)
+    directed = squared_norm > (_SHORTEST if NORMALIZE else 0.0)
+    divisor = tl.where(directed, squared_norm, 1.0)
     scaled = strength
     if NORMALIZE:
-        scaled = tl.where(squared_norm > 0, strength / divisor, _TINY)
+        scaled = tl.where(directed, strength / divisor, _TINY)
     else:
         strength = strength * squared_norm
     system = tl.where(i > j, gram / divisor[:, None] * strength[:, None], 0.0)
@@ -455,10 +460,11 @@ def gradients(
     key_rows = (first * N * H + h) * K
     keys = _load_rows(k + key_rows, rows_ok, H * K, BM, K, BK)
     squared_norm = tl.sum(keys.to(tl.float32) * keys.to(tl.float32), axis=1)
-    inverse_norm = tl.where(squared_norm > 0, 1 / tl.where(squared_norm > 0, squared_norm, 1.0), 0.0)
+    directed = squared_norm > _SHORTEST
+    inverse_norm = tl.where(directed, 1 / tl.where(directed, squared_norm, 1.0), 0.0)
     scaled = _clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
     if NORMALIZE:
-        scaled = tl.where(squared_norm > 0, scaled * inverse_norm, _TINY)
+        scaled = tl.where(directed, scaled * inverse_norm, _TINY)
 
     values_at = (first * N * H + h) * V + row[:, None] * (H * V)
     outs_at = (first * H + h) * V + token[:, None] * (H * V)
@@ -604,7 +610,8 @@ def steps(
             strength = tl.load(beta + place)
             if NORMALIZE:
                 squared_norm = tl.sum(keys * keys, axis=0)
-                strength = tl.where(squared_norm > 0, strength / tl.where(squared_norm > 0, squared_norm, 1.0), 0.0)
+                directed = squared_norm > _SHORTEST
+                strength = tl.where(directed, strength / tl.where(directed, squared_norm, 1.0), 0.0)
             error = values - tl.sum(keys[:, None] * state, axis=0)
             state += keys[:, None] * (strength * error)[None, :]
         place = (b * T + t) * H + h
