@@ -1,5 +1,7 @@
 """Transition monoids against GAP's numbers and the closed forms of full transformation monoids."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -29,10 +31,20 @@ def test_a_group_with_many_letters_is_enumerated_by_a_few_of_them_with_the_same_
     table = automaton.transitions.numpy()
     whole, found = module._enumerate(table, 1000), transition_monoid(automaton)
     assert whole is not None
-    for field in ("elements", "parents", "last_letters", "right", "levels"):
-        assert np.array_equal(getattr(found, field), getattr(whole, field))
+    for other in (found, module._enumerate_group(table, 1000), module._regular_group(table, 1000)):
+        for field in ("elements", "parents", "last_letters", "right", "levels"):
+            assert np.array_equal(getattr(other, field), getattr(whole, field))
     assert found.green.h_class.max() == 0
     assert transition_monoid(automaton, limit=len(found) - 1) is None
+
+
+def test_a_group_that_acts_on_fewer_states_than_it_has_elements_is_not_its_own_table():
+    square = np.array([[1, 2, 3, 0], [0, 3, 2, 1], [1, 0, 3, 2], [2, 3, 0, 1]]).T  # rotations and reflections
+    pairs = np.array([[1, 0, 3, 2]]).T  # no word leads from one pair to the other
+    for table in (square, pairs, np.concatenate([square, square], 1)):
+        assert module._regular_group(table, 1000) is None
+    letters = torch.tensor([np.random.default_rng(i).permutation(5).tolist() for i in range(20)]).T.contiguous()
+    assert len(transition_monoid(Automaton(letters, 0, torch.arange(5))) or ()) == 120
 
 
 def test_words_products_and_the_left_graph_are_the_definition():
@@ -106,6 +118,20 @@ def test_minimizing_merges_what_no_word_tells_apart_and_drops_what_no_word_reach
     words = torch.randint(2, (5, 40), generator=torch.Generator().manual_seed(0))
     assert torch.equal(small.labels(words), automaton.labels(words))
     assert small.minimized() == small
+    assert replace(small, outputs=small.outputs.clone()).minimized() == small
+
+
+def test_minimizing_numbers_states_in_the_order_in_which_they_are_met():
+    generator = torch.Generator().manual_seed(0)
+    for outputs in (2, 3, 40):
+        table = torch.randint(40, (40, 3), generator=generator)
+        automaton = Automaton(table, 7, torch.randint(outputs, (40,), generator=generator))
+        small, met = automaton.minimized(), [0]
+        for state in met:
+            met += [s for s in dict.fromkeys(small.transitions[state].tolist()) if s not in met]
+        assert met == list(range(small.num_states))
+        words = torch.randint(3, (20, 50), generator=generator)
+        assert torch.equal(small.labels(words), automaton.labels(words))
 
 
 @pytest.mark.parametrize(
