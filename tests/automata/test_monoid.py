@@ -136,11 +136,46 @@ def test_minimizing_numbers_states_in_the_order_in_which_they_are_met():
 
 @pytest.mark.parametrize(
     ("expression", "alphabet", "message"),
-    [("(ab", None, "can't be read"), ("ab", "", "single characters"), ("ab", ["ab"], "single characters")],
+    [
+        ("(ab", None, r"'\(' at place 1 is not closed; add '\)'"),
+        ("ab)", None, r"'\)' at place 3 closes nothing"),
+        ("a{2,1}", None, r"\{2,1\} asks for at least 2 and at most 1 repetitions; write \{1,2\}$"),
+        ("a{x}", None, r"'\{' at place 2 begins no number of repetitions; write \{2\}, \{1,2\} or \{2,\}"),
+        ("a{,}", None, "begins no number of repetitions"),
+        ("a{-1,2}", None, "begins no number of repetitions"),
+        ("a{99999999}", None, "repeat at most 10,000 times"),
+        ("((a{100}){100}){2}", None, "more than 10,000 letters; repeat less often"),
+        ("b|[ab", None, r"the class '\[ab' has no end; write '\[ab\]'"),
+        ("a]", None, r"'\]' at place 2 closes nothing"),
+        ("[z-a]", None, "the range z-a runs backwards; write a-z$"),
+        (r"[b-\a]", None, "runs backwards"),
+        ("[]", None, r"the class \[\] is empty"),
+        ("[^]", None, "is empty"),
+        ("*a", None, r"'\*' at place 1 has nothing before it to repeat"),
+        ("b(?a)", None, "'\\?' at place 3 has nothing before it"),
+        ("a|", None, r"'\|' at its end has nothing on its right; write \(\)"),
+        ("(a|)b", None, r"'\|' before '\)' at place 4 has nothing on its right"),
+        ("a&|b", None, r"'\|' at place 3 has nothing on its left"),
+        (r"\d", None, r"no class here; write the letters out, such as \[0-9\]"),
+        ("a\\", None, "a backslash at its end quotes nothing"),
+        ("a|c", "ab", "its letter 'c' is not in the alphabet 'ab'"),
+        ("[a-c]", "ab", "its letter 'c' is not in the alphabet 'ab'"),
+        ("()", None, "names no letters"),
+        ("ab", "", "single characters"),
+        ("ab", ["ab"], "single characters"),
+    ],
 )
 def test_what_is_no_expression_is_refused(expression, alphabet, message):
     with pytest.raises(ValueError, match=message):
         Automaton.from_regex(expression, alphabet)
+
+
+@pytest.mark.parametrize(
+    ("expression", "letters"),
+    [("a{1,2}b{,3}", "ab"), ("[a-c]", "abc"), (r"\(a\)", "()a"), (r"[\na-]", "\n-a"), ("[^b]c", "bc"), ("a b", " ab")],
+)
+def test_the_letters_of_an_expression_are_those_that_it_names(expression, letters):
+    assert Automaton.from_regex(expression).letter_names == tuple(sorted(letters))
 
 
 def test_json_of_both_kinds_is_read(tmp_path):

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from statetrack.automata.expressions import ExpressionError, letters_of
+
 if TYPE_CHECKING:
     from automata.fa.dfa import DFA
 
@@ -271,7 +273,8 @@ class Automaton:
             alphabet: the letters, of which the expression may use only some; None for those that occur in it.
 
         Raises:
-            ValueError: for an expression that can't be parsed, one with letters outside the alphabet, or no letters.
+            ValueError: for an expression that can't be parsed or is too long, one with letters outside the alphabet, or
+                no letters.
         """
         from automata.base.exceptions import (
             AutomatonException,
@@ -284,8 +287,15 @@ class Automaton:
         if symbols is not None and (not symbols or any(len(symbol) != 1 for symbol in symbols)):
             raise ValueError(f"the alphabet of an expression is single characters, such as 'ab'; got {alphabet!r}")
         try:
+            letters = letters_of(expression)
+            if symbols is None:
+                symbols = letters
+            if outside := sorted(letters - symbols):
+                raise ExpressionError(f"its letter {outside[0]!r} is not in the alphabet {''.join(sorted(symbols))!r}")
+            if not symbols:
+                raise ExpressionError("it names no letters, so that it needs an alphabet, such as 'ab'")
             dfa = DFA.from_nfa(NFA.from_regex(expression, input_symbols=symbols), minify=True)
-        except (AutomatonException, RegexException) as error:
+        except (AutomatonException, RegexException, ExpressionError) as error:
             raise ValueError(f"the regular expression {expression!r} can't be read: {error}") from None
         # automata-lib leaves a trap implicit, and the minimal complete automaton has it.
         return cls.from_dfa(dfa).minimized()
