@@ -23,6 +23,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+SHORTEST_KEY = 1e-9
+"""The length up to which a key with `normalize` counts as 0. It would write its value 1 / |k| times, and the backward
+passes through numbers like 1 / |k|^4, which leave the range of float32."""
+
 
 @dataclass(frozen=True)
 class EigenvalueRange:
@@ -165,8 +169,9 @@ class Householder(Transition):
         beta: [B, T, N, H].
         decay: None, [B, T, H] (one signed number for each head) or [B, T, H, K] (one for each key channel). It is
             linear, not a logarithm, so that 0 and negative numbers can be said.
-        normalize: divide beta by |k|^2 of the key as rounded to its dtype (0 where k = 0), so that beta = 2 is an
-            exact reflection, with the eigenvalue -1, whatever the dtype of k. Another function than `normalize=False`.
+        normalize: divide beta by |k|^2 of the key as rounded to its dtype, so that beta = 2 is an exact reflection,
+            with the eigenvalue -1, whatever the dtype of k; a key with |k| <= 1e-9 counts as 0 and its factor is the
+            identity. Another function than `normalize=False`.
     """
 
     identity = {"k": 0.0, "beta": 0.0, "decay": 1.0}  # noqa: RUF012
@@ -203,9 +208,9 @@ class Householder(Transition):
         if not self.normalize:
             return beta
         squared_norm = self.k.to(dtype).square().sum(-1)
-        nonzero = squared_norm > 0
+        directed = squared_norm > SHORTEST_KEY**2
         # The inner `where` keeps 0/0 out of the backward as well: torch.where passes 0 * inf = NaN on otherwise.
-        return torch.where(nonzero, beta / torch.where(nonzero, squared_norm, 1), 0)
+        return torch.where(directed, beta / torch.where(directed, squared_norm, 1), 0)
 
     def dense(self) -> Tensor:
         beta = self.effective_beta

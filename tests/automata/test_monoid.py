@@ -1,5 +1,7 @@
 """Transition monoids against GAP's numbers and the closed forms of full transformation monoids."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -29,10 +31,20 @@ def test_a_group_with_many_letters_is_enumerated_by_a_few_of_them_with_the_same_
     table = automaton.transitions.numpy()
     whole, found = module._enumerate(table, 1000), transition_monoid(automaton)
     assert whole is not None
-    for field in ("elements", "parents", "last_letters", "right", "levels"):
-        assert np.array_equal(getattr(found, field), getattr(whole, field))
+    for other in (found, module._enumerate_group(table, 1000), module._regular_group(table, 1000)):
+        for field in ("elements", "parents", "last_letters", "right", "levels"):
+            assert np.array_equal(getattr(other, field), getattr(whole, field))
     assert found.green.h_class.max() == 0
     assert transition_monoid(automaton, limit=len(found) - 1) is None
+
+
+def test_a_group_that_acts_on_fewer_states_than_it_has_elements_is_not_its_own_table():
+    square = np.array([[1, 2, 3, 0], [0, 3, 2, 1], [1, 0, 3, 2], [2, 3, 0, 1]]).T  # rotations and reflections
+    pairs = np.array([[1, 0, 3, 2]]).T  # no word leads from one pair to the other
+    for table in (square, pairs, np.concatenate([square, square], 1)):
+        assert module._regular_group(table, 1000) is None
+    letters = torch.tensor([np.random.default_rng(i).permutation(5).tolist() for i in range(20)]).T.contiguous()
+    assert len(transition_monoid(Automaton(letters, 0, torch.arange(5))) or ()) == 120
 
 
 def test_words_products_and_the_left_graph_are_the_definition():
@@ -106,15 +118,64 @@ def test_minimizing_merges_what_no_word_tells_apart_and_drops_what_no_word_reach
     words = torch.randint(2, (5, 40), generator=torch.Generator().manual_seed(0))
     assert torch.equal(small.labels(words), automaton.labels(words))
     assert small.minimized() == small
+    assert replace(small, outputs=small.outputs.clone()).minimized() == small
+
+
+def test_minimizing_numbers_states_in_the_order_in_which_they_are_met():
+    generator = torch.Generator().manual_seed(0)
+    for outputs in (2, 3, 40):
+        table = torch.randint(40, (40, 3), generator=generator)
+        automaton = Automaton(table, 7, torch.randint(outputs, (40,), generator=generator))
+        small, met = automaton.minimized(), [0]
+        for state in met:
+            met += [s for s in dict.fromkeys(small.transitions[state].tolist()) if s not in met]
+        assert met == list(range(small.num_states))
+        words = torch.randint(3, (20, 50), generator=generator)
+        assert torch.equal(small.labels(words), automaton.labels(words))
 
 
 @pytest.mark.parametrize(
     ("expression", "alphabet", "message"),
-    [("(ab", None, "can't be read"), ("ab", "", "single characters"), ("ab", ["ab"], "single characters")],
+    [
+        ("(ab", None, r"'\(' at place 1 is not closed; add '\)'"),
+        ("ab)", None, r"'\)' at place 3 closes nothing"),
+        ("a{2,1}", None, r"\{2,1\} asks for at least 2 and at most 1 repetitions; write \{1,2\}$"),
+        ("a{x}", None, r"'\{' at place 2 begins no number of repetitions; write \{2\}, \{1,2\} or \{2,\}"),
+        ("a{,}", None, "begins no number of repetitions"),
+        ("a{-1,2}", None, "begins no number of repetitions"),
+        ("a{99999999}", None, "repeat at most 10,000 times"),
+        ("((a{100}){100}){2}", None, "more than 10,000 letters; repeat less often"),
+        ("b|[ab", None, r"the class '\[ab' has no end; write '\[ab\]'"),
+        ("a]", None, r"'\]' at place 2 closes nothing"),
+        ("[z-a]", None, "the range z-a runs backwards; write a-z$"),
+        (r"[b-\a]", None, "runs backwards"),
+        ("[]", None, r"the class \[\] is empty"),
+        ("[^]", None, "is empty"),
+        ("*a", None, r"'\*' at place 1 has nothing before it to repeat"),
+        ("b(?a)", None, "'\\?' at place 3 has nothing before it"),
+        ("a|", None, r"'\|' at its end has nothing on its right; write \(\)"),
+        ("(a|)b", None, r"'\|' before '\)' at place 4 has nothing on its right"),
+        ("a&|b", None, r"'\|' at place 3 has nothing on its left"),
+        (r"\d", None, r"no class here; write the letters out, such as \[0-9\]"),
+        ("a\\", None, "a backslash at its end quotes nothing"),
+        ("a|c", "ab", "its letter 'c' is not in the alphabet 'ab'"),
+        ("[a-c]", "ab", "its letter 'c' is not in the alphabet 'ab'"),
+        ("()", None, "names no letters"),
+        ("ab", "", "single characters"),
+        ("ab", ["ab"], "single characters"),
+    ],
 )
 def test_what_is_no_expression_is_refused(expression, alphabet, message):
     with pytest.raises(ValueError, match=message):
         Automaton.from_regex(expression, alphabet)
+
+
+@pytest.mark.parametrize(
+    ("expression", "letters"),
+    [("a{1,2}b{,3}", "ab"), ("[a-c]", "abc"), (r"\(a\)", "()a"), (r"[\na-]", "\n-a"), ("[^b]c", "bc"), ("a b", " ab")],
+)
+def test_the_letters_of_an_expression_are_those_that_it_names(expression, letters):
+    assert Automaton.from_regex(expression).letter_names == tuple(sorted(letters))
 
 
 def test_json_of_both_kinds_is_read(tmp_path):

@@ -105,6 +105,38 @@ def test_zero_keys_do_nothing(normalize, decay, backend):
     check_against_reference(replace(case, transition=replace(case.transition, k=keys)), backend)
 
 
+# In float32 the squares of these underflow or leave no room for a gradient, which grows like 1 / |k|^2.
+SHORT = [1e-9, 1e-12, 1e-20, 1e-38, 1e-44]
+
+
+def with_short_keys(case, length) -> Any:
+    keys = case.transition.k.clone()
+    keys[:, ::3] *= length
+    return replace(case, transition=replace(case.transition, k=keys))
+
+
+@pytest.mark.parametrize("length", SHORT)
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("decay", ["none", "channel"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_short_keys_do_nothing(normalize, decay, backend, length):
+    case = with_short_keys(make_case(t=40, n=2, decay=decay, normalize=normalize, dtype=torch.float32), 0.9 * length)
+    check_against_reference(case, backend)
+    if normalize:
+        zero = results(with_short_keys(case, 0), "reference")
+        for name, value in results(case, "reference").items():
+            assert torch.equal(value, zero[name]), name
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("decay", ["none", "channel"])
+def test_the_shortest_keys_that_act_have_finite_gradients(decay, backend):
+    case = with_short_keys(make_case(t=4, decay=decay, dtype=torch.float32), 1.1e-9)
+    computed = results(case, backend)
+    assert computed["o"].abs().max() > 1e7  # a value is written 1 / |k| times
+    assert all(value.isfinite().all() for value in computed.values())
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("decay", ["none", "head", "channel"])
 @pytest.mark.parametrize(

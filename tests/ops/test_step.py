@@ -1,5 +1,6 @@
 """One token: the step that "auto" takes for every kind of transition, against the reference."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,15 @@ def make_case(kind: str, dtype: torch.dtype = torch.float64) -> Any:
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_one_token_agrees_with_the_reference(kind, dtype):
     check_against_reference(make_case(kind, dtype), "auto")
+
+
+@pytest.mark.parametrize("length", [0.9e-9, 1e-20, 1e-44])
+@pytest.mark.parametrize("kind", ["householder", "householder, head"])
+def test_short_keys_do_nothing(kind, length):
+    case = make_case(kind, torch.float32)
+    keys = case.transition.k.clone()
+    keys[:, :, 1] *= length / keys[:, :, 1].norm(dim=-1, keepdim=True)
+    check_against_reference(replace(case, transition=replace(case.transition, k=keys)), "auto")
 
 
 @pytest.mark.parametrize("kind", KINDS)

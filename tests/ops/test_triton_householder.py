@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import check_against_reference, relative_error, results
-from test_householder import make_case, one_key, parity_bits
+from test_householder import SHORT, make_case, one_key, parity_bits, with_short_keys
 from triton_cases import FLOAT32, check_on_gpu, interpreted, on_gpu, short_segments
 
 from statetrack.ops import available_backends, linear_recurrence, triton_common, triton_householder
@@ -79,6 +79,19 @@ def test_zero_keys_do_nothing(normalize, path):
     keys = case.transition.k.clone()
     keys[:, ::3] = 0
     check_against_reference(replace(case, transition=replace(case.transition, k=keys)), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("length", SHORT)
+def test_short_keys_do_nothing(length, path):
+    check_against_reference(with_short_keys(make_case(1, 40, 2, **FLOAT32), 0.9 * length), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("length", [0.9e-9, 1e-20])
+def test_short_keys_do_nothing_when_decoding(length):
+    case = with_short_keys(make_case(t=2, **FLOAT32), length)
+    assert all(map(torch.equal, case.run("triton"), with_short_keys(case, 0).run("triton")))
 
 
 @interpreted

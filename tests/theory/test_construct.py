@@ -1,6 +1,7 @@
 """Compiled models: proved exact where their states can be enumerated, and wrong where the theory says they must be."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -126,6 +127,16 @@ def test_reflections_multiply_to_the_matrix_and_are_as_few_as_its_rank():
 def test_how_many_last_letters_decide():
     assert definite_length(Automaton.from_regex("(a|b)*abb").transitions.numpy()) == 3
     assert definite_length(Automaton.from_regex("(aa)*").transitions.numpy()) is None
+
+
+@pytest.mark.parametrize("letters", [2, 10])
+def test_thousands_of_states_are_refused_in_seconds(letters):
+    generator = torch.Generator().manual_seed(0)
+    table = torch.stack([torch.randperm(2000, generator=generator) for _ in range(letters)], 1)
+    begun = time.process_time()
+    with pytest.raises(ConstructionError, match="2,000 states, and integers above 256"):
+        compile(Automaton(table, 0, torch.arange(2000)))
+    assert time.process_time() - begun < 10
 
 
 @pytest.mark.parametrize(

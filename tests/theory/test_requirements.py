@@ -2,12 +2,15 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
 from automaton_examples import full
 
 from statetrack.automata import Automaton, group_automaton
+from statetrack.automata.monoid import transition_monoid
+from statetrack.theory import requirements
 from statetrack.theory.requirements import analyze
 
 
@@ -110,6 +113,25 @@ def test_monoids_that_are_out_of_reach_are_refused(states, merges, message):
     letters += [torch.randperm(states, generator=generator) for _ in range(2)]
     with pytest.raises(ValueError, match=message):
         analyze(Automaton(torch.stack(letters, 1), 0, torch.arange(states)), monoid_limit=1000)
+
+
+def test_groups_with_hundreds_of_generators_are_described_in_seconds():
+    generator = torch.Generator().manual_seed(1)
+    letters = [torch.randint(30, (30,), generator=generator) for _ in range(2)]
+    begun = time.process_time()
+    analysis = analyze(Automaton(torch.stack(letters, 1), 0, torch.arange(30)))
+    assert time.process_time() - begun < 20  # a minute and more with all generators
+    names = [g.name for g in analysis.groups]
+    assert names[:3] == ["S7", "S6", "S5"]
+    assert [name for name, g in zip(names, analysis.groups, strict=True) if not g.solvable] == names[:3]
+    assert {"S3", "Z4 x Z3"} <= set(names)
+
+
+@pytest.mark.parametrize("name", ["Z12", "Q8", "S4", "A4xZ5"])
+def test_letters_of_a_group_from_one_cycle_are_what_each_does_to_all_states(name):
+    automaton = group_automaton(name).minimized()
+    found = requirements._letters(automaton, transition_monoid(automaton))
+    assert found == requirements._letters(automaton, None)
 
 
 def test_requirements_name_the_theorem_for_each_need():

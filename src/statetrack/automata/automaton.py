@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from statetrack.automata.expressions import ExpressionError, letters_of
 
 if TYPE_CHECKING:
     from automata.fa.dfa import DFA
@@ -270,7 +273,8 @@ class Automaton:
             alphabet: the letters, of which the expression may use only some; None for those that occur in it.
 
         Raises:
-            ValueError: for an expression that can't be parsed, one with letters outside the alphabet, or no letters.
+            ValueError: for an expression that can't be parsed or is too long, one with letters outside the alphabet, or
+                no letters.
         """
         from automata.base.exceptions import (
             AutomatonException,
@@ -283,8 +287,15 @@ class Automaton:
         if symbols is not None and (not symbols or any(len(symbol) != 1 for symbol in symbols)):
             raise ValueError(f"the alphabet of an expression is single characters, such as 'ab'; got {alphabet!r}")
         try:
+            letters = letters_of(expression)
+            if symbols is None:
+                symbols = letters
+            if outside := sorted(letters - symbols):
+                raise ExpressionError(f"its letter {outside[0]!r} is not in the alphabet {''.join(sorted(symbols))!r}")
+            if not symbols:
+                raise ExpressionError("it names no letters, so that it needs an alphabet, such as 'ab'")
             dfa = DFA.from_nfa(NFA.from_regex(expression, input_symbols=symbols), minify=True)
-        except (AutomatonException, RegexException) as error:
+        except (AutomatonException, RegexException, ExpressionError) as error:
             raise ValueError(f"the regular expression {expression!r} can't be read: {error}") from None
         # automata-lib leaves a trap implicit, and the minimal complete automaton has it.
         return cls.from_dfa(dfa).minimized()
@@ -302,27 +313,40 @@ class Automaton:
         States are numbered as a breadth-first search meets them, from the start, 0, on. A merged state has the name of
         its first member. (Moore's partition refinement.)
         """
+        return self if self.__dict__.get("_is_minimal") else self._minimal
+
+    @cached_property
+    def _minimal(self) -> Automaton:
         classes = torch.unique(self.outputs, return_inverse=True)[1]
-        while True:
+        while (count := int(classes.max()) + 1) < self.num_states:
             signature = torch.cat([classes.unsqueeze(1), classes[self.transitions]], 1)
             refined = torch.unique(signature, dim=0, return_inverse=True)[1]
-            if int(refined.max()) == int(classes.max()):
+            if int(refined.max()) + 1 == count:
                 break
             classes = refined
-        table, class_of = self.transitions.tolist(), classes.tolist()
-        numbers, members = {class_of[self.start]: 0}, [self.start]
-        rows: list[list[int]] = []
-        for state in members:  # grows while it is read
-            row = []
-            for following in table[state]:
-                number = numbers.setdefault(class_of[following], len(members))
-                if number == len(members):
-                    members.append(following)
-                row.append(number)
-            rows.append(row)
-        names = None if self.state_names is None else tuple(self.state_names[state] for state in members)
-        device = self.device
-        return Automaton(torch.tensor(rows, device=device), 0, self.outputs[members], self.letter_names, names)
+        table, classes = self.transitions.cpu().numpy(), classes.cpu().numpy()
+        numbers, first = np.full(count, -1), np.empty(count, dtype=np.int64)
+        numbers[classes[self.start]] = 0
+        members = [frontier := np.array([self.start])]
+        found = 1
+        while len(frontier):
+            following = table[frontier].reshape(-1)
+            following = following[numbers[classes[following]] < 0]
+            frontier = following[first_occurrences(classes[following], first)]
+            numbers[classes[frontier]] = found + np.arange(len(frontier))
+            found += len(frontier)
+            members.append(frontier)
+        kept = np.concatenate(members)
+        names = None if self.state_names is None else tuple(self.state_names[state] for state in kept.tolist())
+        minimal = Automaton(
+            torch.from_numpy(numbers[classes[table[kept]]]).to(self.device),
+            0,
+            self.outputs[torch.from_numpy(kept).to(self.device)],
+            self.letter_names,
+            names,
+        )
+        minimal.__dict__["_is_minimal"] = True
+        return minimal
 
     @cached_property
     def _copies(self) -> dict[torch.device, Automaton]:
@@ -371,6 +395,18 @@ class Automaton:
 
     def __repr__(self) -> str:
         return f"Automaton({self.num_states} states, {self.num_letters} letters, {self.num_outputs} outputs)"
+
+
+def first_occurrences(values: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    """Where each number occurs for the first time, in order; `np.unique` would sort.
+
+    Args:
+        values: numbers from 0 on, int64 [n].
+        scratch: int64, longer than the largest of them; it is written to, and may be used again as it is.
+    """
+    places = np.arange(len(values))
+    scratch[values[::-1]] = places[::-1]  # of entries that are written twice the last one stays
+    return np.flatnonzero(scratch[values] == places)
 
 
 def _table(values: Tensor, what: str, shape: str, ndim: int) -> Tensor:

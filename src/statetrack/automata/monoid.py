@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
-from statetrack.automata.automaton import Automaton
+from statetrack.automata.automaton import Automaton, first_occurrences
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +100,52 @@ def transition_monoid(automaton: Automaton, limit: int = 200_000) -> TransitionM
     """Enumerates the transition monoid breadth first; None if it has more than `limit` elements."""
     table = automaton.transitions.cpu().numpy()
     if automaton.is_permutation_automaton and automaton.num_letters >= _MANY_LETTERS:
-        return _enumerate_group(table, limit)
+        return _regular_group(table, limit) or _enumerate_group(table, limit)
     return _enumerate(table, limit)
+
+
+def _regular_group(table: np.ndarray, limit: int) -> TransitionMonoid | None:
+    """The same where the states are the elements of the group that the letters make, as in its word problem; else None.
+
+    Then the automaton's own table says all products: the element that leads from state 0 to x, and a letter on, is the
+    one that leads from 0 to where the letter leads from x. It is so if and only if maps that commute with all letters
+    lead from state 0 to every state: a word that returns from one state to itself then does so from all.
+    """
+    states, letters = table.shape
+    if states > limit:
+        return None
+    generators: list[int] = []
+    order, parents, by = [0], np.zeros(states, dtype=np.int64), np.zeros(states, dtype=np.int64)
+    for letter in np.random.default_rng(0).permutation(letters).tolist():  # few of them nearly always are enough
+        if len(order) == states:
+            break
+        if table[0, letter] in order:
+            continue
+        generators.append(letter)
+        if 2 ** len(generators) > states:  # each at least doubles a group
+            return None
+        order, reached = [0], {0}
+        for state in order:  # grows while it is read
+            for generator in generators:
+                if (following := int(table[state, generator])) not in reached:
+                    reached.add(following)
+                    order.append(following)
+                    parents[following], by[following] = state, generator
+    if len(order) < states:
+        return None
+    for generator in generators:  # maps that lead from 0 along each of these lead everywhere
+        commuting = np.empty(states, dtype=np.int64)
+        commuting[0] = table[0, generator]
+        for state in order[1:]:
+            commuting[state] = table[commuting[parents[state]], by[state]]
+        if not np.array_equal(table[commuting], commuting[table]):
+            return None
+    columns = {generator: np.ascontiguousarray(table[:, generator]) for generator in generators}
+    elements = np.empty((states, states), dtype=np.int64)
+    elements[0] = np.arange(states)
+    for state in order[1:]:
+        elements[state] = columns[int(by[state])][elements[parents[state]]]
+    return _in_order_of_words(elements, table)
 
 
 def _enumerate_group(table: np.ndarray, limit: int) -> TransitionMonoid | None:
@@ -137,12 +181,12 @@ def _enumerate_group(table: np.ndarray, limit: int) -> TransitionMonoid | None:
 def _in_order_of_words(elements: np.ndarray, right: np.ndarray) -> TransitionMonoid:
     """A monoid whose elements, of which 0 is the identity, are numbered anew in the order of their first words."""
     letters = right.shape[1]
-    new = np.full(len(elements), -1)
+    new, scratch = np.full(len(elements), -1), np.empty(len(elements), dtype=np.int64)
     new[0], order, parents, last_letters, levels = 0, [np.array([0])], [np.array([-1])], [np.array([-1])], [0, 1]
-    while levels[-2] < levels[-1]:
+    while levels[-1] < len(elements):
         products = right[order[-1]].reshape(-1)
-        found, first = np.unique(products, return_index=True)
-        first = np.sort(first[new[found] < 0])
+        fresh = np.flatnonzero(new[products] < 0)
+        first = fresh[first_occurrences(products[fresh], scratch)]
         new[products[first]] = levels[-1] + np.arange(len(first))
         order.append(products[first])
         parents.append(levels[-2] + first // letters)
@@ -154,7 +198,7 @@ def _in_order_of_words(elements: np.ndarray, right: np.ndarray) -> TransitionMon
         parents=np.concatenate(parents),
         last_letters=np.concatenate(last_letters),
         right=new[right[old]],
-        levels=tuple(levels[:-1]),
+        levels=tuple(levels),
     )
 
 

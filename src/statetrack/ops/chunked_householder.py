@@ -29,7 +29,7 @@ from torch import Tensor
 from statetrack.ops.backend import Backend, register_operator, wants_gradient
 from statetrack.ops.chunking import Cut, decay_gradient, decay_products, rows_in_cache
 from statetrack.ops.packing import by_rows
-from statetrack.transition import Householder, Transition, accumulation_dtype
+from statetrack.transition import SHORTEST_KEY, Householder, Transition, accumulation_dtype
 
 # Up to so many rows (sequences times heads) with states of up to so many numbers a chunk is long even on a CPU.
 # Measured: one head, K = V = 5, N = 4, a sequence of 65,536 tokens: 1.25 s with 16 micro-steps a chunk, 0.36 s with 64.
@@ -394,7 +394,7 @@ class _Chunk:
         """
         self.weights = gram if self.decays is None else gram * self.decays.pairs
         squared_norm = gram[:, : self.steps].diagonal(dim1=1, dim2=2).unsqueeze(2)
-        nonzero = squared_norm > 0
+        nonzero = squared_norm > (SHORTEST_KEY**2 if self.normalize else 0)
         squared_norm = torch.where(nonzero, squared_norm, 1)
         if self.normalize:
             self.inverse_norm = torch.where(nonzero, squared_norm.reciprocal(), 0)

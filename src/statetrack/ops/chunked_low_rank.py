@@ -32,7 +32,7 @@ from torch import Tensor
 
 from statetrack.ops.backend import Backend, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
-from statetrack.transition import Householder, LowRank, Transition, accumulation_dtype
+from statetrack.transition import SHORTEST_KEY, Householder, LowRank, Transition, accumulation_dtype
 
 # How many numbers the largest buffer of a group of heads may have on a CPU. Measured with 1 MB of cache for each core.
 _CACHED_NUMBERS = 2**17
@@ -411,7 +411,7 @@ class _Chunk:
         self.beta = keys[1].to(x.dtype).unsqueeze(-1)
         if self.normalize:
             squared_norm = k.square().sum(-1, keepdim=True)
-            self.inverse_norm = torch.where(squared_norm > 0, squared_norm.reciprocal(), 0)
+            self.inverse_norm = torch.where(squared_norm > SHORTEST_KEY**2, squared_norm.reciprocal(), 0)
             self.beta = self.beta * self.inverse_norm
         torch.mul(k, self.beta, out=y)
 

@@ -81,14 +81,19 @@ _MAX_PATTERNS = 4096
 _MAX_DECODED = 256
 
 
-def plan(automaton: Automaton, strategy: Strategy = "auto") -> Plan:
+def plan(automaton: Automaton, strategy: Strategy = "auto", monoid: TransitionMonoid | None = None) -> Plan:
     """What `compile` would make of an automaton.
+
+    Args:
+        automaton: any automaton.
+        strategy: as for `compile`.
+        monoid: the transition monoid of the minimal automaton, where it is known.
 
     Raises:
         ValueError: for an unknown strategy.
         ConstructionError: if there is no such model.
     """
-    return _choose(automaton.minimized(), strategy, "raw").plan
+    return _choose(automaton.minimized(), strategy, "raw", monoid).plan
 
 
 def compile(
@@ -132,7 +137,7 @@ def compile(
     return construction.build().to(dtype).eval()
 
 
-def _choose(automaton: Automaton, strategy: str, keys: str) -> Construction:
+def _choose(automaton: Automaton, strategy: str, keys: str, monoid: TransitionMonoid | None = None) -> Construction:
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}; the strategies are {', '.join(STRATEGIES)}")
     if strategy in ("exclusion", "holonomy") and automaton.num_states > 1:  # a single state leaves nothing to track
@@ -141,7 +146,7 @@ def _choose(automaton: Automaton, strategy: str, keys: str) -> Construction:
                 "a cascade overwrites coordinates, for which keys in pairs have no factor; use raw keys"
             )
         return Exclusion(automaton) if strategy == "exclusion" else _holonomy(automaton)
-    candidates: list[Construction] = [*_group_constructions(automaton, keys)]
+    candidates: list[Construction] = [*_group_constructions(automaton, keys, monoid)]
     if keys == "raw":
         candidates += _state_constructions(automaton)
         if not candidates and (register := _definite(automaton)) is not None:
@@ -313,11 +318,13 @@ _SATURATED = 64.0
 _LONG = 128.0
 
 
-def _group_constructions(automaton: Automaton, keys: str) -> Iterable[Construction]:
+def _group_constructions(
+    automaton: Automaton, keys: str, monoid: TransitionMonoid | None = None
+) -> Iterable[Construction]:
     if not automaton.is_permutation_automaton:
         return
-    monoid = transition_monoid(automaton, MAX_ORDER)
-    if monoid is None or len(monoid) == 1:
+    monoid = monoid or transition_monoid(automaton, MAX_ORDER)
+    if monoid is None or not 1 < len(monoid) <= MAX_ORDER:
         return
     if len(monoid) > _MAX_DECODED and len(monoid) != automaton.num_states:
         return  # an element for each hidden unit would be too many
@@ -518,12 +525,16 @@ def definite_length(table: np.ndarray) -> int | None:
     for length in range(states):
         if not apart.any():
             return length
-        # Pairs of states that some word of one more letter leaves apart.
-        apart = np.any([apart[np.ix_(column, column)] for column in table.T], 0)
+        # Pairs of states that some word of one more letter leaves apart: of those before, all or fewer.
+        before, apart = apart, np.any([apart[np.ix_(column, column)] for column in table.T], 0)
+        if np.array_equal(apart, before):
+            return None
     return None
 
 
 def _definite(automaton: Automaton) -> Construction | None:
+    if automaton.num_states > _MAX_PATTERNS:  # there is a pattern for every state at least
+        return None
     table = automaton.transitions.cpu().numpy()
     length = definite_length(table)
     if not length or length > MAX_INTEGER:

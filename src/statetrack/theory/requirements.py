@@ -193,10 +193,10 @@ def analyze(automaton: Automaton, *, monoid_limit: int = MONOID_LIMIT) -> Analys
         green = _green_counts(monoid)
     subgroups = tuple(sorted({_describe(group) for group in groups}, key=lambda g: (-g.order, g.name)))
     try:
-        construction = plan(automaton)
+        construction = plan(automaton, monoid=monoid)
     except ConstructionError:
         construction = None
-    letters = tuple(_letter_facts(automaton, letter) for letter in range(automaton.num_letters))
+    letters = _letters(automaton, monoid)
     facts = {
         "states": automaton.num_states,
         "aperiodic": not subgroups,
@@ -273,20 +273,26 @@ def _permutation_group(generators: Any) -> PermutationGroup:
     return PermutationGroup([Permutation(list(generator)) for generator in generators])
 
 
+def _generators(group: PermutationGroup) -> list[Permutation]:
+    return cast("list[Permutation]", group.generators)
+
+
 def _describe(group: PermutationGroup) -> Subgroup:
     from sympy import primefactors, primerange
 
     degree = group.degree
     if degree >= _GIANT and group.is_alt_sym():  # if this says yes, it is certain
-        even = all(generator.is_even for generator in cast("list[Permutation]", group.generators))
+        even = all(generator.is_even for generator in _generators(group))
         order = math.factorial(degree) // (2 if even else 1)
         return Subgroup(f"{'A' if even else 'S'}{degree}", order, False, tuple(primerange(2, degree + 1)))
     order = int(group.order())
+    # Schreier's generators may be hundreds, and SymPy's derived subgroups have a commutator for each pair of them.
+    group = _generated_by(np.array([generator.array_form for generator in _generators(group)]), order)
     return Subgroup(_name(group, order), order, bool(group.is_solvable), tuple(int(p) for p in primefactors(order)))
 
 
 def _name(group: PermutationGroup, order: int) -> str:
-    generators = cast("list[Permutation]", group.generators)
+    generators = _generators(group)
     moved = len({point for generator in generators for point in generator.support()})
     if group.is_abelian:
         return " x ".join(f"Z{factor}" for factor in sorted(group.abelian_invariants(), reverse=True)) or "trivial"
@@ -358,11 +364,35 @@ def _quick_obstruction(automaton: Automaton, words: int = 2000) -> Obstruction |
 
 
 def _spelt(automaton: Automaton, word: tuple[int, ...]) -> tuple[str, ...]:
-    names = automaton.letter_names or tuple(map(str, range(automaton.num_letters)))
-    return tuple(names[letter] for letter in word)
+    names = automaton.letter_names
+    return tuple(str(letter) if names is None else names[letter] for letter in word)
 
 
 # The table
+
+
+def _letters(automaton: Automaton, monoid: TransitionMonoid | None) -> tuple[LetterFacts, ...]:
+    states = automaton.num_states
+    if monoid is None or not automaton.is_permutation_automaton or len(monoid) > states:
+        return tuple(_letter_facts(automaton, letter) for letter in range(automaton.num_letters))
+    # A group with as few elements as states that it reaches: what fixes one state fixes all, and the cycle of one state
+    # says what all others do.
+    table = automaton.transitions.cpu().numpy()
+    letters = np.arange(automaton.num_letters)
+    periods, current, steps = np.zeros_like(letters), np.zeros_like(letters), 0
+    while not periods.all():
+        current, steps = table[current, letters], steps + 1
+        periods[(periods == 0) & (current == 0)] = steps
+    return tuple(
+        LetterFacts(
+            name=_spelt(automaton, (letter,))[0],
+            kind="identity" if period == 1 else "permutation",
+            moved=0 if period == 1 else states,
+            rank=states - states // period,
+            period=period,
+        )
+        for letter, period in enumerate(periods.tolist())
+    )
 
 
 def _letter_facts(automaton: Automaton, letter: int) -> LetterFacts:

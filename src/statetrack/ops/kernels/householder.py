@@ -16,10 +16,13 @@ import triton
 import triton.language as tl
 
 from statetrack.ops.kernels.products import halves, unit_triangular_inverse
+from statetrack.transition import SHORTEST_KEY
 
 # Stands for a beta or, in the backward, a decay of exactly 0: it moves no result by more than the rounding, and lets
 # the gradient divide. The square is still a normal float32.
 TINY = tl.constexpr(2.0**-40)
+# Up to this |k|^2 a normalized key counts as 0.
+SHORTEST = tl.constexpr(SHORTEST_KEY**2)
 
 
 @triton.jit
@@ -110,10 +113,11 @@ def prepare(
 
     gram = tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
     squared_norm = tl.sum(tl.where(i == j, gram, 0.0), axis=1)
-    divisor = tl.where(squared_norm > 0, squared_norm, 1.0)
+    directed = squared_norm > (SHORTEST if NORMALIZE else 0.0)
+    divisor = tl.where(directed, squared_norm, 1.0)
     scaled = strength
     if NORMALIZE:
-        scaled = tl.where(squared_norm > 0, strength / divisor, TINY)
+        scaled = tl.where(directed, strength / divisor, TINY)
     else:
         strength = strength * squared_norm
     system = tl.where(i > j, gram / divisor[:, None] * strength[:, None], 0.0)
@@ -270,7 +274,8 @@ def steps(
             strength = tl.load(beta + place)
             if NORMALIZE:
                 squared_norm = tl.sum(keys * keys, axis=0)
-                strength = tl.where(squared_norm > 0, strength / tl.where(squared_norm > 0, squared_norm, 1.0), 0.0)
+                directed = squared_norm > SHORTEST
+                strength = tl.where(directed, strength / tl.where(directed, squared_norm, 1.0), 0.0)
             error = values - tl.sum(keys[:, None] * state, axis=0)
             state += keys[:, None] * (strength * error)[None, :]
         place = (b * T + t) * H + h

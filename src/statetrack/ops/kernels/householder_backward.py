@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import TINY, clamped_beta, decays, load_rows
+from statetrack.ops.kernels.householder import SHORTEST, TINY, clamped_beta, decays, load_rows
 from statetrack.ops.kernels.products import dot_masks, halves
 
 
@@ -141,10 +141,11 @@ def gradients(
     key_rows = (first * N * H + h) * K
     keys = load_rows(k + key_rows, rows_ok, H * K, BM, K, BK)
     squared_norm = tl.sum(keys.to(tl.float32) * keys.to(tl.float32), axis=1)
-    inverse_norm = tl.where(squared_norm > 0, 1 / tl.where(squared_norm > 0, squared_norm, 1.0), 0.0)
+    directed = squared_norm > SHORTEST
+    inverse_norm = tl.where(directed, 1 / tl.where(directed, squared_norm, 1.0), 0.0)
     scaled = clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
     if NORMALIZE:
-        scaled = tl.where(squared_norm > 0, scaled * inverse_norm, TINY)
+        scaled = tl.where(directed, scaled * inverse_norm, TINY)
 
     values_at = (first * N * H + h) * V + row[:, None] * (H * V)
     outs_at = (first * H + h) * V + token[:, None] * (H * V)
