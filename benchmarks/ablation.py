@@ -169,12 +169,12 @@ def run_variant(one: Variant, seed: int) -> dict[str, Any]:
     began = time.process_time()
     row: dict[str, Any] = {"seed": seed, "accuracy": {}, "horizon": 0}
     try:
-        with _decayed_eigenvalues(config) if one.changes.get("decay_eigenvalues") else nullcontext():
+        with decayed_eigenvalues(config) if one.changes.get("decay_eigenvalues") else nullcontext():
             model = train(config).model
     except TrainingError as error:
         return {**row, "failed": str(error), "cpu_seconds": round(time.process_time() - began, 2)}
     seconds = time.process_time() - began
-    accuracy = judge(model, config.task)
+    accuracy = judge(model, config.task, LENGTHS)
     eigenvalues = [z for pairs in measure_eigenvalues(model, get_task(config.task)).values() for z in pairs]
     return {
         "seed": seed,
@@ -186,7 +186,7 @@ def run_variant(one: Variant, seed: int) -> dict[str, Any]:
     }
 
 
-def judge(model: LanguageModel, task: str, lengths: Sequence[int] = LENGTHS) -> dict[int, float]:
+def judge(model: LanguageModel, task: str, lengths: Sequence[int]) -> dict[int, float]:
     """The share of right answers among the last `WINDOW` up to each length."""
     windows = {length: range(max(0, length - WINDOW) + 1, length + 1) for length in lengths}
     asked = {position for window in windows.values() for position in window}
@@ -345,7 +345,7 @@ def draw(plan: Plan, results: Mapping[str, Any], folder: Path) -> list[Path]:
     return files
 
 
-def _decayed_eigenvalues(config: RunConfig) -> Any:
+def decayed_eigenvalues(config: RunConfig) -> Any:
     """Weight decay as on every other matrix, also on those that decide on eigenvalues."""
     kind = type(config.model.mixer_pattern[0].build(config.model.d_model))
     return mock.patch.object(kind, "eigenvalue_parameters", return_value=[])
