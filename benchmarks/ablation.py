@@ -21,7 +21,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -373,7 +373,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["run", "draw"])
     parser.add_argument("--seeds", type=int, default=8, help=f"how many, from {FIRST_SEED} on")
-    parser.add_argument("--models", nargs="*", help="only these models")
+    parser.add_argument("--models", nargs="+", help="run only these models")
+    parser.add_argument("--choices", nargs="+", help="run only these choices, and the recipe")
     parser.add_argument("--budget-minutes", type=float, default=math.inf, help="stop cleanly after so long")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file of results")
     options = parser.parse_args()
@@ -382,7 +383,8 @@ def main() -> None:
     if options.part == "run":
         seeds = range(FIRST_SEED, FIRST_SEED + options.seeds)
         until = time.time() + 60 * options.budget_minutes
-        run(plan, seeds, options.out, only=lambda v: not options.models or v.model.name in options.models, until=until)
+        part = replace(plan, choice=[c for c in plan.choice if not options.choices or c.name in options.choices])
+        run(part, seeds, options.out, only=lambda v: not options.models or v.model.name in options.models, until=until)
         return
     results = json.loads(options.out.read_text())
     for file in draw(plan, results, IMAGES):
