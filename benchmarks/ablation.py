@@ -287,7 +287,7 @@ def table(plan: Plan, results: Mapping[str, Any]) -> str:
 
 
 def draw_choice(figure: Figure, panels: Sequence[tuple[Model, list[tuple[Value, dict[str, Any]]]]], title: str) -> None:
-    """A panel for each model: the failure horizon of every seed, by value; the recipe's value on grey."""
+    """A panel for each model: the failure horizon of every seed, their median, and how many are right at 10,000."""
     figure.suptitle(title, fontsize=11.5, color=canvas.INK, x=0.012, ha="left", y=0.975)
     axes = figure.subplots(1, 3, sharey=True, squeeze=False)[0]
     figure.subplots_adjust(left=0.085, right=0.995, top=0.79, bottom=0.2, wspace=0.06)
@@ -298,10 +298,11 @@ def draw_choice(figure: Figure, panels: Sequence[tuple[Model, list[tuple[Value, 
         ax.set_title(model.title, fontsize=10.5, color=canvas.INK, loc="left")
         if index == 0:
             ax.set_ylabel("right up to length", fontsize=10)
+            ax.text(-0.02, -0.2, "at 10,000:", transform=ax.transAxes, ha="right", color=canvas.MUTED, fontsize=8)
 
 
 _COLORS = {"deltanet": 0, "mamba": 1, "deltaproduct": 2}
-_BELOW = 6.0
+_BELOW = 4.0
 """Where models are drawn that fail at the shortest length."""
 
 
