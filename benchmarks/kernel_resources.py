@@ -166,15 +166,42 @@ def resources(kernel: Any) -> dict[str, int]:
     }  # fmt: skip
 
 
+def parse_launch(text: str) -> tuple[str, triton_common.Launch]:
+    """(kernel, options) of KERNEL=BLOCK,WARPS,STAGES."""
+    kernel, _, numbers = text.partition("=")
+    try:
+        block, num_warps, num_stages = map(int, numbers.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be KERNEL=BLOCK,WARPS,STAGES, got {text!r}") from None
+    return kernel, triton_common.Launch(block, num_warps, num_stages)
+
+
+def replace_launches(op: str, launches: dict[str, triton_common.Launch]) -> None:
+    """Puts launch options into an op's tables, for every size of key."""
+    backend = importlib.import_module(f"statetrack.ops.triton_{op}")
+    for table in (getattr(backend, name) for name in ("_TABLE", "_TABLE_FLOAT32") if hasattr(backend, name)):
+        for kernel, launch in launches.items():
+            if kernel in table:
+                table[kernel] = dict.fromkeys(table[kernel], launch)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="*", default=list(OPS), choices=list(OPS))
     parser.add_argument("--sizes", nargs="*", type=int, default=[64, 128, 256], help="of keys and values")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--processors", type=int, default=1, help="of the device: with 132, time is cut into segments")
+    parser.add_argument(
+        "--launch",
+        nargs="*",
+        default=[],
+        type=parse_launch,
+        help="KERNEL=BLOCK,WARPS,STAGES in place of the table's",
+    )
     options = parser.parse_args()
     all_fit = True
     for op in options.ops:
+        replace_launches(op, dict(options.launch))
         for make in OPS[op]:
             for dtype in options.dtypes:
                 for size in options.sizes:

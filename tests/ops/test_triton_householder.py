@@ -104,6 +104,14 @@ def test_one_key_repeated(beta, path):
 
 
 @interpreted
+@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_gradients_of_keys_in_several_tiles_agree_with_the_reference(n, decay, path, monkeypatch):
+    monkeypatch.setattr(triton_householder, "_KEYS", 16)
+    check_against_reference(make_case(1, 40, n, 1, 37, 5, decay=decay, normalize=n == 1, **FLOAT32), "triton")
+
+
+@interpreted
 @pytest.mark.parametrize("segmented", [False, True], ids=["whole", "segments"])
 @pytest.mark.parametrize("decay", ["none", "head"])
 @pytest.mark.parametrize("n", [1, 3])

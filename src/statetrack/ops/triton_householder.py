@@ -32,6 +32,8 @@ from statetrack.transition import Householder, Transition
 # The tensors that a state-free kernel leaves for the scans, and those that a forward scan leaves for the backward.
 _PREPARED = 7
 _LARGEST_PRODUCT = 64
+# The widest tile of key channels of `gradients`, whose accumulators would else not fit the registers.
+_KEYS = 128
 # Shorter sequences go step by step: with so few tokens the state's own traffic is all there is.
 _STEP_BY_STEP = 4
 # The products of the segments' transitions fit a multiprocessor up to keys of so many channels.
@@ -121,14 +123,14 @@ _TABLE: dict[str, dict[int, Launch]] = {
     "prepare": {64: Launch(4, 4, 1), 128: Launch(4, 4, 1), 256: Launch(4, 4, 1)},
     "scan_forward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(64, 8, 1)},
     "scan_backward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(64, 8, 1)},
-    "gradients": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 8, 1)},
+    "gradients": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 4, 1)},
 }
 # float32 operands take twice the shared memory.
 _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
     "prepare": {64: Launch(16, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 8, 1)},
     "scan_forward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
     "scan_backward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
-    "gradients": {64: Launch(32, 4, 1), 128: Launch(32, 8, 1), 256: Launch(16, 8, 1)},
+    "gradients": {64: Launch(32, 4, 1), 128: Launch(32, 8, 1), 256: Launch(32, 8, 1)},
 }
 
 
@@ -340,7 +342,10 @@ def _backward(
         launch.gradients[(shape.rows * shape.chunks,)](
             operand_q, operand_k, beta, decay, starts, starts_low, u_high, u_low, operand_d_o,
             d_error_high, d_error_low, d_ends, d_ends_low, d_q, d_k, d_beta, d_decay, *shape.sizes,
-            **shape.constants(V=shape.value_dim, BV=block_v, NORMALIZE=normalize, DECAY=has_decay), **options,
+            **shape.constants(
+                BD=min(shape.block_k, _KEYS), V=shape.value_dim, BV=block_v, NORMALIZE=normalize, DECAY=has_decay
+            ),
+            **options,
         )  # fmt: skip
     if d_error_high is not d_v:
         d_v.copy_(d_error_high)
