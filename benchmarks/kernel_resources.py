@@ -2,7 +2,7 @@
 
 Triton compiles for a card that isn't there, with the assembler in its wheel. Every kernel of an op's forward and
 backward is compiled with the launch options that the op itself would use, and nothing is run: this shows that a kernel
-fits on the chip, not that it is right, which `benchmarks.ops_gpu_accuracy` shows on a card.
+fits on the chip, not that it is right, which `benchmarks.ops accuracy` shows on a card.
 
     python -m benchmarks.kernel_resources --ops diagonal low_rank
 
