@@ -30,7 +30,8 @@ def scan_backward(
     T, H, chunks, segments, segment_chunks,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    MODE: tl.constexpr, DECAY: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+    FINAL: tl.constexpr, MODE: tl.constexpr, DECAY: tl.constexpr,
+    SPLIT: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk to the first: the gradients of the values, of every chunk's last state and the first state.
 
@@ -46,7 +47,7 @@ def scan_backward(
     state_ok = value_ok[:, None] & (key < K)[None, :]
     state_at = head * K * V + value[:, None] + key[None, :] * V
     segment_at = segment * K * V + value[:, None] * K + key[None, :]
-    if MODE == 2:
+    if MODE == 2 or (MODE == 0 and not FINAL):
         d_state = tl.zeros([BV, BK], tl.float32)
     elif MODE == 1:
         d_state = tl.load(d_final + segment_at, mask=state_ok, other=0.0)
