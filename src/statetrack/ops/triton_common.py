@@ -126,7 +126,7 @@ def join_segments(maps: Tensor, ends: Tensor, border: Tensor | None, *, reverse:
     """
     rows, count, value_dim, key_dim = ends.shape
     diagonal = maps.ndim == 3
-    block_v = min(16 if diagonal else 64, power_of_two(value_dim))
+    block_v = min(16, power_of_two(value_dim))
     borders = torch.empty_like(ends)
     kernels("segments").join_segments[(rows, -(-value_dim // block_v))](
         maps, ends, border, borders, count,
