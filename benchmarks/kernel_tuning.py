@@ -6,7 +6,7 @@ whole op, forward or with its backward, and the fastest stays for the next kerne
 passed over; so is what gives other results than the table's entry.
 
     python -m benchmarks.kernel_tuning --rows d256 gla-wide --minutes 5
-    python -m benchmarks.kernel_tuning --rows scan-wide --kernels backward
+    python -m benchmarks.kernel_tuning --rows wide gated --kernels gradients --set _KEYS=64
 """
 
 from __future__ import annotations
@@ -60,13 +60,15 @@ def neighbours(launch: Launch) -> Iterator[Launch]:
                     yield Launch(block, warps, stages)
 
 
-def tune(row: ops_gpu.Row, kernels: list[str], deadline: float) -> list[dict[str, Any]]:
+def tune(row: ops_gpu.Row, kernels: list[str], constants: dict[str, str], deadline: float) -> list[dict[str, Any]]:
     tables = Tables(_OPS[row.kind], row.d)
     calls = {backward: ops_gpu.call(row, backward=backward) for backward in (False, True)}
     results = []
     for kernel in tables.kernels:
         if kernels and not any(part in kernel.lower() for part in kernels):
             continue
+        if kernel == ("gradients" if row.gated else "gradients_decay") and "gradients_decay" in tables.kernels:
+            continue  # the row does not run it
         backward = "backward" in kernel.lower() or "gradients" in kernel
         before, best, expected = tables[kernel], (float("inf"), tables[kernel]), None
         for launch in neighbours(before):
@@ -82,7 +84,9 @@ def tune(row: ops_gpu.Row, kernels: list[str], deadline: float) -> list[dict[str
                 torch.cuda.synchronize()
                 print(f"{row.name} {kernel} {launch}: {type(error).__name__}", flush=True)
                 continue
-            results.append({"row": row.name, "kernel": kernel, "launch": vars(launch), "ms": ms, "right": right})
+            results.append(
+                {"row": row.name, "kernel": kernel, **constants, "launch": vars(launch), "ms": ms, "right": right}
+            )
             print(f"{row.name} {kernel} {launch}: {ms:.3f} ms{'' if right else ', WRONG'}", flush=True)
             if right:
                 best = min(best, (ms, launch), key=lambda item: item[0])
@@ -100,6 +104,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", required=True, choices=[row.name for row in ops_gpu.ROWS])
     parser.add_argument("--kernels", nargs="*", default=[], help="parts of names of kernels; all if none")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=NUMBER", help="constants of the backend's module, for this run"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "kernel_tuning.json")
     options = parser.parse_args()
@@ -107,8 +114,11 @@ def main() -> None:
         raise SystemExit("tuning needs a CUDA device")
     deadline = time.monotonic() + 60 * options.minutes
     results: list[dict[str, Any]] = []
+    constants = dict(setting.split("=") for setting in options.set)
     for row in (row for row in ops_gpu.ROWS if row.name in options.rows):
-        results += tune(row, options.kernels, deadline)
+        for name, number in constants.items():
+            setattr(importlib.import_module(f"statetrack.ops.triton_{_OPS[row.kind]}"), name, int(number))
+        results += tune(row, options.kernels, constants, deadline)
         here = {"environment": environment(["triton"]), "device": torch.cuda.get_device_name(), "rows": results}
         write_results(options.output, here)
 
