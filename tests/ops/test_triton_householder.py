@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import check_against_reference, relative_error, results
 from test_householder import make_case, one_key, parity_bits
-from triton_cases import FLOAT32, check_on_gpu, check_operators, interpreted, on_gpu, short_segments
+from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, interpreted, on_gpu, short_segments
 
 from statetrack.ops import available_backends, linear_recurrence, triton_common, triton_householder
 
@@ -110,6 +110,13 @@ def test_gradients_of_one_of_the_results_agree_with_the_reference(wanted, path):
         # A final state does not depend on the queries.
         assert expected is not None or name == "q"
         assert relative_error(computed, torch.zeros_like(computed) if expected is None else expected) < 2e-5, name
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it
+@pytest.mark.parametrize("decay", ["none", "head"])
+def test_compiled_in_one_graph_for_every_length(decay):
+    check_compiled(make_case(1, 20, 2, decay=decay, **FLOAT32), make_case(1, 70, 2, decay=decay, **FLOAT32))
 
 
 @interpreted

@@ -92,8 +92,9 @@ class _TritonHouseholder(torch.autograd.Function):
         o, final_state, tape = _forward_op(q, k, v, beta, decay, initial_state, normalize, high, True)
         ctx.save_for_backward(q, k, beta, decay, *tape)
         ctx.normalize, ctx.value_dim, ctx.value_dtype = normalize, v.shape[-1], v.dtype
-        # A final state that nobody asks about has no gradient, not one of zeros that a kernel must fill in.
-        ctx.set_materialize_grads(False)
+        if not torch.compiler.is_compiling():  # which need not know this method
+            # A final state that nobody asks about has no gradient, not one of zeros that a kernel must fill in.
+            ctx.set_materialize_grads(False)
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
         return o, final_state
 
