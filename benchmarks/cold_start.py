@@ -66,7 +66,7 @@ def measure(name: str) -> dict[str, Any]:
 def _ours(name: str) -> nn.Module:
     from_data = importlib.import_module("statetrack.config").from_data
     models = importlib.import_module("statetrack.model")
-    mixer = {"name": name, "backend": "triton", "eigenvalue_range": [-1, 1]}
+    mixer = {"name": name, "backend": "triton"}
     config = from_data(models.ModelConfig, {"vocab_size": 4, "d_model": 128, "num_layers": 2, "mixer": mixer})
     return models.LanguageModel(config).cuda()
 

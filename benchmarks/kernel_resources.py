@@ -2,7 +2,7 @@
 
 Triton compiles for a card that isn't there, with the assembler in its wheel. Every kernel of an op's forward and
 backward is compiled with the launch options that the op itself would use, and nothing is run: this shows that a kernel
-fits on the chip, not that it is right, which `benchmarks.ops_gpu_accuracy` shows on a card.
+fits on the chip, not that it is right, which `benchmarks.ops accuracy` shows on a card.
 
     python -m benchmarks.kernel_resources --ops diagonal low_rank
 
@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 
-from statetrack.ops import triton_common
+from statetrack.ops import Precision, triton_common
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
 
 SHARED_MEMORY = 227 * 1024
@@ -72,7 +72,9 @@ OPS: dict[str, list[Callable[..., Case]]] = {
 }
 
 
-def compiled(case: Case, op: str, *, processors: int = 1) -> Iterator[tuple[str, Any, float]]:
+def compiled(
+    case: Case, op: str, *, processors: int = 1, precision: Precision = "default"
+) -> Iterator[tuple[str, Any, float]]:
     """(name, compiled kernel, seconds) of every kernel that a forward and its backward launch."""
     results: dict[tuple[str, int], tuple[str, Any, float]] = {}
 
@@ -81,7 +83,7 @@ def compiled(case: Case, op: str, *, processors: int = 1) -> Iterator[tuple[str,
         kernel = function.warmup(*arguments, grid=(1,), **options)
         results.setdefault((name, id(kernel)), (name, kernel, time.perf_counter() - start))
 
-    launches(case, op, compile_one, processors=processors)
+    launches(case, op, compile_one, processors=processors, precision=precision)
     yield from results.values()
 
 
@@ -105,7 +107,7 @@ Visit = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], None]
 """(name, kernel, arguments, options) of a launch."""
 
 
-def launches(case: Case, op: str, visit: Visit, *, processors: int = 1) -> None:
+def launches(case: Case, op: str, visit: Visit, *, processors: int = 1, precision: Precision = "default") -> None:
     """Runs an op without and with a gradient, and visits its launches in place of making them.
 
     Args:
@@ -113,6 +115,7 @@ def launches(case: Case, op: str, visit: Visit, *, processors: int = 1) -> None:
         op: of which `ops/triton_<op>.py` is the backend.
         visit: is called with every launch.
         processors: of the device that isn't there; with many, time is cut into segments.
+        precision: as in `linear_recurrence`.
     """
     triton = importlib.import_module("triton")
     target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
@@ -121,6 +124,7 @@ def launches(case: Case, op: str, visit: Visit, *, processors: int = 1) -> None:
     )
     backend = importlib.import_module(f"statetrack.ops.triton_{op}")
     load = triton_common.kernels
+    run = (precision == "high" and backend.BACKEND.run_high) or backend.BACKEND.run
 
     def launcher(name: str, function: Any) -> Any:
         class Launcher:
@@ -143,7 +147,7 @@ def launches(case: Case, op: str, visit: Visit, *, processors: int = 1) -> None:
         inputs = {name: x.requires_grad_() for name, x in inputs.items()}
         for save in (False, True):
             with torch.set_grad_enabled(save):
-                o, state = backend.BACKEND.run(transition, inputs["q"], inputs["v"], inputs.get("write"), None, None)
+                o, state = run(transition, inputs["q"], inputs["v"], inputs.get("write"), None, None)
         (o.float().sum() + state.sum()).backward()
 
 
@@ -166,20 +170,50 @@ def resources(kernel: Any) -> dict[str, int]:
     }  # fmt: skip
 
 
+def parse_launch(text: str) -> tuple[str, triton_common.Launch]:
+    """(kernel, options) of KERNEL=BLOCK,WARPS,STAGES."""
+    kernel, _, numbers = text.partition("=")
+    try:
+        block, num_warps, num_stages = map(int, numbers.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be KERNEL=BLOCK,WARPS,STAGES, got {text!r}") from None
+    return kernel, triton_common.Launch(block, num_warps, num_stages)
+
+
+def replace_launches(op: str, launches: dict[str, triton_common.Launch]) -> None:
+    """Puts launch options into an op's tables, for every size of key."""
+    backend = importlib.import_module(f"statetrack.ops.triton_{op}")
+    for table in (getattr(backend, name) for name in ("_TABLE", "_TABLE_FLOAT32") if hasattr(backend, name)):
+        for kernel, launch in launches.items():
+            if kernel in table:
+                table[kernel] = dict.fromkeys(table[kernel], launch)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="*", default=list(OPS), choices=list(OPS))
     parser.add_argument("--sizes", nargs="*", type=int, default=[64, 128, 256], help="of keys and values")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--processors", type=int, default=1, help="of the device: with 132, time is cut into segments")
+    parser.add_argument("--precision", default="default", choices=["default", "high"])
+    parser.add_argument(
+        "--launch",
+        nargs="*",
+        default=[],
+        type=parse_launch,
+        help="KERNEL=BLOCK,WARPS,STAGES in place of the table's",
+    )
     options = parser.parse_args()
     all_fit = True
     for op in options.ops:
+        replace_launches(op, dict(options.launch))
         for make in OPS[op]:
             for dtype in options.dtypes:
                 for size in options.sizes:
                     case = make(getattr(torch, dtype), size, size)
-                    for name, kernel, seconds in compiled(case, op, processors=options.processors):
+                    for name, kernel, seconds in compiled(
+                        case, op, processors=options.processors, precision=options.precision
+                    ):
                         found = resources(kernel)
                         all_fit = all_fit and found["programs"] > 0
                         print(

@@ -110,10 +110,10 @@ def measure(row: Row, with_peer: bool, bandwidth: float) -> list[dict[str, Any]]
             "row": row.name, "precision": row.precision, "peer": row.peer if with_peer else None,
         }  # fmt: skip
         for name, function in functions.items():
-            call = _call(function, inputs, leaves, row, backward=which != "fwd")
+            timed = _call(function, inputs, leaves, row, backward=which != "fwd")
             once = name == "peer" and row.name.startswith("sweep-")
             with _tuned_once() if once else contextlib.nullcontext():
-                result[f"{name}_ms"], result[f"{name}_mib"] = _time(call), _peak_mib(call)
+                result[f"{name}_ms"], result[f"{name}_mib"] = median_ms(timed), _peak_mib(timed)
         if with_peer:
             result["ratio"] = result["peer_ms"] / result["ours_ms"]
         rows.append(result)
@@ -212,6 +212,12 @@ def _peer(row: Row, inputs: dict[str, Tensor]) -> Tensor:
     return function(q=inputs["q"], k=k, v=v, beta=beta.bfloat16(), **options)[0]
 
 
+def call(row: Row, *, backward: bool) -> Callable[[], Any]:
+    """Our op at the row's shape, to be called again and again: o, or with `backward` the gradients of all inputs."""
+    inputs = _inputs(row)
+    return _call(_ours, inputs, [x for x in inputs.values() if x.requires_grad], row, backward=backward)
+
+
 def _call(
     function: Callable[[Row, dict[str, Tensor]], Tensor],
     inputs: dict[str, Tensor],
@@ -231,7 +237,7 @@ def _call(
     return lambda: torch.autograd.grad(function(row, inputs), leaves, d_o)
 
 
-def _time(call: Callable[[], object]) -> float:
+def median_ms(call: Callable[[], object]) -> float:
     """The median time in milliseconds; the L2 cache is cleared between calls."""
     return importlib.import_module("triton.testing").do_bench(call, warmup=50, rep=200, return_mode="median")
 
@@ -266,7 +272,7 @@ def copy_bandwidth() -> float:
     """Bytes read and written in a second by a large copy on the device."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / (_time(lambda: target.copy_(source)) * 1e-3)
+    return 2 * source.numel() / (median_ms(lambda: target.copy_(source)) * 1e-3)
 
 
 def line(row: dict[str, Any]) -> str:

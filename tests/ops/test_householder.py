@@ -304,6 +304,13 @@ def test_compiled_in_one_graph():
     assert all(relative_error(a, e) < 1e-6 for a, e in zip(compiled, eager, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+@pytest.mark.parametrize("t", [1, 20])
+def test_high_precision_is_what_a_cpu_has(t, backend):
+    case = make_case(1, t, 1, 2, 4, 4)
+    assert all(map(torch.equal, case.run(backend, "high"), case.run(backend)))
+
+
 T, F_ = (2, 6, 1, 3, 5), (2, 6, 1, 3)
 
 
@@ -316,6 +323,7 @@ T, F_ = (2, 6, 1, 3, 5), (2, 6, 1, 3)
         ({"initial_state": torch.zeros(2, 3, 5, 6)}, r"initial_state must be \(2, 3, 5, 7\)"),
         ({"cu_seqlens": torch.tensor([0, 6])}, "B must be 1 with cu_seqlens, got 2"),
         ({"backend": "fast"}, "unknown backend 'fast'; available: auto, triton, chunked, reference"),
+        ({"precision": "low"}, 'precision must be "default" or "high", got \'low\''),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(arguments, message):

@@ -11,11 +11,13 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+# Whole and with segments, and with what high precision adds.
+@pytest.mark.parametrize("options", [[], ["--processors", "132"], ["--precision", "high"]], ids=" ".join)
 @pytest.mark.parametrize("op", ["householder", "diagonal", "discretized", "low_rank"])
-def test_every_kernel_compiles_and_fits(op, tmp_path):
+def test_every_kernel_compiles_and_fits(op, options, tmp_path):
     # A process of its own: a stand-in takes the place of triton's driver, and the interpreter must be off.
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = ["-m", "benchmarks.kernel_resources", "--ops", op, "--sizes", "64", "--dtypes", "bfloat16"]
+    command = ["-m", "benchmarks.kernel_resources", "--ops", op, "--sizes", "64", "--dtypes", "bfloat16", *options]
     done = subprocess.run(
         [sys.executable, *command],
         cwd=Path(__file__).parents[2],

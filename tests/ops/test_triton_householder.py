@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import check_against_reference, relative_error, results
 from test_householder import SHORT, make_case, one_key, parity_bits, with_short_keys
-from triton_cases import FLOAT32, check_on_gpu, interpreted, on_gpu, short_segments
+from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, interpreted, on_gpu, short_segments
 
 from statetrack.ops import available_backends, linear_recurrence, triton_common, triton_householder
 
@@ -111,9 +111,45 @@ def test_decoding_agrees_with_the_reference(t):
 
 
 @interpreted
+@pytest.mark.parametrize("wanted", [0, 1], ids=["o", "final state"])
+def test_gradients_of_one_of_the_results_agree_with_the_reference(wanted, path):
+    case = make_case(1, 150, 1, 1, 8, 5, decay="head", **FLOAT32)
+    found = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        inputs = {name: x.to(dtype).requires_grad_() for name, x in case.tensors().items()}
+        result = case.with_tensors(inputs).run(backend)[wanted]
+        found.append(torch.autograd.grad(result.square().sum(), list(inputs.values()), allow_unused=True))
+    for name, computed, expected in zip(case.tensors(), *found, strict=True):
+        # A final state does not depend on the queries.
+        assert expected is not None or name == "q"
+        assert relative_error(computed, torch.zeros_like(computed) if expected is None else expected) < 2e-5, name
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it
+@pytest.mark.parametrize("decay", ["none", "head"])
+def test_compiled_in_one_graph_for_every_length(decay):
+    check_compiled(make_case(1, 20, 2, decay=decay, **FLOAT32), make_case(1, 70, 2, decay=decay, **FLOAT32))
+
+
+@interpreted
+def test_operators_are_what_they_say(path):
+    check_operators(triton_householder, make_case(1, 70, 2, **FLOAT32))
+    check_operators(triton_householder, make_case(1, 70, 1, decay="head", **FLOAT32))
+
+
+@interpreted
 @pytest.mark.parametrize("beta", [2.0, 1.9, parity_bits], ids=["beta=2", "beta=1.9", "parity bits"])
 def test_one_key_repeated(beta, path):
     check_against_reference(one_key(1024, beta, k=16), "triton", 2e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("n", [1, 3])
+def test_gradients_of_keys_in_several_tiles_agree_with_the_reference(n, decay, path, monkeypatch):
+    monkeypatch.setattr(triton_householder, "_KEYS", 16)
+    check_against_reference(make_case(1, 40, n, 1, 37, 5, decay=decay, normalize=n == 1, **FLOAT32), "triton")
 
 
 @interpreted

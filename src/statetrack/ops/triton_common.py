@@ -23,7 +23,7 @@ LARGEST_KEY = 256
 
 # "auto" leaves transitions to the chunked backends (priority 10) as long as a kernel has passed under Triton's
 # interpreter alone: that does not show what the compiler makes of it, and Triton 3.4 to 3.7 is known to miscompile
-# kernels like these on Hopper. `python -m benchmarks.ops_gpu_accuracy` on a card is the check; a kernel that has passed
+# kernels like these on Hopper. `python -m benchmarks.ops accuracy` on a card is the check; a kernel that has passed
 # it there gets CHECKED_ON_A_CARD.
 INTERPRETED_ONLY = 5
 CHECKED_ON_A_CARD = 20
@@ -129,7 +129,7 @@ def join_segments(maps: Tensor, ends: Tensor, border: Tensor | None, *, reverse:
     """
     rows, count, value_dim, key_dim = ends.shape
     diagonal = maps.ndim == 3
-    block_v = min(16 if diagonal else 64, power_of_two(value_dim))
+    block_v = min(16, power_of_two(value_dim))
     borders = torch.empty_like(ends)
     kernels("segments").join_segments[(rows, -(-value_dim // block_v))](
         maps, ends, border, borders, count,

@@ -32,6 +32,8 @@ from statetrack.transition import Householder, Transition
 # The tensors that a state-free kernel leaves for the scans, and those that a forward scan leaves for the backward.
 _PREPARED = 7
 _LARGEST_PRODUCT = 64
+# The widest tile of key channels of `gradients`, whose accumulators would else not fit the registers.
+_KEYS = 128
 # Shorter sequences go step by step: with so few tokens the state's own traffic is all there is.
 _STEP_BY_STEP = 4
 # The products of the segments' transitions fit a multiprocessor up to keys of so many channels.
@@ -89,14 +91,19 @@ class _TritonHouseholder(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         o, final_state, tape = _forward_op(q, k, v, beta, decay, initial_state, normalize, high, True)
         ctx.save_for_backward(q, k, beta, decay, *tape)
-        ctx.normalize, ctx.value_dtype = normalize, v.dtype
+        ctx.normalize, ctx.value_dim, ctx.value_dtype = normalize, v.shape[-1], v.dtype
+        if not torch.compiler.is_compiling():  # which need not know this method
+            # A final state that nobody asks about has no gradient, not one of zeros that a kernel must fill in.
+            ctx.set_materialize_grads(False)
         ctx.initial_dtype = None if initial_state is None else initial_state.dtype
         return o, final_state
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         d_o, d_state = grad_outputs
         q, k, beta, decay, *tape = ctx.saved_tensors
+        if d_o is None:
+            d_o = q.new_zeros(*q.shape[:-1], ctx.value_dim, dtype=ctx.value_dtype)
         dq, dk, dv, d_beta, d_decay, d_initial = _backward_op(q, k, beta, decay, ctx.normalize, tape, d_o, d_state)
         return (
             *(dq, dk, dv, d_beta),
@@ -116,19 +123,22 @@ def _operands(dtypes: set[torch.dtype]) -> tuple[torch.dtype, bool]:
 
 
 # By kernel and by the key dimension's power of two, up to which an entry serves. The block of `prepare` is
-# that of its substitution. Measured on an H100 in bfloat16.
+# that of its substitution. Measured on an H100 in bfloat16, but for the gradients of 256 key channels, which are chosen
+# by the registers that the compiler reports.
 _TABLE: dict[str, dict[int, Launch]] = {
     "prepare": {64: Launch(4, 4, 1), 128: Launch(4, 4, 1), 256: Launch(4, 4, 1)},
     "scan_forward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(64, 8, 1)},
     "scan_backward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(64, 8, 1)},
-    "gradients": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 8, 1)},
+    "gradients": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 4, 1)},
+    "gradients_decay": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 8, 2)},
 }
 # float32 operands take twice the shared memory.
 _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
     "prepare": {64: Launch(16, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 8, 1)},
     "scan_forward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
     "scan_backward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
-    "gradients": {64: Launch(32, 4, 1), 128: Launch(32, 8, 1), 256: Launch(16, 8, 1)},
+    "gradients": {64: Launch(32, 4, 1), 128: Launch(32, 8, 1), 256: Launch(32, 8, 1)},
+    "gradients_decay": {64: Launch(32, 4, 1), 128: Launch(32, 8, 1), 256: Launch(32, 8, 1)},
 }
 
 
@@ -171,19 +181,17 @@ class _Shape:
             "SPLIT": self.split, "HIGH": self.high, "PRECISION": "ieee" if self.split else "tf32x3", **more,
         }  # fmt: skip
 
-    def empty_prepared(self, has_decay: bool) -> list[Tensor]:
-        """inverse_high, inverse_low, attention, attention_low, into, into_token, out_of; those not needed are empty."""
+    def empty_prepared(self, has_decay: bool) -> list[Tensor | None]:
+        """inverse_high, inverse_low, attention, attention_low, into, into_token, out_of; None where not needed."""
         places = self.rows * self.chunks
         bm, bc = self.block_m, self.block_c
         float32 = torch.float32
         return [
             self.new(places, bm, bm),
-            self.new(places if self.split else 0, bm, bm),
+            self.new(places, bm, bm) if self.split else None,
             self.new(places, bc, bm),
-            self.new(places if self.high else 0, bc, bm),
-            self.new(places if has_decay else 0, bm, dtype=float32),
-            self.new(places if has_decay else 0, bc, dtype=float32),
-            self.new(places if has_decay else 0, bm, dtype=float32),
+            self.new(places, bc, bm) if self.high else None,
+            *(self.new(places, size, dtype=float32) if has_decay else None for size in (bm, bc, bm)),
         ]
 
     def segments(self, blocks: int) -> tuple[int, int]:
@@ -192,21 +200,21 @@ class _Shape:
             return 1, self.chunks
         return segments(self.chunks, self.rows * blocks, self.device)
 
-    def empty_maps(self) -> list[Tensor]:
+    def empty_maps(self) -> Tensor | None:
         """The products of the transitions of every segment, transposed, where there are segments."""
         block_v, _ = self.launch("scan_forward")
         count, _ = self.segments(-(-self.value_dim // block_v))
-        return [] if count == 1 else [self.new(self.rows, count, self.key_dim, self.key_dim, dtype=torch.float32)]
+        return None if count == 1 else self.new(self.rows, count, self.key_dim, self.key_dim, dtype=torch.float32)
 
-    def empty_record(self) -> list[Tensor]:
-        """Every chunk's first state, transposed, in two halves (the second may be empty), and u likewise."""
+    def empty_record(self) -> list[Tensor | None]:
+        """Every chunk's first state, transposed, in two halves, the second None where not needed, and u likewise."""
         u = (self.batch, self.length, self.factors, self.heads, self.value_dim)
         places = self.rows * self.chunks
         return [
             self.new(places, self.value_dim, self.key_dim),
-            self.new(places if self.high else 0, self.value_dim, self.key_dim),
+            self.new(places, self.value_dim, self.key_dim) if self.high else None,
             self.new(*u),
-            self.new(*(u if self.split else (0,))),
+            self.new(*u) if self.split else None,
         ]
 
 
@@ -250,7 +258,7 @@ def _forward(
             q, k, beta, decay, *prepared, *shape.sizes,
             **shape.constants(BASE=base, NORMALIZE=normalize, DECAY=decay is not None), **options,
         )  # fmt: skip
-        record = shape.empty_record() if save else [None] * 4
+        record: list[Tensor | None] = shape.empty_record() if save else [None] * 4
         block_v, options = shape.launch("scan_forward")
         blocks = -(-shape.value_dim // block_v)
         constants = shape.constants(INITIAL=initial is not None, DECAY=decay is not None)
@@ -274,8 +282,7 @@ def _forward(
         )  # fmt: skip
     if not save:
         return o, final, []
-    tape = [*prepared, *(x for x in record if x is not None)]
-    return o, final, tape if maps is None else [*tape, maps]
+    return o, final, _tape(prepared, record, maps)
 
 
 def _empty_results(
@@ -294,7 +301,21 @@ def _empty_results(
     final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim, dtype=torch.float32)
     if not save:
         return o, final, []
-    return o, final, [*shape.empty_prepared(decay is not None), *shape.empty_record(), *shape.empty_maps()]
+    return o, final, _tape(shape.empty_prepared(decay is not None), shape.empty_record(), shape.empty_maps())
+
+
+def _tape(prepared: list[Tensor | None], record: list[Tensor | None], maps: Tensor | None) -> list[Tensor]:
+    """What there is of them: an empty tensor in the place of the rest would cost as much time as any other."""
+    return [x for x in (*prepared, *record, maps) if x is not None]
+
+
+def _untape(tape: list[Tensor], has_decay: bool) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """The reverse of `_tape`: two tensors more where float32 numbers are split, and two again with high precision."""
+    halves, has_maps = divmod(len(tape) - (7 if has_decay else 4), 2)
+    is_there = [True, halves > 0, True, halves > 1, *[has_decay] * 3, True, halves > 1, True, halves > 0, has_maps == 1]
+    left = iter(tape)
+    *found, maps = [next(left) if there else None for there in is_there]
+    return found[:_PREPARED], found[_PREPARED:], maps
 
 
 def _backward(
@@ -305,42 +326,47 @@ def _backward(
     normalize: bool,
     tape: list[Tensor],
     d_o: Tensor,
-    d_state: Tensor,
+    d_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k, v, beta, decay (empty without one) and the initial state; `d_x` is that of x."""
     launch = _kernels()
-    prepared, (starts, starts_low, u_high, u_low, *maps) = tape[:_PREPARED], tape[_PREPARED:]
-    split, high = u_low.numel() > 0, starts_low.numel() > 0
+    prepared, (starts, starts_low, u_high, u_low), maps = _untape(tape, decay is not None)
+    assert starts is not None
+    assert u_high is not None
+    split, high = u_low is not None, starts_low is not None
     shape = _shape(k.shape, k.device, d_o.shape[-1], u_high.dtype, split, high)
     d_q, d_k, d_v, d_beta, d_decay, d_initial = _empty_gradients(q, k, beta, decay, normalize, tape, d_o, d_state)
     operand_q, operand_k, operand_d_o = (x.to(shape.operand).contiguous() for x in (q, k, d_o))
     beta, decay = _parameters(beta, decay)
     d_error_high = d_v if d_v.dtype == shape.operand else torch.empty_like(u_high)
-    d_error_low, d_ends, d_ends_low = (torch.empty_like(x) for x in (u_low, starts, starts_low))
+    d_error_low, d_ends, d_ends_low = (None if x is None else torch.empty_like(x) for x in (u_low, starts, starts_low))
     has_decay = decay is not None
     with torch.cuda.device_of(k):
         block_v, options = shape.launch("scan_backward")
         blocks = -(-shape.value_dim // block_v)
-        constants = shape.constants(V=shape.value_dim, BV=block_v, DECAY=has_decay)
+        constants = shape.constants(V=shape.value_dim, BV=block_v, DECAY=has_decay, FINAL=d_state is not None)
         inputs = (operand_q, operand_k, *prepared, operand_d_o)
-        count = maps[0].shape[1] if maps else 1
+        count = 1 if maps is None else maps.shape[1]
         length = -(-shape.chunks // count)
-        mode, last = 0, as_float32(d_state)
-        if maps:
+        mode, last = 0, None if d_state is None else as_float32(d_state)
+        if maps is not None:
             first = shape.new(shape.rows, count, shape.value_dim, shape.key_dim, dtype=torch.float32)
             launch.scan_backward[(shape.rows * count, blocks)](
                 *inputs, *[None] * 5, first, *shape.sizes, count, length, MODE=2, **constants, **options
             )
-            mode, last = 1, join_segments(maps[0], first, last, reverse=True)
+            mode, last = 1, join_segments(maps, first, last, reverse=True)
         launch.scan_backward[(shape.rows * count, blocks)](
             *inputs, last, d_error_high, d_error_low, d_ends, d_ends_low, d_initial, *shape.sizes, count, length,
             MODE=mode, **constants, **options,
         )  # fmt: skip
-        block_v, options = shape.launch("gradients")
+        block_v, options = shape.launch("gradients_decay" if has_decay else "gradients")
         launch.gradients[(shape.rows * shape.chunks,)](
             operand_q, operand_k, beta, decay, starts, starts_low, u_high, u_low, operand_d_o,
             d_error_high, d_error_low, d_ends, d_ends_low, d_q, d_k, d_beta, d_decay, *shape.sizes,
-            **shape.constants(V=shape.value_dim, BV=block_v, NORMALIZE=normalize, DECAY=has_decay), **options,
+            **shape.constants(
+                BD=min(shape.block_k, _KEYS), V=shape.value_dim, BV=block_v, NORMALIZE=normalize, DECAY=has_decay
+            ),
+            **options,
         )  # fmt: skip
     if d_error_high is not d_v:
         d_v.copy_(d_error_high)
@@ -355,15 +381,15 @@ def _empty_gradients(
     normalize: bool,
     tape: list[Tensor],
     d_o: Tensor,
-    d_state: Tensor,
+    d_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         d_o.new_empty(*k.shape[:-1], d_o.shape[-1]),
         beta.new_empty(beta.shape),
-        d_state.new_empty(0) if decay is None else decay.new_empty(decay.shape),
-        d_state.new_empty(d_state.shape),
+        beta.new_empty(0) if decay is None else decay.new_empty(decay.shape),
+        beta.new_empty(k.shape[0], k.shape[3], k.shape[4], d_o.shape[-1], dtype=torch.float32),
     )
 
 

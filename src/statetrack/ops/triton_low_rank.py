@@ -141,7 +141,7 @@ def _kernels() -> Any:
 _TABLE: dict[str, dict[int, Launch]] = {
     "prepare_channels": {64: Launch(16, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
     "scan_forward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 8, 1)},
-    "scan_backward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 8, 1)},
+    "scan_backward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
     "gradients_channels": {64: Launch(16, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
 }
 

@@ -10,13 +10,17 @@ import triton.language as tl
 
 from statetrack.ops.kernels.householder import SHORTEST, TINY, clamped_beta, decays, load_rows
 from statetrack.ops.kernels.products import dot_masks, halves
+from statetrack.ops.kernels.tiles import load_tile, store_tile
 
 
 @triton.jit
-def store_rows(pointer, x, rows_ok, row_stride, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    offsets = tl.arange(0, ROWS)[:, None] * row_stride + tl.arange(0, BLOCK)[None, :]
-    ok = rows_ok[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :]
-    tl.store(pointer + offsets, x.to(pointer.dtype.element_ty), mask=ok)
+def _load_keys(
+    pointer, rows_ok, row_stride, start: tl.constexpr,
+    ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    if BD == BK:
+        return load_rows(pointer, rows_ok, row_stride, ROWS, K, BK)
+    return load_tile(pointer, rows_ok, row_stride, start, K, ROWS, BD)
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
@@ -26,7 +30,8 @@ def scan_backward(
     T, H, chunks, segments, segment_chunks,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    MODE: tl.constexpr, DECAY: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+    FINAL: tl.constexpr, MODE: tl.constexpr, DECAY: tl.constexpr,
+    SPLIT: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk to the first: the gradients of the values, of every chunk's last state and the first state.
 
@@ -42,7 +47,7 @@ def scan_backward(
     state_ok = value_ok[:, None] & (key < K)[None, :]
     state_at = head * K * V + value[:, None] + key[None, :] * V
     segment_at = segment * K * V + value[:, None] * K + key[None, :]
-    if MODE == 2:
+    if MODE == 2 or (MODE == 0 and not FINAL):
         d_state = tl.zeros([BV, BK], tl.float32)
     elif MODE == 1:
         d_state = tl.load(d_final + segment_at, mask=state_ok, other=0.0)
@@ -124,23 +129,29 @@ def gradients(
     d_q, d_k, d_beta, d_decay,
     T, H, chunks,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     NORMALIZE: tl.constexpr, DECAY: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For every chunk by itself the gradients of q, k, beta and the decays, from what the two scans have left."""
+    """For every chunk by itself the gradients of q, k, beta and the decays, from what the two scans have left.
+
+    Those of q and k in tiles of BD key channels, one after the other: one of 256 would not fit the registers.
+    """
     OPERAND: tl.constexpr = k.dtype.element_ty
     pid = tl.program_id(0)
     chunk = pid % chunks
     head = (pid // chunks).to(tl.int64)
     b, h = head // H, head % H
-    row, token, key = tl.arange(0, BM), tl.arange(0, BC), tl.arange(0, BK)
+    row, token = tl.arange(0, BM), tl.arange(0, BC)
     tokens_left = tl.minimum(T - chunk * C, C)
     rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
     first = b * T + chunk * C
     place = head * chunks + chunk
     key_rows = (first * N * H + h) * K
-    keys = load_rows(k + key_rows, rows_ok, H * K, BM, K, BK)
-    squared_norm = tl.sum(keys.to(tl.float32) * keys.to(tl.float32), axis=1)
+    query_rows = (first * H + h) * K
+    squared_norm = tl.zeros([BM], tl.float32)
+    for start_key in tl.static_range(0, BK, BD):
+        keys = _load_keys(k + key_rows, rows_ok, H * K, start_key, BM, K, BK, BD)
+        squared_norm += tl.sum(keys.to(tl.float32) * keys.to(tl.float32), axis=1)
     directed = squared_norm > SHORTEST
     inverse_norm = tl.where(directed, 1 / tl.where(directed, squared_norm, 1.0), 0.0)
     scaled = clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
@@ -149,7 +160,6 @@ def gradients(
 
     values_at = (first * N * H + h) * V + row[:, None] * (H * V)
     outs_at = (first * H + h) * V + token[:, None] * (H * V)
-    states_at = place * K * V + key[None, :]
 
     # How micro-steps and queries act on each other. Only one large accumulator at a time, or registers run out.
     between_keys = tl.zeros([BM, BM], tl.float32)
@@ -177,7 +187,8 @@ def gradients(
     tl.store(d_beta + first * N * H + h + row * H, d_scaled, mask=rows_ok)
     between_keys = tl.where(i > j, -between_keys, 0.0)
     to_queries = tl.where(row[None, :] < (token * N + N)[:, None], to_queries, 0.0)
-    queries = load_rows(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK)
+    if BD == BK:
+        queries = load_rows(q + query_rows, tokens_ok, H * K, BC, K, BK)
     later_token = token[None, :] * N >= (row // N * N)[:, None]
     total = tl.zeros([BM], tl.float32)
     if DECAY:
@@ -188,8 +199,15 @@ def gradients(
         to_queries *= d_token
         # Every product of decays times its own gradient; a decay's gradient is the sum over the products with it in
         # them, divided by it. Sums run only over such products, so that nothing large cancels.
-        of_pairs = between_keys * tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-        of_queries = to_queries * tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        gram, scores = tl.zeros([BM, BM], tl.float32), tl.zeros([BC, BM], tl.float32)
+        for start_key in tl.static_range(0, BK, BD):
+            if BD < BK:
+                keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
+                queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
+            gram = tl.dot(keys, tl.trans(keys), gram, input_precision=PRECISION)
+            scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+        of_pairs = between_keys * gram
+        of_queries = to_queries * scores
         if N == 1:
             spanning = dot_masks(i <= j, of_pairs + of_queries, OPERAND, SPLIT, PRECISION)
         else:
@@ -197,86 +215,95 @@ def gradients(
             spanning += dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
         total += tl.sum(tl.where(i > j, spanning, 0.0), axis=1)
 
-    d_queries = tl.zeros([BC, BK], tl.float32)
-    for start in range(0, V, BV):
-        value = start + tl.arange(0, BV)
-        d_out = tl.load(d_o + outs_at + value[None, :], mask=tokens_ok[:, None] & (value < V)[None, :], other=0.0)
-        states_ok = (value < V)[:, None] & (key < K)[None, :]
-        state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-        d_queries = tl.dot(d_out, state, d_queries, input_precision=PRECISION)
-        if HIGH:
-            low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-            d_queries = tl.dot(d_out, low, d_queries, input_precision=PRECISION)
-    if DECAY:
-        d_queries *= d_into_token[:, None]
-        asks = tl.sum(d_queries * queries.to(tl.float32), axis=1)
-        total += tl.sum(tl.where(later_token, asks[None, :], 0.0), axis=1)
-    if SPLIT:
-        query_high, query_low = halves(to_queries, OPERAND)
-        d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
-    else:
-        query_high = to_queries
-    d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
-    store_rows(d_q + (first * H + h) * K, d_queries, tokens_ok, H * K, BC, K, BK)
-
-    d_keys = tl.zeros([BM, BK], tl.float32)
-    for start in range(0, V, BV):
-        value = start + tl.arange(0, BV)
-        ok = rows_ok[:, None] & (value < V)[None, :]
-        d_error = tl.load(d_error_high + values_at + value[None, :], mask=ok, other=0.0)
-        states_ok = (value < V)[:, None] & (key < K)[None, :]
-        state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-        d_keys = tl.dot(d_error, state, d_keys, input_precision=PRECISION)
-        if HIGH:
-            low = tl.load(d_error_low + values_at + value[None, :], mask=ok, other=0.0)
-            d_keys = tl.dot(low, state, d_keys, input_precision=PRECISION)
-            low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-            d_keys = tl.dot(d_error, low, d_keys, input_precision=PRECISION)
-    d_keys = -d_keys
-    if DECAY:
-        d_keys *= d_into[:, None]
-        reads = tl.sum(d_keys * keys.to(tl.float32), axis=1)
-        total += tl.sum(tl.where(i <= j, reads[None, :], 0.0), axis=1)
-        d_reading = d_keys
-        d_keys = tl.zeros([BM, BK], tl.float32)
-    d_across = tl.zeros([BK], tl.float32)
-    for start in range(0, V, BV):
-        value = start + tl.arange(0, BV)
-        ok = rows_ok[:, None] & (value < V)[None, :]
-        u = tl.load(u_high + values_at + value[None, :], mask=ok, other=0.0)
-        states_ok = (value < V)[:, None] & (key < K)[None, :]
-        d_end = tl.load(d_ends + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-        d_keys = tl.dot(u, d_end, d_keys, input_precision=PRECISION)
-        if HIGH:
-            low = tl.load(u_low + values_at + value[None, :], mask=ok, other=0.0)
-            d_keys = tl.dot(low, d_end, d_keys, input_precision=PRECISION)
-            end_low = tl.load(d_ends_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-            d_keys = tl.dot(u, end_low, d_keys, input_precision=PRECISION)
-        if DECAY:
+    for start_key in range(0, BK, BD):
+        key = start_key + tl.arange(0, BD)
+        states_at = place * K * V + key[None, :]
+        if BD < BK:
+            keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
+            queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
+        d_queries = tl.zeros([BC, BD], tl.float32)
+        for start in range(0, V, BV):
+            value = start + tl.arange(0, BV)
+            d_out = tl.load(d_o + outs_at + value[None, :], mask=tokens_ok[:, None] & (value < V)[None, :], other=0.0)
+            states_ok = (value < V)[:, None] & (key < K)[None, :]
             state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-            both_ends = state.to(tl.float32) * d_end.to(tl.float32)
+            d_queries = tl.dot(d_out, state, d_queries, input_precision=PRECISION)
             if HIGH:
                 low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-                both_ends += low.to(tl.float32) * d_end.to(tl.float32) + state.to(tl.float32) * end_low.to(tl.float32)
-            d_across += tl.sum(both_ends, axis=0)
-    if DECAY:
-        d_keys *= d_out_of[:, None]
-        writes = tl.sum(d_keys * keys.to(tl.float32), axis=1)
-        total += tl.sum(tl.where(i > j, writes[None, :], 0.0), axis=1)
-        total += across * tl.sum(d_across, axis=0)
-        starts_token = (row % N == 0) & rows_ok
-        tl.store(d_decay + first * H + h + (row // N) * H, total / a, mask=starts_token)
-        d_keys += d_reading
-    both = between_keys + tl.trans(between_keys)
-    if NORMALIZE:
-        both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)
-    if SPLIT:
-        high, low = halves(both, OPERAND)
-        d_keys = tl.dot(low, keys, d_keys, input_precision=PRECISION)
-    else:
-        high = both
-    d_keys = tl.dot(high, keys, d_keys, input_precision=PRECISION)
-    if HIGH:
-        d_keys = tl.dot(tl.trans(query_low), queries, d_keys, input_precision=PRECISION)
-    d_keys = tl.dot(tl.trans(query_high), queries, d_keys, input_precision=PRECISION)
-    store_rows(d_k + key_rows, d_keys, rows_ok, H * K, BM, K, BK)
+                d_queries = tl.dot(d_out, low, d_queries, input_precision=PRECISION)
+        if DECAY:
+            d_queries *= d_into_token[:, None]
+            asks = tl.sum(d_queries * queries.to(tl.float32), axis=1)
+            total += tl.sum(tl.where(later_token, asks[None, :], 0.0), axis=1)
+        if SPLIT:
+            query_high, query_low = halves(to_queries, OPERAND)
+            d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
+        else:
+            query_high = to_queries
+        d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
+        store_tile(d_q + query_rows, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
+
+        d_keys = tl.zeros([BM, BD], tl.float32)
+        for start in range(0, V, BV):
+            value = start + tl.arange(0, BV)
+            ok = rows_ok[:, None] & (value < V)[None, :]
+            d_error = tl.load(d_error_high + values_at + value[None, :], mask=ok, other=0.0)
+            states_ok = (value < V)[:, None] & (key < K)[None, :]
+            state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+            d_keys = tl.dot(d_error, state, d_keys, input_precision=PRECISION)
+            if HIGH:
+                low = tl.load(d_error_low + values_at + value[None, :], mask=ok, other=0.0)
+                d_keys = tl.dot(low, state, d_keys, input_precision=PRECISION)
+                low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+                d_keys = tl.dot(d_error, low, d_keys, input_precision=PRECISION)
+        d_keys = -d_keys
+        if DECAY:
+            d_keys *= d_into[:, None]
+            reads = tl.sum(d_keys * keys.to(tl.float32), axis=1)
+            total += tl.sum(tl.where(i <= j, reads[None, :], 0.0), axis=1)
+            d_reading = d_keys
+            d_keys = tl.zeros([BM, BD], tl.float32)
+        d_across = tl.zeros([BD], tl.float32)
+        for start in range(0, V, BV):
+            value = start + tl.arange(0, BV)
+            ok = rows_ok[:, None] & (value < V)[None, :]
+            u = tl.load(u_high + values_at + value[None, :], mask=ok, other=0.0)
+            states_ok = (value < V)[:, None] & (key < K)[None, :]
+            d_end = tl.load(d_ends + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+            d_keys = tl.dot(u, d_end, d_keys, input_precision=PRECISION)
+            if HIGH:
+                low = tl.load(u_low + values_at + value[None, :], mask=ok, other=0.0)
+                d_keys = tl.dot(low, d_end, d_keys, input_precision=PRECISION)
+                end_low = tl.load(d_ends_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+                d_keys = tl.dot(u, end_low, d_keys, input_precision=PRECISION)
+            if DECAY:
+                state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+                both_ends = state.to(tl.float32) * d_end.to(tl.float32)
+                if HIGH:
+                    low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+                    both_ends += low.to(tl.float32) * d_end.to(tl.float32) + state.to(tl.float32) * end_low.to(
+                        tl.float32
+                    )
+                d_across += tl.sum(both_ends, axis=0)
+        if DECAY:
+            d_keys *= d_out_of[:, None]
+            writes = tl.sum(d_keys * keys.to(tl.float32), axis=1)
+            total += tl.sum(tl.where(i > j, writes[None, :], 0.0), axis=1)
+            total += across * tl.sum(d_across, axis=0)
+            if start_key + BD >= BK:
+                starts_token = (row % N == 0) & rows_ok
+                tl.store(d_decay + first * H + h + (row // N) * H, total / a, mask=starts_token)
+            d_keys += d_reading
+        both = between_keys + tl.trans(between_keys)
+        if NORMALIZE:
+            both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)
+        if SPLIT:
+            both_high, both_low = halves(both, OPERAND)
+            d_keys = tl.dot(both_low, keys, d_keys, input_precision=PRECISION)
+        else:
+            both_high = both
+        d_keys = tl.dot(both_high, keys, d_keys, input_precision=PRECISION)
+        if HIGH:
+            d_keys = tl.dot(tl.trans(query_low), queries, d_keys, input_precision=PRECISION)
+        d_keys = tl.dot(tl.trans(query_high), queries, d_keys, input_precision=PRECISION)
+        store_tile(d_k + key_rows, d_keys, rows_ok, H * K, start_key, K, BM, BD)
