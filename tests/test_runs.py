@@ -1,6 +1,7 @@
 """Run directories that are missing, broken, or somebody else's: one sentence each."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from statetrack import mixer_config
 from statetrack.config import TrainingConfig, run_config
+from statetrack.pretrained import from_pretrained
 from statetrack.runs import RunDirectory, RunError
 from statetrack.training import train
 
@@ -31,6 +33,11 @@ def edit_weights(directory, edit):
     weights = load_file(directory.model_file)
     edit(weights)
     save_file(weights, directory.model_file)
+
+
+def edit_model(directory, **changes):
+    model = json.loads(directory.config_file.read_text())["model"] | changes
+    edit_config(directory, model=model)
 
 
 def cut_short(directory):
@@ -65,6 +72,25 @@ def test_a_broken_run_is_refused_in_one_sentence(directory, damage, message):
     with pytest.raises(RunError, match=message) as caught:
         directory.load_model()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_model": 10**6}, "misshapen .*1000000"),
+        ({"num_layers": 10**9}, "num_layers must be at most 10,000, got 1,000,000,000"),
+        ({"num_layers": 9999}, "asks for 9,999 layers, and there are [0-9]+ tensors"),
+        ({"d_model": 2**30}, "misshapen|sizes that no memory holds"),
+        ({"d_model": 10**26}, "d_model must be at most 2,147,483,647"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(directory, changes, message):
+    edit_model(directory, **changes)
+    for read in (directory.load_model, lambda: from_pretrained(directory.path)):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ValueError, match=message):
+            read()
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB, of the terabytes claimed
 
 
 def test_a_missing_directory_is_said_to_be_missing(tmp_path):

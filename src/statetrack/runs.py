@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from statetrack import weights
 from statetrack.config import RunConfig, from_data, to_data
 from statetrack.files import atomic_write
-from statetrack.model import LanguageModel
+from statetrack.model import LanguageModel, ModelConfig
 
 FORMAT = 1
 """Number of the layout of a run directory; it changes when older readers could not make sense of one."""
@@ -96,8 +96,10 @@ class RunDirectory:
         config = self.read_config()
         if not self.model_file.exists():
             raise RunError(f"{self.path} has no model.safetensors yet: its training did not reach a checkpoint")
+        tensors = read_tensors(self.model_file)[0]
+        check_weights(config.model, tensors, self.model_file)  # before memory is taken for what a config claims
         model = LanguageModel(config.model)
-        load_weights(model, read_tensors(self.model_file)[0], self.model_file)
+        model.load_state_dict(tensors)
         return model.to(device).eval()
 
     def save_checkpoint(self, model: nn.Module, optimizer: Mapping[str, Tensor], progress: Mapping[str, str]) -> None:
@@ -183,15 +185,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise RunError(f"{error}; restore it or train again") from None
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Loads weights that must fit exactly.
-
-    Raises:
-        RunError: naming every missing, extra or misshapen tensor.
-    """
-    if problems := weights.misfit({name: tensor.shape for name, tensor in model.state_dict().items()}, tensors):
+def check_weights(config: ModelConfig, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Raises RunError for tensors that are not exactly those of a model, naming each one, or not floating-point."""
+    try:
+        problems = weights.misfit(weights.expected_shapes(config, tensors), tensors)
+    except weights.WeightsError as error:
+        raise RunError(f"{source} does not fit its model: {error}") from None
+    if problems:
         raise RunError(f"{source} does not fit the model of its config: {problems}")
-    model.load_state_dict(dict(tensors))
+    if strange := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
+        raise RunError(f"{source} has weights that are not floating-point numbers: {', '.join(strange)}")
 
 
 def _complete_records(text: str) -> Iterator[dict[str, Any]]:
