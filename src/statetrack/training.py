@@ -16,13 +16,9 @@ from statetrack import seeds
 from statetrack.config import RunConfig, TrainingConfig
 from statetrack.mixers import Mixer, MixerConfig
 from statetrack.model import LanguageModel
-from statetrack.runs import RunDirectory, RunError, check_weights
+from statetrack.runs import RunDirectory, RunError, TrainingError, load_weights
 from statetrack.tasks import IGNORE, Task, get_task
 from statetrack.transition import EigenvalueRange
-
-
-class TrainingError(RuntimeError):
-    """Training that can't go on, and why."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +99,7 @@ def train(
         _open(directory, config)
         if (checkpoint := directory.load_checkpoint()) is not None:
             weights, moments, progress = checkpoint
-            check_weights(config.model, weights, directory.state_file)
-            model.load_state_dict(weights)
+            load_weights(model, weights, directory.state_file)
             _load_optimizer(optimizer, model, moments)
             start, seconds_before = int(progress["step"]), float(progress["seconds"])
         directory.truncate_metrics(start)

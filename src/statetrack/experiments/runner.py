@@ -151,7 +151,7 @@ def _run(index: int, run: ExperimentRun, path: Path, evaluation_seed: int) -> Re
         return record_of_failure(directory, str(error), explanation=run.explanation)
     if result.step < config.training.steps:
         return None
-    if not directory.evaluation_file.exists():
+    if not directory.read_evaluation():
         task = get_task(config.task)
 
         def judge(lengths: tuple[int, ...]) -> list[Accuracy]:
