@@ -115,8 +115,8 @@ class RunDirectory:
         if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
             raise TrainingError(
                 f"at step {progress['step']} weights are no longer finite: {', '.join(broken)}; they are not saved, "
-                f"and what {self.path} has of earlier steps is kept; a lower learning rate or a stricter gradient clip may "
-                "help"
+                f"and what {self.path} has of earlier steps is kept; a lower learning rate or a stricter gradient clip "
+                "may help"
             )
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         state = {f"model.{name}": tensor for name, tensor in tensors.items()}
