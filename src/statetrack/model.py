@@ -382,3 +382,10 @@ class LanguageModel(nn.Module):
                 raise ValueError(
                     f"token ids must lie in 0..{self.config.vocab_size - 1} for this model, got {int(low)}..{int(high)}"
                 )
+
+
+def check_backends(model: LanguageModel) -> None:
+    """Raises ValueError where a mixer's config names a backend that is unknown or can't compute it on its device."""
+    if any(getattr(mixer, "backend", "auto") != "auto" for mixer in model.config.mixer_pattern):
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.int64, device=model.embedding.weight.device))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from statetrack import seeds
 from statetrack.config import RunConfig, TrainingConfig
 from statetrack.mixers import Mixer, MixerConfig
-from statetrack.model import LanguageModel
+from statetrack.model import LanguageModel, check_backends
 from statetrack.runs import RunDirectory, RunError, TrainingError, load_weights
 from statetrack.tasks import IGNORE, Task, get_task
 from statetrack.transition import EigenvalueRange
@@ -85,7 +85,7 @@ def train(
 
     Raises:
         RunError: if the directory holds another run.
-        ValueError: if the task has no sequences of the lengths asked for.
+        ValueError: if the task has no sequences of the lengths asked for, or a backend can't compute the model here.
         TrainingError: if the loss is no longer finite.
         OSError: if a checkpoint can't be written; the last one is intact.
     """
@@ -96,6 +96,7 @@ def train(
     optimizer = _optimizer(model, options)
     start, seconds_before = 0, 0.0
     if directory is not None:
+        check_backends(model)  # before there is a directory of a run that can't be
         _open(directory, config)
         if (checkpoint := directory.load_checkpoint()) is not None:
             weights, moments, progress = checkpoint
