@@ -36,5 +36,5 @@ def check_types(config: Any, owner: str = "") -> None:
             name = f"{option.name} of {owner}" if owner else option.name
             if wrong:
                 raise ValueError(f"{name} must be {wanted}, got {value!r}")
-            if kind is int and abs(value) > MAX_INTEGER:
+            if isinstance(value, int) and abs(value) > MAX_INTEGER:
                 raise ValueError(f"{name} must be below 2^63, got {value:,}")
