@@ -74,9 +74,7 @@ def test_progress_ends_at_the_total():
     assert seen[-1] == (120, 120)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "sequences"), [([], None), ([0], None), ([-3, 4], None), ([4], 0), ([10**26], None)]
-)
+@pytest.mark.parametrize(("lengths", "sequences"), [([], None), ([0], None), ([-3, 4], None), ([4], 0)])
 def test_wrong_lengths_are_refused(lengths, sequences):
     with pytest.raises(ValueError, match=r"lengths must be positive|sequences must be at least 1"):
         evaluate(make(), PARITY, lengths, sequences=sequences)
