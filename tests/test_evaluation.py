@@ -129,3 +129,8 @@ def test_tasks_that_end_with_the_answer_are_judged_there(name, lengths):
     if not task.fits(lengths[0] + 1):
         with pytest.raises(ValueError, match=f"no label at length {lengths[0] + 1}; near .* one at {lengths[0]}"):
             evaluate(make(task), task, [lengths[0] + 1])
+
+
+def test_lengths_that_take_weeks_are_refused():
+    with pytest.raises(ValueError, match="lengths of up to 1,000,000,000 are judged, got 100,000,000,000"):
+        evaluate(make(), PARITY, [10**26])

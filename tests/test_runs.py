@@ -1,15 +1,19 @@
 """Run directories that are missing, broken, or somebody else's: one sentence each."""
 
 import json
+import resource
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save_file
 
 from statetrack import mixer_config
 from statetrack.config import TrainingConfig, run_config
-from statetrack.runs import RunDirectory, RunError
+from statetrack.pretrained import from_pretrained
+from statetrack.records import record_of_run
+from statetrack.runs import RunDirectory, RunError, TrainingError
 from statetrack.training import train
 
 
@@ -31,6 +35,11 @@ def edit_weights(directory, edit):
     weights = load_file(directory.model_file)
     edit(weights)
     save_file(weights, directory.model_file)
+
+
+def edit_model(directory, **changes):
+    model = json.loads(directory.config_file.read_text())["model"] | changes
+    edit_config(directory, model=model)
 
 
 def cut_short(directory):
@@ -65,6 +74,78 @@ def test_a_broken_run_is_refused_in_one_sentence(directory, damage, message):
     with pytest.raises(RunError, match=message) as caught:
         directory.load_model()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"d_model": 10**6}, "misshapen .*1000000"),
+        ({"num_layers": 10**9}, "num_layers must be at most 10,000, got 1,000,000,000"),
+        ({"num_layers": 9999}, "asks for 9,999 layers, and there are [0-9]+ tensors"),
+        ({"d_model": 2**30}, "misshapen|sizes that no memory holds"),
+        ({"d_model": 10**26}, "d_model must be at most 2,147,483,647"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(directory, changes, message):
+    edit_model(directory, **changes)
+    for read in (directory.load_model, lambda: from_pretrained(directory.path)):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ValueError, match=message):
+            read()
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB, of the terabytes claimed
+
+
+def edit_state(directory, edit, **metadata):
+    with safe_open(directory.state_file, framework="pt") as file:
+        tensors, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    edit(tensors)
+    save_file(tensors, directory.state_file, {k: v for k, v in (facts | metadata).items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("edit", "metadata", "message"),
+    [
+        (lambda t: t.pop("optimizer.norm.weight.step"), {}, r"missing norm\.weight\.step"),
+        (
+            lambda t: t.update({"optimizer.norm.weight.exp_avg": torch.ones(3)}),
+            {},
+            "misshapen norm.weight.exp_avg",
+        ),
+        (lambda t: t.update({"optimizer.nothing.step": torch.ones(())}), {}, r"extra nothing\.step"),
+        (lambda t: t["optimizer.norm.weight.exp_avg"].fill_(float("nan")), {}, "not finite: norm.weight.exp_avg"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(8).bfloat16()}), {}, r"float32: model\.norm\.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(8).int()}), {}, "not floating-point numbers: norm.weight"),
+        (lambda t: t.pop("model.norm.weight"), {}, "missing norm.weight"),
+        (lambda t: t.update(strange=torch.ones(1)), {}, "strange"),
+        (lambda t: None, {"step": None}, "must say its step, from 0 to 2, and says ''"),
+        (lambda t: None, {"step": "3"}, "from 0 to 2, and says '3'"),
+        (lambda t: None, {"step": "one"}, "and says 'one'"),
+        (lambda t: None, {"seconds": "nan"}, "must say its seconds of training, and says 'nan'"),
+    ],
+)
+def test_a_broken_training_state_is_refused_in_one_sentence(directory, edit, metadata, message):
+    edit_state(directory, edit, **metadata)
+    with pytest.raises(RunError, match=message) as caught:
+        train(directory.read_config(), directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_not_saved(directory):
+    before = directory.state_file.read_bytes(), directory.model_file.read_bytes()
+    model = directory.load_model()
+    with torch.no_grad():
+        model.get_parameter("norm.weight")[0] = float("nan")
+    with pytest.raises(TrainingError, match=r"at step 2 weights are no longer finite: norm\.weight"):
+        directory.save_checkpoint(model, {}, {"step": "2"})
+    assert before == (directory.state_file.read_bytes(), directory.model_file.read_bytes())
+
+
+def test_an_evaluation_is_of_the_weights_that_it_judged(directory):
+    directory.write_evaluation({"accuracy": {"4": 1.0}})
+    assert directory.read_evaluation() == {"accuracy": {"4": 1.0}, "step": 2}
+    save_file(load_file(directory.model_file), directory.model_file, {"step": "3", "seconds": "1"})
+    assert directory.read_evaluation() == {}
+    assert record_of_run(directory).accuracy == {}
 
 
 def test_a_missing_directory_is_said_to_be_missing(tmp_path):

@@ -243,3 +243,29 @@ def test_training_and_evaluation_on_a_gpu(tmp_path, mixer):
     assert 0 <= on_gpu[0].accuracy <= 1
     assert 0 <= on_cpu[0].accuracy <= 1
     assert weights_equal(result.model.cpu(), directory.load_model())
+
+
+@pytest.mark.parametrize(("backend", "message"), [("fast", "unknown backend 'fast'"), ("triton", "can't serve")])
+def test_a_backend_that_can_not_compute_the_model_leaves_no_directory(backend, message, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    mixer = mixer_config("deltanet")(backend=backend)
+    config = run_config("parity", mixer, {"d_model": 8, "num_layers": 1}, TrainingConfig(steps=1, batch_size=2))
+    with pytest.raises(ValueError, match=message):
+        train(config, RunDirectory(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 2.5}, "steps must be an integer, got 2.5"),
+        ({"batch_size": True}, "batch_size must be an integer, got True"),
+        ({"log_every": "3"}, "log_every must be an integer, got '3'"),
+        ({"steps": 10**26}, r"steps must be below 2\^63"),
+        ({"max_length": 10**12}, "would have 64,000,000,000,000 tokens, more than 2,147,483,647"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number"),
+    ],
+)
+def test_values_of_no_type_or_size_of_training_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**options)

@@ -6,11 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from statetrack.fields import check_types
 from statetrack.model import Mixers, ModelConfig
 from statetrack.plain import from_data, read_mixer, read_mixers, to_data
 from statetrack.tasks import Task, get_task
 
 __all__ = ["RunConfig", "TrainingConfig", "from_data", "read_mixer", "read_mixers", "run_config", "to_data"]
+
+
+MAX_BATCH = 2**31 - 1
+"""Batches of more tokens are refused, before anything is as large or takes as long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +67,17 @@ class TrainingConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "batch_size", "min_length", "max_length", "checkpoint_every", "log_every"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.min_length > self.max_length:
             raise ValueError(f"min_length = {self.min_length} must not exceed max_length = {self.max_length}")
+        if (tokens := self.batch_size * self.max_length) > MAX_BATCH:
+            raise ValueError(
+                f"a batch of batch_size = {self.batch_size} sequences of max_length = {self.max_length} would have "
+                f"{tokens:,} tokens, more than {MAX_BATCH:,}"
+            )
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate}")
         for name in ("warmup", "beta1", "beta2"):

@@ -16,6 +16,9 @@ from statetrack.tasks import IGNORE, Batch, EndlessTask, Task
 LONG = 10_000
 """Lengths from here on are judged on fewer sequences."""
 
+MAX_LENGTH = 10**9
+"""Longer sequences are refused: reading them takes weeks."""
+
 SOLVED_LENGTH, SOLVED_ACCURACY = 256, 0.999
 """A model has solved its task if it is right this often at this length, several times its longest training sequence."""
 
@@ -72,6 +75,8 @@ def evaluate(
     wanted = sorted(set(lengths))
     if not wanted or wanted[0] < 1:
         raise ValueError(f"lengths must be positive integers, at least one of them, got {wanted}")
+    if wanted[-1] > MAX_LENGTH:
+        raise ValueError(f"lengths of up to {MAX_LENGTH:,} are judged, got {wanted[-1]:,}")
     if sequences is not None and sequences < 1:
         raise ValueError(f"sequences must be at least 1, got {sequences}")
     if unfit := [length for length in wanted if not task.fits(length)]:

@@ -48,6 +48,10 @@ NormPlacements = NormPlacement | tuple[NormPlacement, ...]
 """One placement for every layer, or a pattern that is repeated over the layers."""
 
 
+MAX_SIZE, MAX_LAYERS = 2**31 - 1, 10_000
+"""Larger sizes and deeper models are refused before anything is as large or takes as long."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Sizes and parts of a `LanguageModel`.
@@ -92,6 +96,8 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if value is not None and value > (most := MAX_LAYERS if name == "num_layers" else MAX_SIZE):
+                raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
         if not 0 <= self.mlp_ratio < float("inf"):
             raise ValueError(f"mlp_ratio must be 0 (no MLP) or positive, got {self.mlp_ratio}")
         if self.mlp not in ("gated", "relu"):
@@ -119,10 +125,11 @@ class ModelConfig:
             # Patterns that say the same thing are the same config: the shortest of them.
             length = next(n for n in range(1, len(pattern) + 1) if _repeats(pattern, n))
             object.__setattr__(self, name, pattern[0] if length == 1 else tuple(pattern[:length]))
-        for mixer in self.layer_mixers():
+        for mixer in self.mixer_pattern:
             if not isinstance(mixer, MixerConfig):
                 raise ValueError(f"mixer must be the config of a mixer or a tuple of configs, got {mixer!r}")
-        for placement in self.layer_norm_placements():
+        placements = self.norm_placement if isinstance(self.norm_placement, tuple) else (self.norm_placement,)
+        for placement in placements:
             if placement not in get_args(NormPlacement):
                 raise ValueError(f"norm_placement must be before, after or none, got {placement!r}")
             if placement == "none" and self.residual_in_float32:
@@ -376,3 +383,10 @@ class LanguageModel(nn.Module):
                 raise ValueError(
                     f"token ids must lie in 0..{self.config.vocab_size - 1} for this model, got {int(low)}..{int(high)}"
                 )
+
+
+def check_backends(model: LanguageModel) -> None:
+    """Raises ValueError where a mixer's config names a backend that is unknown or can't compute it on its device."""
+    if any(getattr(mixer, "backend", "auto") != "auto" for mixer in model.config.mixer_pattern):
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.int64, device=model.embedding.weight.device))

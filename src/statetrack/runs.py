@@ -4,7 +4,7 @@ config.json                  the task, the model, the training; the format's num
 model.safetensors            the weights of the last checkpoint
 metrics.jsonl                a line every few steps
 training_state.safetensors   weights, optimizer and step of the last checkpoint, from which training goes on
-evaluation.json              what the last `statetrack evaluate` found
+evaluation.json              what the last `statetrack evaluate` found, and of which step
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from statetrack import weights
 from statetrack.config import RunConfig, from_data, to_data
 from statetrack.files import atomic_write
-from statetrack.model import LanguageModel
+from statetrack.model import LanguageModel, ModelConfig
 
 FORMAT = 1
 """Number of the layout of a run directory; it changes when older readers could not make sense of one."""
@@ -29,6 +29,10 @@ FORMAT = 1
 
 class RunError(ValueError):
     """A run directory that can't be used, and why."""
+
+
+class TrainingError(RuntimeError):
+    """Training that can't go on, and why."""
 
 
 class RunDirectory:
@@ -96,12 +100,24 @@ class RunDirectory:
         config = self.read_config()
         if not self.model_file.exists():
             raise RunError(f"{self.path} has no model.safetensors yet: its training did not reach a checkpoint")
+        tensors = read_tensors(self.model_file)[0]
+        check_weights(config.model, tensors, self.model_file)  # before memory is taken for what a config claims
         model = LanguageModel(config.model)
-        load_weights(model, read_tensors(self.model_file)[0], self.model_file)
+        model.load_state_dict(tensors)
         return model.to(device).eval()
 
     def save_checkpoint(self, model: nn.Module, optimizer: Mapping[str, Tensor], progress: Mapping[str, str]) -> None:
-        """Replaces the training state, then the weights, each atomically."""
+        """Replaces the training state, then the weights, each atomically.
+
+        Raises:
+            TrainingError: naming the weights that are not finite; the last checkpoint is intact.
+        """
+        if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
+            raise TrainingError(
+                f"at step {progress['step']} weights are no longer finite: {', '.join(broken)}; they are not saved, "
+                f"and what {self.path} has of earlier steps is kept; a lower learning rate or a stricter gradient clip "
+                "may help"
+            )
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         state = {f"model.{name}": tensor for name, tensor in tensors.items()}
         state |= {f"optimizer.{name}": tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}
@@ -115,7 +131,12 @@ class RunDirectory:
         atomic_write(self.model_file, save(weights, {"step": "0", "seconds": "0", **facts}))
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str]] | None:
-        """The weights, the optimizer's tensors and the progress of the last checkpoint; None if there is none."""
+        """The weights, the optimizer's tensors and the progress of the last checkpoint; None if there is none.
+
+        Raises:
+            RunError: if training can't go on from it: a tensor is missing, extra, misshapen or of another dtype, or the
+                step or the seconds are no numbers of this run.
+        """
         if not self.state_file.exists():
             if self.model_file.exists():
                 raise RunError(
@@ -127,6 +148,17 @@ class RunDirectory:
             part: {name.removeprefix(part): tensor for name, tensor in state.items() if name.startswith(part)}
             for part in ("model.", "optimizer.")
         }
+        config = self.read_config()
+        check_weights(config.model, parts["model."], self.state_file)
+        _check_optimizer(parts["model."], parts["optimizer."], self.state_file)
+        others = [name for name in state if not name.startswith(("model.", "optimizer."))]
+        others += [name for name, tensor in state.items() if tensor.dtype != torch.float32]
+        if others:
+            raise RunError(
+                f"{self.state_file} has tensors that training does not go on from, other names or dtypes than float32: "
+                f"{', '.join(others)}; restore it or train again"
+            )
+        _check_progress(progress, config.training.steps, self.state_file)
         return parts["model."], parts["optimizer."], progress
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -154,10 +186,12 @@ class RunDirectory:
         return read_tensors(self.model_file)[1].get("device")
 
     def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
-        atomic_write(self.evaluation_file, json.dumps(dict(evaluation), indent=2) + "\n")
+        """Writes an evaluation of the weights in model.safetensors, with their step."""
+        data = {**evaluation, "step": self.weights_step()}
+        atomic_write(self.evaluation_file, json.dumps(data, indent=2) + "\n")
 
     def read_evaluation(self) -> dict[str, Any]:
-        """What `write_evaluation` wrote; empty if nothing was.
+        """What `write_evaluation` wrote of the present weights; empty if nothing was, or training has gone on since.
 
         Raises:
             RunError: if the file is not valid JSON.
@@ -165,9 +199,11 @@ class RunDirectory:
         if not self.evaluation_file.exists():
             return {}
         try:
-            return dict(json.loads(self.evaluation_file.read_text(encoding="utf-8")))
+            evaluation = dict(json.loads(self.evaluation_file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise RunError(f"{self.evaluation_file} is not valid JSON ({error}); evaluate the run again") from None
+        # Files of before the step was written down are of a finished run.
+        return evaluation if evaluation.get("step", self.weights_step()) == self.weights_step() else {}
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the metrics of steps after `step`: training goes on from there and will write them again."""
@@ -188,6 +224,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise RunError(f"{error}; restore it or train again") from None
 
 
+def check_weights(config: ModelConfig, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Raises RunError for tensors that are not exactly those of a model, naming each one, or not floating-point."""
+    try:
+        problems = weights.misfit(weights.expected_shapes(config, tensors), tensors)
+    except weights.WeightsError as error:
+        raise RunError(f"{source} does not fit its model: {error}") from None
+    if problems:
+        raise RunError(f"{source} does not fit the model of its config: {problems}")
+    if strange := sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point()):
+        raise RunError(f"{source} has weights that are not floating-point numbers: {', '.join(strange)}")
+
+
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Loads weights that must fit exactly.
 
@@ -197,6 +245,32 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) 
     if problems := weights.misfit({name: tensor.shape for name, tensor in model.state_dict().items()}, tensors):
         raise RunError(f"{source} does not fit the model of its config: {problems}")
     model.load_state_dict(dict(tensors))
+
+
+def _check_optimizer(parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor], source: Path) -> None:
+    """Raises RunError unless the tensors are AdamW's: two moments and a step for each parameter that had a gradient."""
+    expected = {}
+    for name, parameter in parameters.items():
+        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if any(f"{name}.{key}" in moments for key in shapes):
+            expected |= {f"{name}.{key}": shape for key, shape in shapes.items()}
+    if problems := weights.misfit(expected, moments):
+        raise RunError(f"{source} does not fit the optimizer of its run: {problems}; restore it or train again")
+    if broken := [name for name, tensor in moments.items() if not tensor.isfinite().all()]:
+        raise RunError(f"{source} has optimizer tensors that are not finite: {', '.join(broken)}; train again")
+
+
+def _check_progress(progress: Mapping[str, str], steps: int, source: Path) -> None:
+    """Raises RunError unless the step lies in the run and the seconds are a number."""
+    step, seconds = progress.get("step", ""), progress.get("seconds", "")
+    if not (step.isascii() and step.isdecimal() and len(step) < 20 and int(step) <= steps):
+        raise RunError(f"{source} must say its step, from 0 to {steps}, and says {step!r}; restore it or train again")
+    try:
+        right = 0 <= float(seconds) < float("inf")
+    except ValueError:
+        right = False
+    if not right:
+        raise RunError(f"{source} must say its seconds of training, and says {seconds!r}; restore it or train again")
 
 
 def _complete_records(text: str) -> Iterator[dict[str, Any]]:

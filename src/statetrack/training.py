@@ -14,15 +14,11 @@ from torch import Tensor, nn
 from statetrack import seeds
 from statetrack.config import RunConfig
 from statetrack.mixers import MixerConfig
-from statetrack.model import LanguageModel
-from statetrack.runs import RunDirectory, RunError, load_weights
+from statetrack.model import LanguageModel, check_backends
+from statetrack.runs import RunDirectory, RunError, TrainingError, load_weights
 from statetrack.tasks import get_task
 from statetrack.training_step import TrainingStep, fitting_lengths, learning_rate_at, make_optimizer
 from statetrack.transition import EigenvalueRange
-
-
-class TrainingError(RuntimeError):
-    """Training that can't go on, and why."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ def train(
 
     Raises:
         RunError: if the directory holds another run.
-        ValueError: if the task has no sequences of the lengths asked for.
+        ValueError: if the task has no sequences of the lengths asked for, or a backend can't compute the model here.
         TrainingError: if the loss is no longer finite.
         OSError: if a checkpoint can't be written; the last one is intact.
     """
@@ -181,6 +177,7 @@ class _Run:
         self.failure: TrainingError | None = None
         self._seconds_before = 0.0
         if directory is not None:
+            check_backends(self.model)  # before there is a directory of a run that can't be
             _open(directory, config)
             if (checkpoint := directory.load_checkpoint()) is not None:
                 weights, moments, progress = checkpoint
@@ -234,7 +231,10 @@ class _Run:
         if self.failure is None and self.directory is not None and self._saved != self.step:
             steps = self.config.training.steps
             progress = {"step": str(self.step), "steps": str(steps), "seconds": repr(self.seconds())}
-            self.directory.save_checkpoint(self.model, _optimizer_tensors(self.optimizer, self.model), progress)
+            try:
+                self.directory.save_checkpoint(self.model, _optimizer_tensors(self.optimizer, self.model), progress)
+            except TrainingError as error:
+                self.failure = error
         self._saved = self.step
 
     def outcome(self) -> TrainingResult | TrainingError:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from statetrack.model import LanguageModel, ModelConfig
 
 
 class WeightsError(ValueError):
@@ -25,6 +28,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
         raise WeightsError(f"{path} is damaged or cut short ({error})") from None
+
+
+def expected_shapes(config: ModelConfig, found: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes that a config gives to a model's tensors, by name, before any memory is taken for them.
+
+    Args:
+        config: of the model.
+        found: tensors that may be its weights.
+
+    Raises:
+        WeightsError: for a config with more layers than there are tensors, or sizes that no memory holds.
+    """
+    if config.num_layers > len(found):
+        raise WeightsError(f"its config asks for {config.num_layers:,} layers, and there are {len(found):,} tensors")
+    try:
+        with torch.device("meta"):
+            return {name: tensor.shape for name, tensor in LanguageModel(config).state_dict().items()}
+    except (RuntimeError, OverflowError) as error:
+        raise WeightsError(f"its config asks for sizes that no memory holds ({str(error).splitlines()[0]})") from None
 
 
 def misfit(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -> str:

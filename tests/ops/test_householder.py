@@ -272,6 +272,21 @@ def test_the_gated_delta_rule_of_transformers(gated, largest_beta, backend):
             assert relative_error(a, e) < 1e-4
 
 
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize("decay", ["none", "channel"])
+def test_gradients_of_gradients_are_computed_by_the_reference_and_refused_by_others(decay, backend):
+    case = make_case(1, 3, decay=decay)
+    k = case.transition.k.clone().requires_grad_()
+    o, _ = replace(case, transition=replace(case.transition, k=k)).run(backend)
+    (gradient,) = torch.autograd.grad(o.square().sum(), k, create_graph=True)
+    assert gradient.isfinite().all()
+    if backend == "reference":
+        assert torch.autograd.grad(gradient.sum(), k)[0].isfinite().all()
+        return
+    with pytest.raises(RuntimeError, match="ask for them with backend='reference'"):
+        torch.autograd.grad(gradient.sum(), k)
+
+
 def test_memory_grows_with_the_chunks_and_not_with_the_states():
     """The tape of the backward is linear in T and far below one state a token."""
     case = make_case(1, 512, 1, 1, 32, 32, dtype=torch.float32)

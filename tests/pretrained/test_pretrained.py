@@ -1,6 +1,7 @@
 """Checkpoints of others: files, what is refused, and the two ways to widen the range."""
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -107,6 +108,22 @@ def test_every_missing_extra_and_misshapen_tensor_is_named(checkpoint):
         r"misshapen backbone.layers.0.mixer.A_log \(2, 2\) instead of \(16, 3\)",
     ):
         from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 10**6, "intermediate_size": 2 * 10**6}, r"misshapen .*\(11, 8\) instead of \(11, 1000000\)"),
+        ({"num_hidden_layers": 9999}, "asks for 9,999 layers, and there are [0-9]+ tensors"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_refused_before_memory_is_taken(checkpoint, changes, message):
+    config = json.loads((checkpoint / "config.json").read_text()) | changes
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=message):
+        from_pretrained(checkpoint)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB, of the terabytes that it claims
 
 
 def test_weights_that_are_no_numbers_of_a_model_are_refused(checkpoint):

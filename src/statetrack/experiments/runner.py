@@ -127,7 +127,7 @@ def run_experiment(
 def finished_record(run: ExperimentRun, path: Path) -> Record | None:
     """The record of a run that was trained and judged in the directory `path`; None if it was not, or not this run."""
     directory = RunDirectory(path)
-    if not _holds(directory, run) or not directory.evaluation_file.exists():
+    if not _holds(directory, run) or not directory.read_evaluation():
         return None
     if directory.weights_step() != run.config.training.steps:
         return None
@@ -213,7 +213,7 @@ def _judge(
         return record_of_failure(directory, str(outcome), explanation=run.explanation)
     if outcome.step < run.config.training.steps:
         return None
-    if not directory.evaluation_file.exists():
+    if not directory.read_evaluation():
         task = get_task(run.config.task)
 
         def judge(lengths: tuple[int, ...]) -> list[Accuracy]:

@@ -6,11 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
+from statetrack.fields import check_types
 from statetrack.mixers.bounds import FactorBounds
 from statetrack.ops.packing import pack, unpack
 from statetrack.transition import EigenvalueRange, Transition, accumulated
@@ -56,15 +57,9 @@ class MixerConfig(ABC):
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for option in fields(self):
-            hint, value = hints[option.name], getattr(self, option.name)
-            if hint is EigenvalueRange:
-                object.__setattr__(self, option.name, EigenvalueRange.of(value))
-            kinds = get_args(hint) or (hint,)
-            if value is None and type(None) in kinds:
-                continue
-            for kind, (accepted, wanted) in _KINDS.items():
-                if kind in kinds and (not isinstance(value, accepted) or (kind is float and isinstance(value, bool))):
-                    raise ValueError(f"{option.name} of {self.name} must be {wanted}, got {value!r}")
+            if hints[option.name] is EigenvalueRange:
+                object.__setattr__(self, option.name, EigenvalueRange.of(getattr(self, option.name)))
+        check_types(self, self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,13 +126,6 @@ class Widening(nn.Module):
         """What is taken from decays in [decay, 1], from gates [..., H] in [0, 1]; see `EigenvalueRange.removal`."""
         return self.range.removal(gate, decay, self.current_lower_end())
 
-
-_KINDS: dict[type, tuple[type | tuple[type, ...], str]] = {
-    bool: (bool, "True or False"),
-    float: ((float, int), "a number"),
-    str: (str, "a string"),
-}
-"""What an option may be by its annotation, and what that is called; sizes say more (`require_positive`)."""
 
 Config = TypeVar("Config", bound=MixerConfig)
 

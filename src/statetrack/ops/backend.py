@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +54,38 @@ class Backend:
 def wants_gradient(*inputs: Tensor | None) -> bool:
     """Whether autograd is on and any of the tensors takes part in it."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+class _Refusal(torch.autograd.Function):
+    """Hands on `count` gradients, which are then functions of the tensors after them, and refuses to derive them."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tensors[:count]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        raise RuntimeError(
+            "gradients of gradients are not computed by this backend: ask for them with backend='reference'"
+        )
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the backward of an autograd function that is written by hand: differentiating it again is an error.
+
+    The gradients themselves may be asked for with `create_graph=True`; only a derivative of theirs raises RuntimeError.
+    """
+
+    @wraps(backward)
+    def once(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *grad_outputs)
+        with torch.no_grad():
+            gradients = backward(ctx, *grad_outputs)
+        sources = [x for x in (*ctx.saved_tensors, *grad_outputs) if x is not None and x.requires_grad]
+        return _Refusal.apply(len(gradients), *gradients, *sources) if sources else gradients
+
+    return once
 
 
 def register_operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
 from statetrack.ops.chunking import Cut, decay_gradient, decay_products, rows_in_cache
 from statetrack.ops.packing import by_rows
 from statetrack.transition import Diagonal, Transition, accumulation_dtype
@@ -64,6 +64,7 @@ class _ChunkedDiagonal(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_o, d_state = grad_outputs
         q, k, v, decay, *tape = ctx.saved_tensors

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.transition import Discretized, Transition, accumulation_dtype
 
@@ -77,6 +77,7 @@ class _ChunkedDiscretized(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         dt, A, lower_end, q, write, v, entry_states = ctx.saved_tensors
         ddt, dA, dlower_end, *gradients, dinitial = _backward_op(

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.transition import SHORTEST_KEY, Householder, LowRank, Transition, accumulation_dtype
 
@@ -91,6 +91,7 @@ class _ChunkedLowRank(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_o, d_state = grad_outputs
         q, decay, *rest = ctx.saved_tensors

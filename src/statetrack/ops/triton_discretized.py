@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
     INTERPRETED_ONLY,
@@ -81,6 +81,7 @@ class _TritonDiscretized(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         dt, A, lower_end, q, write, v, starts = ctx.saved_tensors
         d_dt, d_A, d_lower_end, *gradients, d_initial = _backward_op(

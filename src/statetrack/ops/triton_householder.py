@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
     CHECKED_ON_A_CARD,
@@ -99,6 +99,7 @@ class _TritonHouseholder(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         d_o, d_state = grad_outputs
         q, k, beta, decay, *tape = ctx.saved_tensors

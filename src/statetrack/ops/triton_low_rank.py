@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
     INTERPRETED_ONLY,
@@ -124,6 +124,7 @@ class _TritonLowRank(torch.autograd.Function):
         return o, final_state
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_o, d_state = grad_outputs
         q, w, u, p, v, decay, *tape = ctx.saved_tensors

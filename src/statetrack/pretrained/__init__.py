@@ -19,7 +19,7 @@ from statetrack.pretrained.files import read_config, read_weights
 from statetrack.pretrained.run import RunSource
 from statetrack.pretrained.source import CheckpointError, Options, Rows, Source, chunk_lengths
 from statetrack.transition import EigenvalueRange, EigenvalueRangeLike
-from statetrack.weights import misfit
+from statetrack.weights import WeightsError, expected_shapes, misfit
 
 __all__ = ["CheckpointError", "Options", "Rows", "Source", "from_pretrained", "sources"]
 
@@ -78,8 +78,7 @@ def from_pretrained(
     options = Options(data, f"{directory / 'config.json'}")
     config = source.config(options, weights)
     options.refuse_others(frozenset(source.ignored))
-    model = LanguageModel(_widened(config, wanted, widening))
-    _load(model, weights, source, directory)
+    model = _load(_widened(config, wanted, widening), weights, source, directory)
     return (model if dtype is None else model.to(dtype)).eval()
 
 
@@ -106,25 +105,24 @@ def _widened(config: ModelConfig, wanted: EigenvalueRange | None, widening: Wide
     return replace(config, mixer=tuple(map(widened, config.mixer_pattern)))
 
 
-def _load(model: LanguageModel, weights: dict[str, Tensor], source: Source, directory: Path) -> None:
-    config = model.config
+def _load(config: ModelConfig, weights: dict[str, Tensor], source: Source, directory: Path) -> LanguageModel:
+    try:  # before memory is taken for what a config claims
+        shapes = expected_shapes(config, weights)
+    except WeightsError as error:
+        raise CheckpointError(f"{directory} does not fit its model: {error}") from None
     rows = source.rows(config, weights)
     if not config.tie_embeddings:
         rows = [*rows, Rows((source.head,), ("head.weight",))]
     named = sorted(name for row in rows for name in row.ours)
     # Lower ends that a checkpoint has not learned start where their config says.
-    ours = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name in named or not name.endswith("widening.lower_end")
-    }
+    ours = {name: shape for name, shape in shapes.items() if name in named or not name.endswith("widening.lower_end")}
     if named != sorted(ours):
         raise AssertionError(f"{type(source).__name__} does not name each parameter once: {set(named) ^ set(ours)}")
 
     expected: dict[str, tuple[int, ...]] = {}
     for row in rows:
-        lengths = chunk_lengths(sum(len(ours[name]) for name in row.ours), len(row.theirs))
-        rest = ours[row.ours[0]].shape[1:]
+        lengths = chunk_lengths(sum(ours[name][0] for name in row.ours), len(row.theirs))
+        rest = ours[row.ours[0]][1:]
         expected |= {name: (length, *rest) for name, length in zip(row.theirs, lengths, strict=True)}
     unused = source.unused(config, weights)
     found = {name: tensor for name, tensor in weights.items() if name not in unused}
@@ -143,6 +141,8 @@ def _load(model: LanguageModel, weights: dict[str, Tensor], source: Source, dire
     state = {}
     for row in rows:
         joined = torch.cat([found[name] for name in row.theirs])  # a copy, so that no memory is the file's
-        pieces = joined.split([len(ours[name]) for name in row.ours])
+        pieces = joined.split([ours[name][0] for name in row.ours])
         state |= dict(zip(row.ours, (piece.clone() for piece in pieces) if len(pieces) > 1 else pieces, strict=True))
+    model = LanguageModel(config)
     model.load_state_dict(state, strict=False, assign=True)
+    return model
