@@ -142,50 +142,60 @@ def cpu_row(case: Case, rounds: int) -> dict[str, Any]:
     return {"case": case.name, "median_ms": times, "times_as_fast_as": ratios}
 
 
-def gpu_times(calls: dict[str, Callable[[], object]], *, rounds: int, steps: int) -> dict[str, float]:
+Steps = Callable[[int], None]
+"""Takes so many steps."""
+
+
+def gpu_times(loops: dict[str, Steps], *, rounds: int, steps: int) -> dict[str, float]:
     """Medians of the wall-clock time of a step, in milliseconds: `steps` at once, and wait for the device."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(rounds):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(steps):
-                call()
-            torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) / steps * 1e3)
+        for name, loop in loops.items():
+            times[name].append(gpu_seconds(loop, steps) / steps * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def gpu_seconds(loop: Steps, steps: int) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    loop(steps)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def our_loop(step: TrainingStep) -> Steps:
+    count = iter(range(STEPS))
+
+    def loop(steps: int) -> None:
+        with step.context():
+            for _ in range(steps):
+                step(next(count))
+
+    return loop
 
 
 def gpu_row(case: Case, seeds: Sequence[int], shortest: int, *, peer: bool) -> dict[str, Any]:
     """Ours eager, captured, and with several seeds at once, for lengths drawn from the shortest to the case's own."""
-    calls: dict[str, Callable[[], object]] = {}
+    loops: dict[str, Steps] = {}
     first = {}
     for name, chosen, fixed in [
         ("ours, eager", seeds[:1], False),
         ("ours, captured", seeds[:1], True),
         *((f"ours, captured, {n} seeds", seeds[:n], True) for n in (3, len(seeds))),
     ]:
-        step = our_steps(case.config(shortest), chosen, fixed=fixed, device="cuda")
-
-        def call(step: TrainingStep = step, count: Iterator[int] = iter(range(STEPS))) -> None:  # noqa: B008
-            with step.context():
-                step(next(count))
-
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(200 if fixed else 20):  # every length three times, so that all graphs are there
-            call()
-        torch.cuda.synchronize()
-        first[name] = time.perf_counter() - start
-        calls[name] = call
+        loops[name] = our_loop(our_steps(case.config(shortest), chosen, fixed=fixed, device="cuda"))
+        # So many that every length has come three times and all graphs are there.
+        first[name] = gpu_seconds(loops[name], 10 if not fixed else 10 if shortest == case.length else 400)
     if peer and case.mixer == "deltanet":
-        loop = plain_loop(case, FLAModel(case), "cuda", autocast=True)
-        start = time.perf_counter()
-        for _ in range(5):
-            next(loop)
-        first["flash-linear-attention"] = time.perf_counter() - start
-        calls["flash-linear-attention"] = lambda: next(loop)
-    times = gpu_times(calls, rounds=5, steps=40)
+        fla = plain_loop(case, FLAModel(case), "cuda", autocast=True)
+
+        def peer_loop(steps: int) -> None:
+            for _ in range(steps):
+                next(fla)
+
+        loops["flash-linear-attention"] = peer_loop
+        first["flash-linear-attention"] = gpu_seconds(loops["flash-linear-attention"], 5)
+    times = gpu_times(loops, rounds=5, steps=40)
     by_seed = {name: value / _seeds(name) for name, value in times.items()}
     return {"case": case.name, "lengths": [shortest, case.length], "median_ms": times, "ms_a_seed": by_seed,
             "first_steps_seconds": first}  # fmt: skip

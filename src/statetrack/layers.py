@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from statetrack.ops.backend import wants_gradient
 from statetrack.ops.chunking import CACHED_NUMBERS
-from statetrack.ops.vmapped import is_vmapped
+from statetrack.ops.vmapped import is_vmapped, vmapped
 from statetrack.transition import accumulated
 
 
@@ -22,6 +22,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
+        if is_vmapped():  # PyTorch's own kernels for it on a GPU have no batching rule
+            y = vmapped(lambda x: F.rms_norm(x, self.normalized_shape, None, self.eps), x)
+            return y if weight is None else y * weight
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
@@ -75,8 +78,7 @@ class ShortConvolution(nn.Module):
 
     def _taps(self, extended: Tensor, length: int) -> Tensor:
         weight = self.weight.to(extended.dtype)
-        on_cpu = extended.device.type == "cpu"
-        if on_cpu and wants_gradient(extended, weight) and not (is_vmapped() or torch.compiler.is_compiling()):
+        if wants_gradient(extended, weight) and not torch.compiler.is_compiling():
             y = _Taps.apply(extended, weight)
         else:
             y = extended[:, :length] * weight[:, 0, 0]
@@ -86,44 +88,62 @@ class ShortConvolution(nn.Module):
 
 
 class _Taps(torch.autograd.Function):
-    """The sum over the taps [C, 1, size] of a convolution of [B, T + size - 1, C], for the caches of a CPU.
+    """The sum over the taps [C, 1, size] of a convolution of [B, T + size - 1, C], with few passes over memory.
 
-    A few rows at a time, so that only the first tap's pass over them has to wait for memory. Autograd's backward would
-    go through it sixteen times where the size is four.
+    In place, which autograd could not differentiate; and on a CPU a few rows at a time, so that only the first tap's
+    pass over them has to wait for memory. Both tensors may have a first axis more, of replicas.
     """
 
     @staticmethod
-    def forward(ctx: Any, extended: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(extended, weight)
-        taps = weight[:, 0].mT.contiguous().unbind()  # with a stride they would not be vectorized
-        length = extended.shape[1] - len(taps) + 1
-        y = extended.new_empty(len(extended), length, extended.shape[2])
+    def forward(extended: Tensor, weight: Tensor) -> Tensor:
+        taps = _each_tap(weight)
+        length = extended.shape[-2] - len(taps) + 1
+        y = extended.new_empty(*extended.shape[:-2], length, extended.shape[-1])
         for x, out in _groups(extended, y):
-            torch.mul(x[:, :length], taps[0], out=out)
+            torch.mul(x[..., :length, :], taps[0], out=out)
             for i, tap in enumerate(taps[1:], 1):
-                out.addcmul_(x[:, i : i + length], tap)
+                out.addcmul_(x[..., i : i + length, :], tap)
         return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
         (d_y,) = grad_outputs
         extended, weight = ctx.saved_tensors
-        taps, length = weight[:, 0].mT.contiguous().unbind(), d_y.shape[1]
-        d_extended, d_taps = torch.empty_like(extended), torch.zeros_like(weight[:, 0].mT)
+        taps, length = _each_tap(weight), d_y.shape[-2]
+        d_extended, d_taps = torch.empty_like(extended), torch.zeros_like(taps)
         for x, d_x, d_out in _groups(extended, d_extended, d_y):
-            torch.mul(d_out, taps[0], out=d_x[:, :length])
-            d_x[:, length:].zero_()
+            torch.mul(d_out, taps[0], out=d_x[..., :length, :])
+            d_x[..., length:, :].zero_()
             product = torch.empty_like(d_out)
-            for i, tap in enumerate(taps):
+            for i, (tap, d_tap) in enumerate(zip(taps, d_taps, strict=True)):
                 if i:
-                    d_x[:, i : i + length].addcmul_(d_out, tap)
-                d_taps[i] += torch.mul(d_out, x[:, i : i + length], out=product).sum((0, 1))
-        return d_extended, d_taps.mT.unsqueeze(1)
+                    d_x[..., i : i + length, :].addcmul_(d_out, tap)
+                d_tap += torch.mul(d_out, x[..., i : i + length, :], out=product).sum((-3, -2), keepdim=True)
+        return d_extended, d_taps.movedim(0, -1).reshape(weight.shape)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+        moved = [
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(args, in_dims, strict=True)
+        ]
+        return _Taps.apply(*moved), 0
+
+
+def _each_tap(weight: Tensor) -> Tensor:
+    """[..., C, 1, size] as [size, ..., 1, 1, C]; with a stride between its channels a tap would not be vectorized."""
+    return weight.squeeze(-2).movedim(-1, 0).contiguous().unsqueeze(-2).unsqueeze(-2)
 
 
 def _groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of tensors [B, ..., C] in groups that fit a cache."""
+    """The rows of tensors [B, ..., C] in groups that fit a CPU's cache; all of them on a GPU, and with replicas."""
+    if tensors[0].device.type != "cpu" or tensors[0].ndim > 3:
+        return iter([tensors])
     rows = max(1, CACHED_NUMBERS // 4 // max(1, tensors[0].shape[1:].numel()))
     return zip(*(x.split(rows) for x in tensors), strict=True)
 

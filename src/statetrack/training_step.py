@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -59,7 +59,10 @@ class TrainingStep:
         self._fitting = fitting_lengths(self._task, self._options[0])
         self._optimizers = optimizers
         self._replicas = Replicas(models)
-        self._fixed = _Fixed(self._options, self._task, self._fitting, self._replicas, optimizers) if fixed else None
+        self._lengths: dict[int, list[int]] = {}
+        self._fixed = (
+            _Fixed(self._options, self._task, max(self._fitting), self._replicas, optimizers) if fixed else None
+        )
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Takes step number `step` (from 0); returns each run's loss and share of right labels, [R] each.
@@ -69,7 +72,7 @@ class TrainingStep:
         lengths = self.lengths(step)
         rates = [learning_rate_at(step, options) for options in self._options]
         if self._fixed is not None:
-            return self._fixed.step(step, lengths, rates)
+            return self._fixed.step(step, lengths, rates, self.lengths(step + 1))
         for optimizer, rate in zip(self._optimizers, rates, strict=True):
             set_learning_rate(optimizer, rate)
         batches = [
@@ -82,11 +85,14 @@ class TrainingStep:
 
     def lengths(self, step: int) -> list[int]:
         """The length of each run's batch in a step."""
-        return [draw_length(options, self._fitting, step) for options in self._options]
+        if step not in self._lengths:
+            drawn = [draw_length(options, self._fitting, step) for options in self._options]
+            self._lengths = {step - 1: self._lengths.get(step - 1, []), step: drawn} if step else {step: drawn}
+        return self._lengths[step]
 
     def context(self) -> AbstractContextManager[Any]:
         """What steps, and everything that reads models or optimizers between them, must happen in."""
-        return contextlib.nullcontext() if self._fixed is None else self._fixed.graphs.context()
+        return contextlib.nullcontext() if self._fixed is None else self._fixed.context()
 
 
 class Replicas:
@@ -101,6 +107,7 @@ class Replicas:
         self.models = models
         self.device = models[0].embedding.weight.device
         self._stacked: dict[str, Tensor] = {}
+        self._gradients: Tensor | None = None
         if len(models) == 1:
             return
         for name, _ in models[0].named_parameters():
@@ -131,21 +138,21 @@ class Replicas:
         if len(self.models) == 1 and not keep:
             self.models[0].zero_grad(set_to_none=True)
             return
-        leaves = self._stacked or dict(self.models[0].named_parameters())
-        if any(leaf.grad is None for leaf in leaves.values()):
-            self._allocate_gradients(leaves)
+        if self._gradients is None:
+            self._gradients = self._allocate_gradients(self._stacked or dict(self.models[0].named_parameters()))
         self._gradients.zero_()
 
-    def _allocate_gradients(self, leaves: Mapping[str, Tensor]) -> None:
+    def _allocate_gradients(self, leaves: Mapping[str, Tensor]) -> Tensor:
         """All gradients in one piece of memory, which one operation sets to zero."""
         sizes = [leaf.numel() for leaf in leaves.values()]
         first = next(iter(leaves.values()))
-        self._gradients = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
-        for (name, leaf), piece in zip(leaves.items(), self._gradients.split(sizes), strict=True):
+        gradients = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        for (name, leaf), piece in zip(leaves.items(), gradients.split(sizes), strict=True):
             leaf.grad = piece.view_as(leaf)
             if self._stacked:
                 for model, gradient in zip(self.models, leaf.grad, strict=True):
                     model.get_parameter(name).grad = gradient
+        return gradients
 
 
 def update(
@@ -178,13 +185,12 @@ class _Fixed:
         self,
         options: Sequence[TrainingConfig],
         task: Task,
-        fitting: Sequence[int],
+        longest: int,
         replicas: Replicas,
         optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
-        self._options, self._fitting = options, fitting
+        self._options, self._longest = options, longest
         self._replicas, self._optimizers = replicas, optimizers
-        self._longest = padded_length(max(fitting), max(fitting))
         shape = (2, len(options), options[0].batch_size, self._longest)
         self._batch = torch.zeros(shape, dtype=torch.int64, device=replicas.device)
         self._results = torch.zeros(2, len(options), device=replicas.device)
@@ -192,19 +198,29 @@ class _Fixed:
         self._drawn: int | None = None
         for optimizer in optimizers:
             fix_learning_rate(optimizer, replicas.device)
-        self.graphs = Graphs(replicas.device)
+        self._graphs = Graphs(replicas.device)
 
-    def step(self, step: int, lengths: Sequence[int], rates: Sequence[float]) -> tuple[Tensor, Tensor]:
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """The stream of the steps; whatever comes after it also waits for batches that were drawn in vain."""
+        with self._graphs.context():
+            yield
+            for sampler in self._samplers:
+                sampler.end()
+
+    def step(
+        self, step: int, lengths: Sequence[int], rates: Sequence[float], lengths_after: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Step number `step` with batches of these lengths; those of the step after it will have others."""
         if self._drawn != step:
             self._draw(step, lengths)
         for index, sampler in enumerate(self._samplers):
             sampler.hand_over(self._batch[:, index])
-        if step + 1 < self._options[0].steps:
-            self._draw(step + 1, [draw_length(options, self._fitting, step + 1) for options in self._options])
+        self._draw(step + 1, lengths_after)
         for optimizer, rate in zip(self._optimizers, rates, strict=True):
             set_learning_rate(optimizer, rate)
         length = padded_length(max(lengths), self._longest)
-        self.graphs.run(length, lambda: self._update(length))
+        self._graphs.run(length, lambda: self._update(length))
         return self._results[0], self._results[1]
 
     def _draw(self, step: int, lengths: Sequence[int]) -> None:
@@ -213,6 +229,11 @@ class _Fixed:
         self._drawn = step
 
     def _update(self, length: int) -> None:
+        # PyTorch wants to be told, and warns where a step that could be captured is not.
+        capturing = self._batch.is_cuda and torch.cuda.is_current_stream_capturing()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["capturable"] = capturing
         ids, labels = self._batch[..., :length]
         losses, correct = update(
             self._replicas, self._optimizers, self._options[0], ids, labels, keep_gradients=True
@@ -249,6 +270,11 @@ class _Sampler:
         """Copies the batch that was drawn to `target`, once it is there."""
         with self._side.handing_over():
             target.copy_(self._drawn)
+
+    def end(self) -> None:
+        """The current stream waits until nothing is written to the memory of this sampler."""
+        with self._side.handing_over():
+            pass
 
 
 def learning_rate_at(step: int, options: TrainingConfig) -> float:
@@ -337,7 +363,6 @@ def fix_learning_rate(optimizer: torch.optim.Optimizer, device: torch.device) ->
     rate = torch.zeros((), device=device)
     for group in optimizer.param_groups:
         group["lr"] = rate
-        group["capturable"] = device.type == "cuda"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
