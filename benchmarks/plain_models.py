@@ -60,7 +60,7 @@ def causal_convolution(channels: int, size: int, *, bias: bool) -> nn.Conv1d:
     return nn.Conv1d(channels, channels, size, groups=channels, padding=size - 1, bias=bias)
 
 
-def convolved(convolution: nn.Conv1d, x: Tensor) -> Tensor:
+def convolved(convolution: nn.Module, x: Tensor) -> Tensor:
     return convolution(x.mT)[..., : x.shape[1]].mT
 
 
@@ -84,8 +84,10 @@ class PlainDeltaNet(nn.Module):
         b, t, d = x.shape
         h, n, size = self.heads, self.factors, d // self.heads
         q, k, v = (
-            F.silu(convolved(self.convolutions[name], projection(x)))
-            for name, projection in {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj}.items()
+            F.silu(convolved(convolution, projection(x)))
+            for convolution, projection in zip(
+                self.convolutions.values(), (self.q_proj, self.k_proj, self.v_proj), strict=True
+            )
         )
         q = F.normalize(q.reshape(b, t, h, size), dim=-1) * size**-0.5
         k = F.normalize(k.reshape(b, t, n, h, size), dim=-1)

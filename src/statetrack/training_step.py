@@ -31,6 +31,10 @@ from statetrack.transition import accumulated
 LENGTHS = 8
 """On a GPU batches are padded to multiples of so many tokens, so that few graphs serve all lengths."""
 
+MOST_ONE_HOT = 1024
+"""Embeddings of up to so many tokens are looked up by a matrix product where steps are captured: the gradient of
+`torch.nn.Embedding` makes the host wait for the device (pytorch issue 82886)."""
+
 
 class TrainingStep:
     """The optimizer steps of R runs at once.
@@ -58,7 +62,7 @@ class TrainingStep:
         self._options = [config.training for config in configs]
         self._fitting = fitting_lengths(self._task, self._options[0])
         self._optimizers = optimizers
-        self._replicas = Replicas(models)
+        self._replicas = Replicas(models, fixed=fixed)
         self._lengths: dict[int, list[int]] = {}
         self._fixed = (
             _Fixed(self._options, self._task, max(self._fitting), self._replicas, optimizers) if fixed else None
@@ -101,10 +105,11 @@ class Replicas:
     Args:
         models: of the same config, on the same device. If there are several, their parameters and gradients become
             views of stacked ones: what is done to one is done to the other.
+        fixed: keep gradients in the same memory from step to step, and do nothing that no CUDA graph can hold.
     """
 
-    def __init__(self, models: Sequence[LanguageModel]) -> None:
-        self.models = models
+    def __init__(self, models: Sequence[LanguageModel], *, fixed: bool = False) -> None:
+        self.models, self._fixed = models, fixed
         self.device = models[0].embedding.weight.device
         self._stacked: dict[str, Tensor] = {}
         self._gradients: Tensor | None = None
@@ -120,22 +125,33 @@ class Replicas:
     def losses(self, ids: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
         """Each model's loss and share of right labels, [R] each, on batches of its own, [R, B, T]."""
         if len(self.models) == 1:
-            loss, correct = loss_and_accuracy(self.models[0], ids[0], labels[0], z_loss)
+            loss, correct = loss_and_accuracy(self._alone, ids[0], labels[0], z_loss)
             return loss.unsqueeze(0), correct.unsqueeze(0)
 
         def one(parameters: dict[str, Tensor], ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             # Embeddings in place of ids, as the model can't look at the ids of replicas.
             def model(ids: Tensor) -> Tensor:
-                x = F.embedding(ids, parameters["embedding.weight"])
+                x = self._embed(ids, parameters["embedding.weight"])
                 return functional_call(self.models[0], parameters, (x,))  # type: ignore[no-any-return]
 
             return loss_and_accuracy(model, ids, labels, z_loss)
 
         return vmap(one)(self._stacked, ids, labels)  # type: ignore[no-any-return]
 
-    def zero_gradients(self, *, keep: bool) -> None:
-        """Forgets the gradients; with `keep`, or with several models, by setting them to zero where they are."""
-        if len(self.models) == 1 and not keep:
+    def _alone(self, ids: Tensor) -> Tensor:
+        model = self.models[0]
+        return model(self._embed(ids, model.embedding.weight) if self._fixed else ids)  # type: ignore[no-any-return]
+
+    def _embed(self, ids: Tensor, weight: Tensor) -> Tensor:
+        if not self._fixed:
+            return F.embedding(ids, weight)
+        if len(weight) > MOST_ONE_HOT:
+            return weight[ids]
+        return one_hot(ids, len(weight), weight.dtype) @ weight
+
+    def zero_gradients(self) -> None:
+        """Forgets the gradients; where they are fixed, or of several models, by setting them to zero."""
+        if len(self.models) == 1 and not self._fixed:
             self.models[0].zero_grad(set_to_none=True)
             return
         if self._gradients is None:
@@ -161,12 +177,10 @@ def update(
     options: TrainingConfig,
     ids: Tensor,
     labels: Tensor,
-    *,
-    keep_gradients: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Forward, backward, clipping and AdamW on a batch [R, B, T]; the losses and shares of right labels, [R] each."""
     losses, correct = replicas.losses(ids, labels, options.z_loss)
-    replicas.zero_gradients(keep=keep_gradients)
+    replicas.zero_gradients()
     losses.sum().backward()
     for model, optimizer in zip(replicas.models, optimizers, strict=True):
         if options.gradient_clip:
@@ -235,9 +249,7 @@ class _Fixed:
             for group in optimizer.param_groups:
                 group["capturable"] = capturing
         ids, labels = self._batch[..., :length]
-        losses, correct = update(
-            self._replicas, self._optimizers, self._options[0], ids, labels, keep_gradients=True
-        )  # fmt: skip
+        losses, correct = update(self._replicas, self._optimizers, self._options[0], ids, labels)
         self._results[0].copy_(losses)
         self._results[1].copy_(correct)
 
@@ -327,6 +339,11 @@ def draw_batch(task: Task, options: TrainingConfig, length: int, generator: torc
     if options.last_label_only:
         batch.labels[:, :-1] = IGNORE
     return batch
+
+
+def one_hot(ids: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """[..., size], 1 at each id and 0 elsewhere."""
+    return (ids.unsqueeze(-1) == torch.arange(size, device=ids.device)).to(dtype)
 
 
 def pad(x: Tensor, length: int, value: int) -> Tensor:
