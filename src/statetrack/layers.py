@@ -77,7 +77,7 @@ class ShortConvolution(nn.Module):
 
     def _taps(self, extended: Tensor, length: int) -> Tensor:
         weight = self.weight.to(extended.dtype)
-        if wants_gradient(extended, weight) and not torch.compiler.is_compiling():
+        if is_vmapped() or (wants_gradient(extended, weight) and not torch.compiler.is_compiling()):
             y = _Taps.apply(extended, weight)
         else:
             y = extended[:, :length] * weight[:, 0, 0]
@@ -117,10 +117,14 @@ class _Taps(torch.autograd.Function):
         for x, d_x, d_out in _groups(extended, d_extended, d_y):
             torch.mul(d_out, taps[0], out=d_x[..., :length, :])
             d_x[..., length:, :].zero_()
+            for i, tap in enumerate(taps[1:], 1):
+                d_x[..., i : i + length, :].addcmul_(d_out, tap)
+            if _whole(x) and x.numel() * len(taps) <= _WINDOWS:
+                windows = x.unfold(-2, len(taps), 1).movedim(-1, 0)
+                torch.sum(windows * d_out, (-3, -2), keepdim=True, out=d_taps)
+                continue
             product = torch.empty_like(d_out)
-            for i, (tap, d_tap) in enumerate(zip(taps, d_taps, strict=True)):
-                if i:
-                    d_x[..., i : i + length, :].addcmul_(d_out, tap)
+            for i, d_tap in enumerate(d_taps):
                 d_tap += torch.mul(d_out, x[..., i : i + length, :], out=product).sum((-3, -2), keepdim=True)
         return d_extended, d_taps.movedim(0, -1).reshape(weight.shape)
 
@@ -138,9 +142,18 @@ def _each_tap(weight: Tensor) -> Tensor:
     return weight.squeeze(-2).movedim(-1, 0).contiguous().unsqueeze(-2).unsqueeze(-2)
 
 
+_WINDOWS = 2**27
+"""So many numbers may lie in memory at once for what all taps see."""
+
+
+def _whole(x: Tensor) -> bool:
+    """Whether [B, T, C] is treated in one piece: on a GPU, where calls take the time, and with replicas."""
+    return x.device.type != "cpu" or x.ndim > 3
+
+
 def _groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of tensors [B, ..., C] in groups that fit a CPU's cache; all of them on a GPU, and with replicas."""
-    if tensors[0].device.type != "cpu" or tensors[0].ndim > 3:
+    """The rows of tensors [B, ..., C] in groups that fit a CPU's cache, or all of them."""
+    if _whole(tensors[0]):
         return iter([tensors])
     rows = max(1, CACHED_NUMBERS // 4 // max(1, tensors[0].shape[1:].numel()))
     return zip(*(x.split(rows) for x in tensors), strict=True)
