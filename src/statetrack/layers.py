@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from statetrack.ops import triton_convolution
 from statetrack.ops.backend import wants_gradient
 from statetrack.ops.chunking import CACHED_NUMBERS
 from statetrack.ops.vmapped import is_vmapped, vmapped
@@ -95,6 +96,8 @@ class _Taps(torch.autograd.Function):
 
     @staticmethod
     def forward(extended: Tensor, weight: Tensor) -> Tensor:
+        if triton_convolution.serves(extended, weight):
+            return triton_convolution.convolve(extended, weight)
         taps = _each_tap(weight)
         length = extended.shape[-2] - len(taps) + 1
         y = extended.new_empty(*extended.shape[:-2], length, extended.shape[-1])
@@ -112,6 +115,8 @@ class _Taps(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
         (d_y,) = grad_outputs
         extended, weight = ctx.saved_tensors
+        if triton_convolution.serves(extended, weight):
+            return triton_convolution.convolve_backward(extended, weight, d_y)
         taps, length = _each_tap(weight), d_y.shape[-2]
         d_extended, d_taps = torch.empty_like(extended), torch.zeros_like(taps)
         for x, d_x, d_out in _groups(extended, d_extended, d_y):
