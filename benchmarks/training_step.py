@@ -201,6 +201,16 @@ def gpu_row(case: Case, seeds: Sequence[int], shortest: int, *, peer: bool) -> d
             "first_steps_seconds": first}  # fmt: skip
 
 
+def profile(case: Case, seeds: Sequence[int], device: str) -> str:
+    """The operations of five steps that take the device longest, as a table."""
+    loop = our_loop(our_steps(case.config(), seeds, fixed=False, device=device))
+    loop(5)
+    with torch.profiler.profile() as profiler:
+        loop(5)
+    column = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=column, row_limit=30, max_name_column_width=60)
+
+
 def _seeds(name: str) -> int:
     return int(name.split(", ")[-1].split()[0]) if name.endswith("seeds") else 1
 
@@ -257,6 +267,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how often each loop is timed")
     parser.add_argument("--cases", default="", help="only cases with this in their name")
     parser.add_argument("--peer", action="store_true", help="on a GPU: also flash-linear-attention's DeltaNet")
+    parser.add_argument("--profile", type=int, metavar="SEEDS", help="only say where the steps of so many seeds go")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
@@ -266,6 +277,9 @@ def main() -> None:
     for case in GPU_CASES if on_gpu else CPU_CASES:
         if options.cases not in case.name:
             continue
+        if options.profile:
+            console.print(case.name, profile(case, range(options.profile), options.device), soft_wrap=True)
+            continue
         made = (
             [gpu_row(case, range(8), shortest, peer=options.peer) for shortest in (case.length, 3)]
             if on_gpu
@@ -274,6 +288,8 @@ def main() -> None:
         rows += made
         for row in made:
             console.print(case.name, row.get("lengths", ""), {k: round(v, 2) for k, v in row["median_ms"].items()})
+    if options.profile:
+        return
     what = (
         "wall-clock time of a training step, 40 at once; ms_a_seed is its share for each of the seeds that it trains"
         if on_gpu
