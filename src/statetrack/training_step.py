@@ -28,7 +28,7 @@ from statetrack.model import LanguageModel
 from statetrack.tasks import IGNORE, Batch, Task, get_task
 from statetrack.transition import accumulated
 
-LENGTHS = 8
+LENGTHS = 4
 """On a GPU batches are padded to multiples of so many tokens, so that few graphs serve all lengths."""
 
 MOST_ONE_HOT = 1024
