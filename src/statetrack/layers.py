@@ -216,7 +216,7 @@ def unit_vectors(x: Tensor) -> Tensor:
     wide = accumulated(x)
     squared_norm = wide.square().sum(-1, keepdim=True)
     directed = squared_norm > 1e-24
-    # The inner `where` keeps the infinite derivative at 0 out of the backward as well. Both are of norms, not of vectors.
+    # The inner `where` keeps the infinite derivative at 0 out of the backward. Both are of norms, as vectors are long.
     return (wide * torch.where(directed, torch.rsqrt(torch.where(directed, squared_norm, 1)), 0)).to(x.dtype)
 
 
