@@ -30,10 +30,13 @@ from torch.nn import functional as F
 
 from benchmarks import plain_models
 from benchmarks.common import ROOT, environment, interleaved_cpu_times, write_results
-from benchmarks.plain_models import PlainModel
+from benchmarks.cpu_ops import fla
+from benchmarks.plain_models import PlainDeltaNet, PlainModel
 from statetrack import LanguageModel, mixer_config
 from statetrack.config import RunConfig, TrainingConfig, run_config
 from statetrack.training_step import TrainingStep, make_optimizer
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 STEPS = 100_000
 """So many that learning rates stay in their rise, where no model breaks down."""
@@ -110,15 +113,25 @@ def plain_loop(case: Case, model: nn.Module, device: str = "cpu", autocast: bool
         yield loss.item()
 
 
-def plain_model(config: RunConfig) -> PlainModel:
+def plain_model(config: RunConfig, rule: Rule | None = None) -> PlainModel:
     """The plain model with the weights of ours; checked to have the same logits."""
     torch.manual_seed(0)
     ours, plain = LanguageModel(config.model), PlainModel(config.model)
     plain.load_state_dict(ours.state_dict())
+    for module in plain.modules():
+        if rule is not None and isinstance(module, PlainDeltaNet):
+            module.rule = rule
     ids = torch.randint(config.model.vocab_size, (4, config.training.max_length))
     with torch.no_grad():
         torch.testing.assert_close(plain(ids), ours(ids), rtol=1e-3, atol=1e-3)
     return plain
+
+
+def chunkwise(length: int) -> Rule:
+    """flash-linear-attention's delta rule in chunks, in pure PyTorch, with the longest chunks up to 20 that fit."""
+    rule = fla("delta_rule/naive").delta_rule_chunkwise
+    chunk = max(size for size in range(1, 21) if length % size == 0)
+    return lambda q, k, v, beta: rule(q, k, v, beta, chunk)[0]
 
 
 def cpu_row(case: Case, rounds: int) -> dict[str, Any]:
@@ -127,6 +140,8 @@ def cpu_row(case: Case, rounds: int) -> dict[str, Any]:
     step = our_steps(config, [0], fixed=False, device="cpu")
     count = iter(range(STEPS))
     loops = {name: plain_loop(case, plain_model(config)) for name in ("plain", "indexed")}
+    if case.mixer == "deltanet":
+        loops["chunkwise"] = plain_loop(case, plain_model(config, chunkwise(case.length)))
 
     def plain(name: str) -> float:
         plain_models.token_by_token = name == "indexed"
@@ -137,6 +152,8 @@ def cpu_row(case: Case, rounds: int) -> dict[str, Any]:
         "plain loop": lambda: plain("plain"),
         "plain loop, indexed token by token": lambda: plain("indexed"),
     }
+    if "chunkwise" in loops:
+        calls["plain model, flash-linear-attention's delta_rule_chunkwise"] = lambda: plain("chunkwise")
     times = {name: value["median_ms"] for name, value in interleaved_cpu_times(calls, rounds=rounds).items()}
     ratios = {name: value / times["ours"] for name, value in times.items() if name != "ours"}
     return {"case": case.name, "median_ms": times, "times_as_fast_as": ratios}
@@ -187,11 +204,11 @@ def gpu_row(case: Case, seeds: Sequence[int], shortest: int, *, peer: bool) -> d
         # So many that every length has come three times and all graphs are there.
         first[name] = gpu_seconds(loops[name], 10 if not fixed else 10 if shortest == case.length else 400)
     if peer and case.mixer == "deltanet":
-        fla = plain_loop(case, FLAModel(case), "cuda", autocast=True)
+        theirs = plain_loop(case, FLAModel(case), "cuda", autocast=True)
 
         def peer_loop(steps: int) -> None:
             for _ in range(steps):
-                next(fla)
+                next(theirs)
 
         loops["flash-linear-attention"] = peer_loop
         first["flash-linear-attention"] = gpu_seconds(loops["flash-linear-attention"], 5)
@@ -297,7 +314,7 @@ def main() -> None:
     )
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
     out = options.out or ROOT / "results" / ("training/gpu.json" if on_gpu else "cpu/training.json")
-    packages = ["statetrack", "triton", "fla-core"] if on_gpu else ["statetrack"]
+    packages = ["statetrack", "fla-core", *(["triton"] if on_gpu else [])]
     write_results(out, {"what": what, "environment": environment(packages) | {"device": device}, "results": rows})
     names = list(rows[0]["median_ms"]) if rows else []
     table = Table("case", *(f"{name}, ms" for name in names))
