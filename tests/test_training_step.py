@@ -145,6 +145,15 @@ def test_steps_in_fixed_memory_are_the_same_steps(mixer, seeds):
         assert_alike(a, b, 1e-6)
 
 
+def test_the_lengths_of_a_step_are_the_same_whenever_they_are_asked_for():
+    config = make()
+    step, _ = steps_of(config, [0, 1], fixed=False)
+    lengths = [step.lengths(number) for number in range(6)]
+    assert [step.lengths(number) for number in (4, 5, 4, 3, 0)] == [lengths[number] for number in (4, 5, 4, 3, 0)]
+    assert {length for both in lengths for length in both} <= set(range(3, 21))
+    assert [first for first, _ in lengths] != [second for _, second in lengths]
+
+
 def test_batches_are_padded_to_few_lengths():
     assert [padded_length(length, 40) for length in (1, 4, 5, 33, 40)] == [4, 4, 8, 36, 40]
     assert padded_length(5, 6) == 6
@@ -183,7 +192,7 @@ def test_the_batches_of_graphs_are_those_of_the_generators(task):
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
 @pytest.mark.parametrize("mixer", [*MIXERS, "gla", "mamba2", "kda"])
 def test_captured_steps_are_the_eager_ones(mixer, seeds):
-    """With two lengths to pad to, and so many steps that both are captured and replayed."""
+    """So many steps that several lengths are captured and replayed."""
     config = make(mixer, steps=40, learning_rate=1e-3)
     (captured, captured_models), (eager, models) = (
         steps_of(config, seeds, fixed=value, device="cuda") for value in (True, False)

@@ -91,7 +91,8 @@ class TrainingStep:
         """The length of each run's batch in a step."""
         if step not in self._lengths:
             drawn = [draw_length(options, self._fitting, step) for options in self._options]
-            self._lengths = {step - 1: self._lengths.get(step - 1, []), step: drawn} if step else {step: drawn}
+            before = {known: lengths for known, lengths in self._lengths.items() if known == step - 1}
+            self._lengths = before | {step: drawn}
         return self._lengths[step]
 
     def context(self) -> AbstractContextManager[Any]:
