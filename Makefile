@@ -53,6 +53,7 @@ format: $(VENV)/installed-dev ## Format the code and mend what ruff can mend
 
 benchmark: $(VENV)/installed-benchmark ## Measure against others' implementations; writes results/
 	$(BIN)/python -m benchmarks.cpu_ops
+	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.delta_rule
 	$(BIN)/python -m benchmarks.selective_scan
 	$(BIN)/python -m benchmarks.sampling

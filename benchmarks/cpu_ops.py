@@ -152,10 +152,11 @@ def selective_scan(range_: tuple[float, float], i: Inputs) -> Tensor:
 
 
 @cache
-def _fla(path: str) -> ModuleType:
+def fla(path: str) -> ModuleType:
+    """A module of flash-linear-attention from its file alone, as the package needs Triton."""
     package = importlib.util.find_spec("fla")
     if package is None or not package.submodule_search_locations:
-        sys.exit("cpu_ops compares with flash-linear-attention: pip install '.[benchmark]', or make benchmark")
+        sys.exit("this compares with flash-linear-attention: pip install '.[benchmark]', or make benchmark")
     spec = importlib.util.spec_from_file_location(
         path.replace("/", "_"), f"{package.submodule_search_locations[0]}/ops/{path}.py"
     )
@@ -171,7 +172,7 @@ def _transposed(*tensors: Tensor) -> list[Tensor]:
 
 
 def fla_delta_rule(name: str, i: Inputs, **options: Any) -> Tensor:
-    function = getattr(_fla("delta_rule/naive"), name)
+    function = getattr(fla("delta_rule/naive"), name)
     inputs = _transposed(i["q"], i["k"], i["v"], i["beta"])
     return function(*inputs, **_initial(i), **options)[0].transpose(1, 2)
 
@@ -187,21 +188,21 @@ def transformers_gated_delta_rule(name: str, i: Inputs) -> Tensor:
 
 
 def fla_kda(name: str, i: Inputs) -> Tensor:
-    return getattr(_fla("kda/naive"), name)(i["q"], i["k"], i["v"], i["g"], i["beta"], **_initial(i))[0]
+    return getattr(fla("kda/naive"), name)(i["q"], i["k"], i["v"], i["g"], i["beta"], **_initial(i))[0]
 
 
 def fla_simple_gla(name: str, i: Inputs) -> Tensor:
     options = {} if name == "naive_parallel_simple_gla" else _initial(i)
-    return getattr(_fla("simple_gla/naive"), name)(i["q"], i["k"], i["v"], i["g"], **options)[0]
+    return getattr(fla("simple_gla/naive"), name)(i["q"], i["k"], i["v"], i["g"], **options)[0]
 
 
 def fla_gla(i: Inputs) -> Tensor:
-    return _fla("gla/naive").naive_recurrent_gla(i["q"], i["k"], i["v"], i["g"], **_initial(i))[0]
+    return fla("gla/naive").naive_recurrent_gla(i["q"], i["k"], i["v"], i["g"], **_initial(i))[0]
 
 
 def fla_dplr(name: str, i: Inputs) -> Tensor:
     inputs = _transposed(i["q"], i["k"], i["v"], -i["w"], i["u"], i["g"])
-    return getattr(_fla("generalized_delta_rule/dplr/naive"), name)(*inputs, **_initial(i))[0].transpose(1, 2)
+    return getattr(fla("generalized_delta_rule/dplr/naive"), name)(*inputs, **_initial(i))[0].transpose(1, 2)
 
 
 def mambapy(i: Inputs) -> Tensor:

@@ -8,7 +8,7 @@ would make the backward quadratic in T (`token_by_token` says how much slower th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +60,19 @@ def causal_convolution(channels: int, size: int, *, bias: bool) -> nn.Conv1d:
     return nn.Conv1d(channels, channels, size, groups=channels, padding=size - 1, bias=bias)
 
 
-def convolved(convolution: nn.Conv1d, x: Tensor) -> Tensor:
+def convolved(convolution: nn.Module, x: Tensor) -> Tensor:
     return convolution(x.mT)[..., : x.shape[1]].mT
 
 
 class PlainDeltaNet(nn.Module):
-    """DeltaNet and DeltaProduct with eigenvalues in [-1, 1]."""
+    """DeltaNet and DeltaProduct with eigenvalues in [-1, 1].
+
+    Attributes:
+        rule: computes DeltaNet's outputs in place of the loop, from q, k, v [B, H, T, K] and beta [B, H, T]; it scales
+            q by itself.
+    """
+
+    rule: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
 
     def __init__(self, d_model: int, config: DeltaNetConfig) -> None:
         super().__init__()
@@ -84,13 +91,18 @@ class PlainDeltaNet(nn.Module):
         b, t, d = x.shape
         h, n, size = self.heads, self.factors, d // self.heads
         q, k, v = (
-            F.silu(convolved(self.convolutions[name], projection(x)))
-            for name, projection in {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj}.items()
+            F.silu(convolved(convolution, projection(x)))
+            for convolution, projection in zip(
+                self.convolutions.values(), (self.q_proj, self.k_proj, self.v_proj), strict=True
+            )
         )
         q = F.normalize(q.reshape(b, t, h, size), dim=-1) * size**-0.5
         k = F.normalize(k.reshape(b, t, n, h, size), dim=-1)
         v = v.reshape(b, t, n, h, size)
         beta = 2 * torch.sigmoid(self.b_proj(x)).view(b, t, n, h)
+        if self.rule is not None:
+            o = self.rule(*(y.transpose(1, 2) for y in (q * size**0.5, k[:, :, 0], v[:, :, 0], beta[:, :, 0])))
+            return self.o_proj(self.o_norm(o.transpose(1, 2)).flatten(2))
         state, outputs = x.new_zeros(b, h, size, size), []
         for q_t, k_t, v_t, beta_t in zip(*map(tokens, (q, k, v, beta)), strict=True):
             for j in range(n):

@@ -30,10 +30,13 @@ from torch.nn import functional as F
 
 from benchmarks import plain_models
 from benchmarks.common import ROOT, environment, interleaved_cpu_times, write_results
-from benchmarks.plain_models import PlainModel
+from benchmarks.cpu_ops import fla
+from benchmarks.plain_models import PlainDeltaNet, PlainModel
 from statetrack import LanguageModel, mixer_config
 from statetrack.config import RunConfig, TrainingConfig, run_config
 from statetrack.training_step import TrainingStep, make_optimizer
+
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 STEPS = 100_000
 """So many that learning rates stay in their rise, where no model breaks down."""
@@ -110,15 +113,25 @@ def plain_loop(case: Case, model: nn.Module, device: str = "cpu", autocast: bool
         yield loss.item()
 
 
-def plain_model(config: RunConfig) -> PlainModel:
+def plain_model(config: RunConfig, rule: Rule | None = None) -> PlainModel:
     """The plain model with the weights of ours; checked to have the same logits."""
     torch.manual_seed(0)
     ours, plain = LanguageModel(config.model), PlainModel(config.model)
     plain.load_state_dict(ours.state_dict())
+    for module in plain.modules():
+        if rule is not None and isinstance(module, PlainDeltaNet):
+            module.rule = rule
     ids = torch.randint(config.model.vocab_size, (4, config.training.max_length))
     with torch.no_grad():
         torch.testing.assert_close(plain(ids), ours(ids), rtol=1e-3, atol=1e-3)
     return plain
+
+
+def chunkwise(length: int) -> Rule:
+    """flash-linear-attention's delta rule in chunks, in pure PyTorch, with the longest chunks up to 20 that fit."""
+    rule = fla("delta_rule/naive").delta_rule_chunkwise
+    chunk = max(size for size in range(1, 21) if length % size == 0)
+    return lambda q, k, v, beta: rule(q, k, v, beta, chunk)[0]
 
 
 def cpu_row(case: Case, rounds: int) -> dict[str, Any]:
@@ -127,6 +140,8 @@ def cpu_row(case: Case, rounds: int) -> dict[str, Any]:
     step = our_steps(config, [0], fixed=False, device="cpu")
     count = iter(range(STEPS))
     loops = {name: plain_loop(case, plain_model(config)) for name in ("plain", "indexed")}
+    if case.mixer == "deltanet":
+        loops["chunkwise"] = plain_loop(case, plain_model(config, chunkwise(case.length)))
 
     def plain(name: str) -> float:
         plain_models.token_by_token = name == "indexed"
@@ -137,58 +152,80 @@ def cpu_row(case: Case, rounds: int) -> dict[str, Any]:
         "plain loop": lambda: plain("plain"),
         "plain loop, indexed token by token": lambda: plain("indexed"),
     }
+    if "chunkwise" in loops:
+        calls["plain model, flash-linear-attention's delta_rule_chunkwise"] = lambda: plain("chunkwise")
     times = {name: value["median_ms"] for name, value in interleaved_cpu_times(calls, rounds=rounds).items()}
     ratios = {name: value / times["ours"] for name, value in times.items() if name != "ours"}
     return {"case": case.name, "median_ms": times, "times_as_fast_as": ratios}
 
 
-def gpu_times(calls: dict[str, Callable[[], object]], *, rounds: int, steps: int) -> dict[str, float]:
+Steps = Callable[[int], None]
+"""Takes so many steps."""
+
+
+def gpu_times(loops: dict[str, Steps], *, rounds: int, steps: int) -> dict[str, float]:
     """Medians of the wall-clock time of a step, in milliseconds: `steps` at once, and wait for the device."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(rounds):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(steps):
-                call()
-            torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) / steps * 1e3)
+        for name, loop in loops.items():
+            times[name].append(gpu_seconds(loop, steps) / steps * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def gpu_seconds(loop: Steps, steps: int) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    loop(steps)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def our_loop(step: TrainingStep) -> Steps:
+    count = iter(range(STEPS))
+
+    def loop(steps: int) -> None:
+        with step.context():
+            for _ in range(steps):
+                step(next(count))
+
+    return loop
 
 
 def gpu_row(case: Case, seeds: Sequence[int], shortest: int, *, peer: bool) -> dict[str, Any]:
     """Ours eager, captured, and with several seeds at once, for lengths drawn from the shortest to the case's own."""
-    calls: dict[str, Callable[[], object]] = {}
+    loops: dict[str, Steps] = {}
     first = {}
     for name, chosen, fixed in [
         ("ours, eager", seeds[:1], False),
         ("ours, captured", seeds[:1], True),
         *((f"ours, captured, {n} seeds", seeds[:n], True) for n in (3, len(seeds))),
     ]:
-        step = our_steps(case.config(shortest), chosen, fixed=fixed, device="cuda")
-
-        def call(step: TrainingStep = step, count: Iterator[int] = iter(range(STEPS))) -> None:  # noqa: B008
-            with step.context():
-                step(next(count))
-
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(200 if fixed else 20):  # every length three times, so that all graphs are there
-            call()
-        torch.cuda.synchronize()
-        first[name] = time.perf_counter() - start
-        calls[name] = call
+        loops[name] = our_loop(our_steps(case.config(shortest), chosen, fixed=fixed, device="cuda"))
+        # So many that every length has come three times and all graphs are there.
+        first[name] = gpu_seconds(loops[name], 10 if not fixed else 10 if shortest == case.length else 400)
     if peer and case.mixer == "deltanet":
-        loop = plain_loop(case, FLAModel(case), "cuda", autocast=True)
-        start = time.perf_counter()
-        for _ in range(5):
-            next(loop)
-        first["flash-linear-attention"] = time.perf_counter() - start
-        calls["flash-linear-attention"] = lambda: next(loop)
-    times = gpu_times(calls, rounds=5, steps=40)
+        theirs = plain_loop(case, FLAModel(case), "cuda", autocast=True)
+
+        def peer_loop(steps: int) -> None:
+            for _ in range(steps):
+                next(theirs)
+
+        loops["flash-linear-attention"] = peer_loop
+        first["flash-linear-attention"] = gpu_seconds(loops["flash-linear-attention"], 5)
+    times = gpu_times(loops, rounds=5, steps=40)
     by_seed = {name: value / _seeds(name) for name, value in times.items()}
     return {"case": case.name, "lengths": [shortest, case.length], "median_ms": times, "ms_a_seed": by_seed,
             "first_steps_seconds": first}  # fmt: skip
+
+
+def profile(case: Case, seeds: Sequence[int], device: str) -> str:
+    """The operations of five steps that take the device longest, as a table."""
+    loop = our_loop(our_steps(case.config(), seeds, fixed=False, device=device))
+    loop(5)
+    with torch.profiler.profile() as profiler:
+        loop(5)
+    column = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=column, row_limit=30, max_name_column_width=60)
 
 
 def _seeds(name: str) -> int:
@@ -247,6 +284,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how often each loop is timed")
     parser.add_argument("--cases", default="", help="only cases with this in their name")
     parser.add_argument("--peer", action="store_true", help="on a GPU: also flash-linear-attention's DeltaNet")
+    parser.add_argument("--profile", type=int, metavar="SEEDS", help="only say where the steps of so many seeds go")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
@@ -256,6 +294,9 @@ def main() -> None:
     for case in GPU_CASES if on_gpu else CPU_CASES:
         if options.cases not in case.name:
             continue
+        if options.profile:
+            console.print(case.name, profile(case, range(options.profile), options.device), soft_wrap=True)
+            continue
         made = (
             [gpu_row(case, range(8), shortest, peer=options.peer) for shortest in (case.length, 3)]
             if on_gpu
@@ -264,6 +305,8 @@ def main() -> None:
         rows += made
         for row in made:
             console.print(case.name, row.get("lengths", ""), {k: round(v, 2) for k, v in row["median_ms"].items()})
+    if options.profile:
+        return
     what = (
         "wall-clock time of a training step, 40 at once; ms_a_seed is its share for each of the seeds that it trains"
         if on_gpu
@@ -271,7 +314,7 @@ def main() -> None:
     )
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
     out = options.out or ROOT / "results" / ("training/gpu.json" if on_gpu else "cpu/training.json")
-    packages = ["statetrack", "triton", "fla-core"] if on_gpu else ["statetrack"]
+    packages = ["statetrack", "fla-core", *(["triton"] if on_gpu else [])]
     write_results(out, {"what": what, "environment": environment(packages) | {"device": device}, "results": rows})
     names = list(rows[0]["median_ms"]) if rows else []
     table = Table("case", *(f"{name}, ms" for name in names))

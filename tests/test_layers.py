@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.func import functional_call, vmap
 from torch.nn import functional as F
 
 from statetrack import layers
@@ -41,6 +42,27 @@ def test_the_gradients_of_a_short_convolution_are_those_of_a_grouped_one(rows, m
     gradients = [torch.autograd.grad(out, inputs, d_y) for out in (y, expected)]
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("windows", [0, 2**20])
+def test_replicas_of_a_short_convolution_have_taps_of_their_own(windows, monkeypatch):
+    monkeypatch.setattr(layers, "_WINDOWS", windows)
+    replicas = [ShortConvolution(6, 4).double() for _ in range(3)]
+    x = torch.randn(2, 3, 9, 6, dtype=torch.float64, requires_grad=True)  # replicas on the second axis
+    weights = torch.stack([layer.weight.detach() for layer in replicas]).requires_grad_()
+    start = replicas[0].init_state(2)
+
+    def one(weight, x):
+        return functional_call(replicas[0], {"weight": weight}, (x, start))[0]
+
+    y = vmap(one, in_dims=(0, 1), out_dims=1)(weights, x)
+    expected = torch.stack([layer(x[:, i], start)[0] for i, layer in enumerate(replicas)], 1)
+    assert torch.allclose(y, expected)
+    d_y = torch.randn_like(y)
+    d_weights, d_x = torch.autograd.grad(y, [weights, x], d_y)
+    expected_d_x, *expected_d_weights = torch.autograd.grad(expected, [x, *(p.weight for p in replicas)], d_y)
+    assert torch.allclose(d_x, expected_d_x)
+    assert torch.allclose(d_weights, torch.stack(expected_d_weights))
 
 
 @pytest.mark.parametrize("split", [1, 2, 5])

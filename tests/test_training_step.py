@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from statetrack import LanguageModel, mixer_config
+from statetrack import LanguageModel, mixer_config, training_step
 from statetrack.config import TrainingConfig, run_config
 from statetrack.evaluation import evaluate
 from statetrack.runs import RunDirectory
@@ -24,7 +24,7 @@ def double():
 
 
 def make(mixer="deltanet", task="parity", **training):
-    options = {"steps": 20, "batch_size": 8, "max_length": 20, "log_every": 4, "checkpoint_every": 5, "z_loss": 0.1}
+    options = {"steps": 20, "batch_size": 4, "max_length": 12, "log_every": 4, "checkpoint_every": 5, "z_loss": 0.1}
     own = TrainingConfig(**{**options, "learning_rate": 1e-2, **training})
     return run_config(task, mixer_config(mixer)(num_heads=2) if mixer != "mamba" else mixer_config(mixer)(), SIZES, own)
 
@@ -112,8 +112,8 @@ def test_a_run_that_breaks_down_does_so_alone():
     ("configs", "message"),
     [
         ([], "at least one run"),
-        ([make(), make(steps=21)], "training.steps is 20 in one and 21 in another"),
-        ([make(), make("mlstm")], "model.mixer is deltanet in one and mlstm in another"),
+        ([make(), make(steps=21)], r"not in more \(training.steps is 20 there, not 21\)"),
+        ([make(), make("mlstm")], "model.mixer is deltanet there, not mlstm"),
         (seeds_of(run_config("parity", mixer_config("lstm")(), SIZES, TrainingConfig()), [0, 1]), "runs of lstm"),
     ],
 )
@@ -145,9 +145,30 @@ def test_steps_in_fixed_memory_are_the_same_steps(mixer, seeds):
         assert_alike(a, b, 1e-6)
 
 
+def test_the_lengths_of_a_step_are_the_same_whenever_they_are_asked_for():
+    config = make()
+    step, _ = steps_of(config, [0, 1], fixed=False)
+    lengths = [step.lengths(number) for number in range(6)]
+    assert [step.lengths(number) for number in (4, 5, 4, 3, 0)] == [lengths[number] for number in (4, 5, 4, 3, 0)]
+    assert {length for both in lengths for length in both} <= set(range(3, 13))
+    assert [first for first, _ in lengths] != [second for _, second in lengths]
+
+
 def test_batches_are_padded_to_few_lengths():
-    assert [padded_length(length, 40) for length in (1, 8, 9, 33, 40)] == [8, 8, 16, 40, 40]
-    assert padded_length(3, 5) == 5
+    assert [padded_length(length, 40) for length in (1, 4, 5, 33, 40)] == [4, 4, 8, 36, 40]
+    assert padded_length(5, 6) == 6
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("most", [0, 1024])
+def test_embeddings_of_many_tokens_and_of_few_are_the_same(most, monkeypatch):
+    monkeypatch.setattr(training_step, "MOST_ONE_HOT", most)
+    config = make(task="group:S3")
+    (fixed, fixed_models), (plain, models) = (steps_of(config, [0, 1], fixed=value) for value in (True, False))
+    for step in range(3):
+        fixed(step)
+        plain(step)
+    assert_alike(fixed_models[1], models[1], 1e-6)
 
 
 @pytest.mark.gpu
@@ -171,7 +192,7 @@ def test_the_batches_of_graphs_are_those_of_the_generators(task):
 @pytest.mark.parametrize("seeds", [[0], [0, 1, 2]])
 @pytest.mark.parametrize("mixer", [*MIXERS, "gla", "mamba2", "kda"])
 def test_captured_steps_are_the_eager_ones(mixer, seeds):
-    """With two lengths to pad to, and so many steps that both are captured and replayed."""
+    """So many steps that several lengths are captured and replayed."""
     config = make(mixer, steps=40, learning_rate=1e-3)
     (captured, captured_models), (eager, models) = (
         steps_of(config, seeds, fixed=value, device="cuda") for value in (True, False)
@@ -181,8 +202,8 @@ def test_captured_steps_are_the_eager_ones(mixer, seeds):
             a, b = captured(step), eager(step)
             # Padding and the order of sums differ, which AdamW's division makes more of; 40 steps stay close.
             assert torch.allclose(a[0], b[0], rtol=2e-2, atol=2e-3), step
-        assert len(captured._fixed.graphs._graphs) >= 2
-        assert not captured._fixed.graphs._waiting
+        assert len(captured._fixed._graphs._graphs) >= 2
+        assert not captured._fixed._graphs._waiting
     for a, b in zip(captured_models, models, strict=True):
         assert_alike(a, b, 2e-2)
 

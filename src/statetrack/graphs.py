@@ -99,11 +99,12 @@ class Graphs:
             function()
         elif calls == 2:
             self._check(key, function, before)
-        else:
-            if key not in self._graphs:
-                self._graphs[key] = self._capture(function, random)
+        elif key in self._graphs or self._capture(key, function, random):
             before()
             self._graphs[key].replay()
+        else:
+            before()
+            function()
 
     def _check(self, key: Hashable, function: Callable[[], None], before: Callable[[], object]) -> None:
         before()
@@ -118,19 +119,26 @@ class Graphs:
             before()
             function()
 
-    def _capture(self, function: Callable[[], None], random: torch.Generator | None) -> torch.cuda.CUDAGraph:
+    def _capture(self, key: Hashable, function: Callable[[], None], random: torch.Generator | None) -> bool:
+        """Makes the graph of a key, which does nothing yet; False if that can't be done."""
         graph = torch.cuda.CUDAGraph()
         if random is not None:
             graph.register_generator_state(random)
-        # `torch.cuda.graph` would also wait for the device and collect garbage, a tenth of a second for each of many
-        # graphs. Nothing that a graph has in its pool outlives its replay, so that all of them may share one.
-        graph.capture_begin(self._pool, capture_error_mode="thread_local")
         try:
-            function()
-        finally:
-            graph.capture_end()
+            # `torch.cuda.graph` would also wait for the device, which takes long for many graphs. Nothing that a graph
+            # has in its pool outlives its replay, so that all of them may share one.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        except RuntimeError as error:
+            _log.warning("no CUDA graph for %r, it could not be captured: %s", key, error)
+            self._waiting.add(key)
+            return False
+        self._graphs[key] = graph
         self._pool = self._pool or graph.pool()
-        return graph
+        return True
 
 
 @contextmanager

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from statetrack.ops import triton_convolution
 from statetrack.ops.backend import wants_gradient
 from statetrack.ops.chunking import CACHED_NUMBERS
-from statetrack.ops.vmapped import is_vmapped
+from statetrack.ops.vmapped import is_vmapped, vmapped
 from statetrack.transition import accumulated
 
 
@@ -22,6 +22,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
+        if is_vmapped():  # PyTorch's own kernels for it on a GPU have no batching rule
+            y = vmapped(lambda x: F.rms_norm(x, self.normalized_shape, None, self.eps), x)
+            return y if weight is None else y * weight
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
@@ -75,8 +78,7 @@ class ShortConvolution(nn.Module):
 
     def _taps(self, extended: Tensor, length: int) -> Tensor:
         weight = self.weight.to(extended.dtype)
-        on_cpu = extended.device.type == "cpu"
-        if on_cpu and wants_gradient(extended, weight) and not (is_vmapped() or torch.compiler.is_compiling()):
+        if is_vmapped() or (wants_gradient(extended, weight) and not torch.compiler.is_compiling()):
             y = _Taps.apply(extended, weight)
         else:
             y = extended[:, :length] * weight[:, 0, 0]
@@ -86,44 +88,78 @@ class ShortConvolution(nn.Module):
 
 
 class _Taps(torch.autograd.Function):
-    """The sum over the taps [C, 1, size] of a convolution of [B, T + size - 1, C], for the caches of a CPU.
+    """The sum over the taps [C, 1, size] of a convolution of [B, T + size - 1, C], with few passes over memory.
 
-    A few rows at a time, so that only the first tap's pass over them has to wait for memory. Autograd's backward would
-    go through it sixteen times where the size is four.
+    In place, which autograd could not differentiate; and on a CPU a few rows at a time, so that only the first tap's
+    pass over them has to wait for memory. Both tensors may have a first axis more, of replicas.
     """
 
     @staticmethod
-    def forward(ctx: Any, extended: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(extended, weight)
-        taps = weight[:, 0].mT.contiguous().unbind()  # with a stride they would not be vectorized
-        length = extended.shape[1] - len(taps) + 1
-        y = extended.new_empty(len(extended), length, extended.shape[2])
+    def forward(extended: Tensor, weight: Tensor) -> Tensor:
+        if triton_convolution.serves(extended, weight):
+            return triton_convolution.convolve(extended, weight)
+        taps = _each_tap(weight)
+        length = extended.shape[-2] - len(taps) + 1
+        y = extended.new_empty(*extended.shape[:-2], length, extended.shape[-1])
         for x, out in _groups(extended, y):
-            torch.mul(x[:, :length], taps[0], out=out)
+            torch.mul(x[..., :length, :], taps[0], out=out)
             for i, tap in enumerate(taps[1:], 1):
-                out.addcmul_(x[:, i : i + length], tap)
+                out.addcmul_(x[..., i : i + length, :], tap)
         return y
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
         (d_y,) = grad_outputs
         extended, weight = ctx.saved_tensors
-        taps, length = weight[:, 0].mT.contiguous().unbind(), d_y.shape[1]
-        d_extended, d_taps = torch.empty_like(extended), torch.zeros_like(weight[:, 0].mT)
+        if triton_convolution.serves(extended, weight):
+            return triton_convolution.convolve_backward(extended, weight, d_y)
+        taps, length = _each_tap(weight), d_y.shape[-2]
+        d_extended, d_taps = torch.empty_like(extended), torch.zeros_like(taps)
         for x, d_x, d_out in _groups(extended, d_extended, d_y):
-            torch.mul(d_out, taps[0], out=d_x[:, :length])
-            d_x[:, length:].zero_()
+            torch.mul(d_out, taps[0], out=d_x[..., :length, :])
+            d_x[..., length:, :].zero_()
+            for i, tap in enumerate(taps[1:], 1):
+                d_x[..., i : i + length, :].addcmul_(d_out, tap)
+            if _whole(x) and x.numel() * len(taps) <= _WINDOWS:
+                windows = x.unfold(-2, len(taps), 1).movedim(-1, 0)
+                torch.sum(windows * d_out, (-3, -2), keepdim=True, out=d_taps)
+                continue
             product = torch.empty_like(d_out)
-            for i, tap in enumerate(taps):
-                if i:
-                    d_x[:, i : i + length].addcmul_(d_out, tap)
-                d_taps[i] += torch.mul(d_out, x[:, i : i + length], out=product).sum((0, 1))
-        return d_extended, d_taps.mT.unsqueeze(1)
+            for i, d_tap in enumerate(d_taps):
+                d_tap += torch.mul(d_out, x[..., i : i + length, :], out=product).sum((-3, -2), keepdim=True)
+        return d_extended, d_taps.movedim(0, -1).reshape(weight.shape)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
+        moved = [
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(args, in_dims, strict=True)
+        ]
+        return _Taps.apply(*moved), 0
+
+
+def _each_tap(weight: Tensor) -> Tensor:
+    """[..., C, 1, size] as [size, ..., 1, 1, C]; with a stride between its channels a tap would not be vectorized."""
+    return weight.squeeze(-2).movedim(-1, 0).contiguous().unsqueeze(-2).unsqueeze(-2)
+
+
+_WINDOWS = 2**27
+"""So many numbers may lie in memory at once for what all taps see."""
+
+
+def _whole(x: Tensor) -> bool:
+    """Whether [B, T, C] is treated in one piece: on a GPU, where calls take the time, and with replicas."""
+    return x.device.type != "cpu" or x.ndim > 3
 
 
 def _groups(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The rows of tensors [B, ..., C] in groups that fit a cache."""
+    """The rows of tensors [B, ..., C] in groups that fit a CPU's cache, or all of them."""
+    if _whole(tensors[0]):
+        return iter([tensors])
     rows = max(1, CACHED_NUMBERS // 4 // max(1, tensors[0].shape[1:].numel()))
     return zip(*(x.split(rows) for x in tensors), strict=True)
 
@@ -180,8 +216,8 @@ def unit_vectors(x: Tensor) -> Tensor:
     wide = accumulated(x)
     squared_norm = wide.square().sum(-1, keepdim=True)
     directed = squared_norm > 1e-24
-    # The inner `where` keeps the infinite derivative at 0 out of the backward as well.
-    return torch.where(directed, wide * torch.rsqrt(torch.where(directed, squared_norm, 1)), 0).to(x.dtype)
+    # The inner `where` keeps the infinite derivative at 0 out of the backward. Both are of norms, as vectors are long.
+    return (wide * torch.where(directed, torch.rsqrt(torch.where(directed, squared_norm, 1)), 0)).to(x.dtype)
 
 
 def token_shift(x: Tensor, state: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -154,8 +154,8 @@ def why_apart(configs: Sequence[RunConfig]) -> str | None:
         training = replace(config.training, seed=first.training.seed, learning_rate=first.training.learning_rate)
         if (other := replace(config, training=training)) != first:
             return (
-                "runs that are trained together differ in seed and learning rate alone, "
-                "but {} is {} in one and {} in another".format(*_difference(first, other))
+                "runs that are trained together may differ in seed and learning rate alone, not in more "
+                f"({_difference(first, other)})"
             )
     return None
 
@@ -300,13 +300,13 @@ def _open(directory: RunDirectory, config: RunConfig) -> None:
     there = directory.read_config()
     if there != config:
         raise RunError(
-            "{} holds another run ({} is {} there, not {}); choose another directory, or repeat the options it was "
-            "started with to go on".format(directory.path, *_difference(there, config))
+            f"{directory.path} holds another run ({_difference(there, config)}); choose another directory, or repeat "
+            "the options it was started with to go on"
         )
 
 
-def _difference(there: Any, here: Any, prefix: str = "") -> tuple[str, Any, Any]:
-    """The first field in which two configs differ, and its values, as a message has them."""
+def _difference(there: Any, here: Any, prefix: str = "") -> str:
+    """The first field in which two configs differ, in words."""
     if type(there) is type(here) and is_dataclass(there) and not isinstance(there, EigenvalueRange):
         for field in fields(there):
             if (a := getattr(there, field.name)) != (b := getattr(here, field.name)):
@@ -314,7 +314,8 @@ def _difference(there: Any, here: Any, prefix: str = "") -> tuple[str, Any, Any]
     if isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here):
         index = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
         return _difference(there[index], here[index], f"{prefix}[{index}]")
-    return prefix, _written(there), _written(here)
+    there, here = (_written(value) for value in (there, here))
+    return f"{prefix} is {there} there, not {here}"
 
 
 def _written(value: Any) -> Any:

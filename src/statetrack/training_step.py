@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -28,8 +28,12 @@ from statetrack.tasks import IGNORE, Batch, Task, get_task
 from statetrack.transition import accumulated
 from statetrack.weight_decay import by_weight_decay
 
-LENGTHS = 8
+LENGTHS = 4
 """On a GPU batches are padded to multiples of so many tokens, so that few graphs serve all lengths."""
+
+MOST_ONE_HOT = 1024
+"""Embeddings of up to so many tokens are looked up by a matrix product where steps are captured: the gradient of
+`torch.nn.Embedding` makes the host wait for the device (pytorch issue 82886)."""
 
 
 class TrainingStep:
@@ -58,8 +62,11 @@ class TrainingStep:
         self._options = [config.training for config in configs]
         self._fitting = fitting_lengths(self._task, self._options[0])
         self._optimizers = optimizers
-        self._replicas = Replicas(models)
-        self._fixed = _Fixed(self._options, self._task, self._fitting, self._replicas, optimizers) if fixed else None
+        self._replicas = Replicas(models, fixed=fixed)
+        self._lengths: dict[int, list[int]] = {}
+        self._fixed = (
+            _Fixed(self._options, self._task, max(self._fitting), self._replicas, optimizers) if fixed else None
+        )
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Takes step number `step` (from 0); returns each run's loss and share of right labels, [R] each.
@@ -69,7 +76,7 @@ class TrainingStep:
         lengths = self.lengths(step)
         rates = [learning_rate_at(step, options) for options in self._options]
         if self._fixed is not None:
-            return self._fixed.step(step, lengths, rates)
+            return self._fixed.step(step, lengths, rates, self.lengths(step + 1))
         for optimizer, rate in zip(self._optimizers, rates, strict=True):
             set_learning_rate(optimizer, rate)
         batches = [
@@ -82,11 +89,15 @@ class TrainingStep:
 
     def lengths(self, step: int) -> list[int]:
         """The length of each run's batch in a step."""
-        return [draw_length(options, self._fitting, step) for options in self._options]
+        if step not in self._lengths:
+            drawn = [draw_length(options, self._fitting, step) for options in self._options]
+            before = {known: lengths for known, lengths in self._lengths.items() if known == step - 1}
+            self._lengths = before | {step: drawn}
+        return self._lengths[step]
 
     def context(self) -> AbstractContextManager[Any]:
         """What steps, and everything that reads models or optimizers between them, must happen in."""
-        return contextlib.nullcontext() if self._fixed is None else self._fixed.graphs.context()
+        return contextlib.nullcontext() if self._fixed is None else self._fixed.context()
 
 
 class Replicas:
@@ -95,12 +106,14 @@ class Replicas:
     Args:
         models: of the same config, on the same device. If there are several, their parameters and gradients become
             views of stacked ones: what is done to one is done to the other.
+        fixed: keep gradients in the same memory from step to step, and do nothing that no CUDA graph can hold.
     """
 
-    def __init__(self, models: Sequence[LanguageModel]) -> None:
-        self.models = models
+    def __init__(self, models: Sequence[LanguageModel], *, fixed: bool = False) -> None:
+        self.models, self._fixed = models, fixed
         self.device = models[0].embedding.weight.device
         self._stacked: dict[str, Tensor] = {}
+        self._gradients: Tensor | None = None
         if len(models) == 1:
             return
         for name, _ in models[0].named_parameters():
@@ -113,39 +126,50 @@ class Replicas:
     def losses(self, ids: Tensor, labels: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
         """Each model's loss and share of right labels, [R] each, on batches of its own, [R, B, T]."""
         if len(self.models) == 1:
-            loss, correct = loss_and_accuracy(self.models[0], ids[0], labels[0], z_loss)
+            loss, correct = loss_and_accuracy(self._alone, ids[0], labels[0], z_loss)
             return loss.unsqueeze(0), correct.unsqueeze(0)
 
         def one(parameters: dict[str, Tensor], ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             # Embeddings in place of ids, as the model can't look at the ids of replicas.
             def model(ids: Tensor) -> Tensor:
-                x = F.embedding(ids, parameters["embedding.weight"])
+                x = self._embed(ids, parameters["embedding.weight"])
                 return functional_call(self.models[0], parameters, (x,))  # type: ignore[no-any-return]
 
             return loss_and_accuracy(model, ids, labels, z_loss)
 
         return vmap(one)(self._stacked, ids, labels)  # type: ignore[no-any-return]
 
-    def zero_gradients(self, *, keep: bool) -> None:
-        """Forgets the gradients; with `keep`, or with several models, by setting them to zero where they are."""
-        if len(self.models) == 1 and not keep:
+    def _alone(self, ids: Tensor) -> Tensor:
+        model = self.models[0]
+        return model(self._embed(ids, model.embedding.weight) if self._fixed else ids)  # type: ignore[no-any-return]
+
+    def _embed(self, ids: Tensor, weight: Tensor) -> Tensor:
+        if not self._fixed:
+            return F.embedding(ids, weight)
+        if len(weight) > MOST_ONE_HOT:
+            return weight[ids]
+        return one_hot(ids, len(weight), weight.dtype) @ weight
+
+    def zero_gradients(self) -> None:
+        """Forgets the gradients; where they are fixed, or of several models, by setting them to zero."""
+        if len(self.models) == 1 and not self._fixed:
             self.models[0].zero_grad(set_to_none=True)
             return
-        leaves = self._stacked or dict(self.models[0].named_parameters())
-        if any(leaf.grad is None for leaf in leaves.values()):
-            self._allocate_gradients(leaves)
+        if self._gradients is None:
+            self._gradients = self._allocate_gradients(self._stacked or dict(self.models[0].named_parameters()))
         self._gradients.zero_()
 
-    def _allocate_gradients(self, leaves: Mapping[str, Tensor]) -> None:
+    def _allocate_gradients(self, leaves: Mapping[str, Tensor]) -> Tensor:
         """All gradients in one piece of memory, which one operation sets to zero."""
         sizes = [leaf.numel() for leaf in leaves.values()]
         first = next(iter(leaves.values()))
-        self._gradients = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
-        for (name, leaf), piece in zip(leaves.items(), self._gradients.split(sizes), strict=True):
+        gradients = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
+        for (name, leaf), piece in zip(leaves.items(), gradients.split(sizes), strict=True):
             leaf.grad = piece.view_as(leaf)
             if self._stacked:
                 for model, gradient in zip(self.models, leaf.grad, strict=True):
                     model.get_parameter(name).grad = gradient
+        return gradients
 
 
 def update(
@@ -154,12 +178,10 @@ def update(
     options: TrainingConfig,
     ids: Tensor,
     labels: Tensor,
-    *,
-    keep_gradients: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Forward, backward, clipping and AdamW on a batch [R, B, T]; the losses and shares of right labels, [R] each."""
     losses, correct = replicas.losses(ids, labels, options.z_loss)
-    replicas.zero_gradients(keep=keep_gradients)
+    replicas.zero_gradients()
     losses.sum().backward()
     for model, optimizer in zip(replicas.models, optimizers, strict=True):
         if options.gradient_clip:
@@ -178,13 +200,12 @@ class _Fixed:
         self,
         options: Sequence[TrainingConfig],
         task: Task,
-        fitting: Sequence[int],
+        longest: int,
         replicas: Replicas,
         optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
-        self._options, self._fitting = options, fitting
+        self._options, self._longest = options, longest
         self._replicas, self._optimizers = replicas, optimizers
-        self._longest = padded_length(max(fitting), max(fitting))
         shape = (2, len(options), options[0].batch_size, self._longest)
         self._batch = torch.zeros(shape, dtype=torch.int64, device=replicas.device)
         self._results = torch.zeros(2, len(options), device=replicas.device)
@@ -192,19 +213,29 @@ class _Fixed:
         self._drawn: int | None = None
         for optimizer in optimizers:
             fix_learning_rate(optimizer, replicas.device)
-        self.graphs = Graphs(replicas.device)
+        self._graphs = Graphs(replicas.device)
 
-    def step(self, step: int, lengths: Sequence[int], rates: Sequence[float]) -> tuple[Tensor, Tensor]:
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """The stream of the steps; whatever comes after it also waits for batches that were drawn in vain."""
+        with self._graphs.context():
+            yield
+            for sampler in self._samplers:
+                sampler.end()
+
+    def step(
+        self, step: int, lengths: Sequence[int], rates: Sequence[float], lengths_after: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Step number `step` with batches of these lengths; those of the step after it will have others."""
         if self._drawn != step:
             self._draw(step, lengths)
         for index, sampler in enumerate(self._samplers):
             sampler.hand_over(self._batch[:, index])
-        if step + 1 < self._options[0].steps:
-            self._draw(step + 1, [draw_length(options, self._fitting, step + 1) for options in self._options])
+        self._draw(step + 1, lengths_after)
         for optimizer, rate in zip(self._optimizers, rates, strict=True):
             set_learning_rate(optimizer, rate)
         length = padded_length(max(lengths), self._longest)
-        self.graphs.run(length, lambda: self._update(length))
+        self._graphs.run(length, lambda: self._update(length))
         return self._results[0], self._results[1]
 
     def _draw(self, step: int, lengths: Sequence[int]) -> None:
@@ -213,10 +244,13 @@ class _Fixed:
         self._drawn = step
 
     def _update(self, length: int) -> None:
+        # PyTorch wants to be told, and warns where a step that could be captured is not.
+        capturing = self._batch.is_cuda and torch.cuda.is_current_stream_capturing()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["capturable"] = capturing
         ids, labels = self._batch[..., :length]
-        losses, correct = update(
-            self._replicas, self._optimizers, self._options[0], ids, labels, keep_gradients=True
-        )  # fmt: skip
+        losses, correct = update(self._replicas, self._optimizers, self._options[0], ids, labels)
         self._results[0].copy_(losses)
         self._results[1].copy_(correct)
 
@@ -249,6 +283,11 @@ class _Sampler:
         """Copies the batch that was drawn to `target`, once it is there."""
         with self._side.handing_over():
             target.copy_(self._drawn)
+
+    def end(self) -> None:
+        """The current stream waits until nothing is written to the memory of this sampler."""
+        with self._side.handing_over():
+            pass
 
 
 def learning_rate_at(step: int, options: TrainingConfig) -> float:
@@ -303,6 +342,11 @@ def draw_batch(task: Task, options: TrainingConfig, length: int, generator: torc
     return batch
 
 
+def one_hot(ids: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """[..., size], 1 at each id and 0 elsewhere."""
+    return (ids.unsqueeze(-1) == torch.arange(size, device=ids.device)).to(dtype)
+
+
 def pad(x: Tensor, length: int, value: int) -> Tensor:
     """Tokens or labels [B, T] with padding up to a length."""
     return x if x.shape[1] == length else F.pad(x, (0, length - x.shape[1]), value=value)
@@ -336,7 +380,6 @@ def fix_learning_rate(optimizer: torch.optim.Optimizer, device: torch.device) ->
     rate = torch.zeros((), device=device)
     for group in optimizer.param_groups:
         group["lr"] = rate
-        group["capturable"] = device.type == "cuda"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -56,6 +56,11 @@ def vmapped_recurrence(
     return _Vmapped.apply(folded, *inputs)  # type: ignore[no-any-return]
 
 
+def vmapped(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function that does the same to everything along the first axes of a tensor, of all replicas at once."""
+    return _Vmapped.apply(lambda replicas, moved: function(moved[0]), x)  # type: ignore[no-any-return]
+
+
 def vmapped_over_heads(function: Callable[..., Any], axes: list[int], *inputs: Tensor) -> Any:
     """A function of tensors with heads on the axes given, of all replicas at once; heads are axis 1 of its results."""
 
