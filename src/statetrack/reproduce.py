@@ -90,7 +90,8 @@ class Outcome:
             "num_householder": getattr(mixers[0], "num_householder", None),
             "layers": config.model.num_layers,
             "seed": config.training.seed,
-            "protocol": publication.protocol,
+            "protocol": "ours" if self.run.recipe else publication.protocol,
+            "learning_rate": config.training.learning_rate,
             "steps": config.training.steps,
             "state": "missing" if record is None else "failed" if record.failed is not None else "done",
         }
@@ -209,26 +210,39 @@ def publication_of(experiment: Experiment) -> Publication:
 
 
 def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[ReportTable]:
-    """Ours beside theirs, a row for each model and task, and in what the protocols differ."""
+    """Ours beside theirs, a row for each model and task, and in what the protocols differ.
+
+    Runs by our own recipe have columns of their own. Of several learning rates the one with the best median counts.
+    """
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.run.config.task, outcome.model), []).append(outcome)
     by_sequence = publication.measure == "sequence_accuracy"
-    rows = [
-        (
-            task,
-            model,
-            *(_lengths if by_sequence else _scaled)(members),
-            _theirs(members[0].run.published),
-            _seeds(members),
+    summarize = _lengths if by_sequence else _scaled
+    recipes = any(outcome.run.recipe for outcome in outcomes)
+    tuned = any(outcome.run.tuned for outcome in outcomes)
+    rows = []
+    for (task, model), members in groups.items():
+        plain, recipe = ([o for o in members if o.run.recipe == own] for own in (False, True))
+        rate, best = _best_learning_rate(plain, summarize)
+        published = next((o.run.published for o in members if o.run.published), {})
+        seeds = [_seeds(plain)] if plain else []
+        seeds += [f"recipe {_seeds(recipe)}"] if recipe else []
+        rows.append(
+            (
+                *(task, model, *_shown(best)),
+                *(_shown(summarize(recipe)) if recipes else ()),
+                _theirs(published),
+                *((rate,) if tuned else ()),
+                "; ".join(seeds),
+            )
         )
-        for (task, model), members in groups.items()
-    ]
+    columns = ("right to, best", "median") if by_sequence else ("best", "median")
     header = (
-        "task",
-        "model",
-        *(("right to, best", "median") if by_sequence else ("best", "median")),
+        *("task", "model", *columns),
+        *((f"recipe: {column}" for column in columns) if recipes else ()),
         "published",
+        *(("learning rate",) if tuned else ()),
         "seeds",
     )
     measured = (
@@ -237,19 +251,48 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         else "Scaled accuracy, (accuracy - chance) / (1 - chance), on average over the lengths"
     )
     text = f"{measured}; over seeds. Published: {publication.source}. Protocol: {PROTOCOLS[publication.protocol]}."
+    if recipes:
+        text += " Recipe: the same models trained in our own way in place of that protocol."
+    if tuned:
+        text += " Of the learning rates the one with the best median counts."
     differences = [(difference,) for difference in publication.differences]
     tables = [ReportTable("Ours and theirs", text, header, rows)]
     return tables + ([ReportTable("Where the protocols differ", "", ("ours",), differences)] if differences else [])
 
 
-def _scaled(members: Sequence[Outcome]) -> tuple[str, str]:
+Summary = tuple[float, float] | None
+"""The best and the median over seeds; None if no seed was judged."""
+
+
+def _best_learning_rate(
+    members: Sequence[Outcome], summarize: Callable[[Sequence[Outcome]], Summary]
+) -> tuple[str, Summary]:
+    """The learning rate with the best median, then the best best, in words, and what it reached."""
+    by_rate: dict[float, list[Outcome]] = {}
+    for outcome in members:
+        by_rate.setdefault(outcome.run.config.training.learning_rate, []).append(outcome)
+    reached = {rate: best for rate, group in by_rate.items() if (best := summarize(group)) is not None}
+    if not reached:
+        return "–", None
+    rate = max(reached, key=lambda rate: (reached[rate][1], reached[rate][0]))
+    return f"{rate:g}", reached[rate]
+
+
+def _scaled(members: Sequence[Outcome]) -> Summary:
     values = [value for outcome in members if (value := outcome.scaled_accuracy()) is not None]
-    return (f"{max(values):.3f}", f"{statistics.median(values):.3f}") if values else ("–", "–")
+    return (max(values), statistics.median(values)) if values else None
 
 
-def _lengths(members: Sequence[Outcome]) -> tuple[str, str]:
+def _lengths(members: Sequence[Outcome]) -> Summary:
     values = [outcome.horizon() for outcome in members if outcome.judged]
-    return (f"{max(values):,}", f"{statistics.median_low(values):,}") if values else ("–", "–")
+    return (max(values), statistics.median_low(values)) if values else None
+
+
+def _shown(summary: Summary) -> tuple[str, str]:
+    if summary is None:
+        return "–", "–"
+    best, median = (f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for value in summary)
+    return best, median
 
 
 def _theirs(published: Mapping[str, Any]) -> str:
