@@ -51,6 +51,8 @@ WINDOW = 16
 SEQUENCES = 64
 FAILING = 0.9
 FIRST_SEED = 3000
+ENOUGH_SEEDS = 5
+"""Values with fewer seeds are in the results, but neither in the table nor in the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,8 +261,11 @@ def median_horizon(row: Mapping[str, Any]) -> str:
 
 
 def shown(plan: Plan, results: Mapping[str, Any]) -> Iterator[tuple[Choice, Model, list[tuple[Value, dict[str, Any]]]]]:
-    """For each choice and each model that has it: the values and their rows of results, those without runs left out."""
-    rows = {_key(row["model"], row["changes"]): row for row in results["results"] if row["seeds"]}
+    """For each choice and each model that has it: the values and their rows of results.
+
+    Values with fewer than `ENOUGH_SEEDS` are left out, and so is a choice that leaves fewer than two to compare.
+    """
+    rows = {_key(r["model"], r["changes"]): r for r in results["results"] if len(r["seeds"]) >= ENOUGH_SEEDS}
     for choice in plan.choice:
         for model in plan.model:
             found = [
@@ -268,7 +273,7 @@ def shown(plan: Plan, results: Mapping[str, Any]) -> Iterator[tuple[Choice, Mode
                 for value in plan.values(choice, model)
                 if (row := rows.get(_key(model.name, variant(model, recipes(plan)[model.name], value).changes)))
             ]
-            if found:
+            if len(found) >= 2:
                 yield choice, model, found
 
 
