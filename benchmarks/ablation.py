@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.common import ROOT, environment
-from statetrack.config import RunConfig, TrainingConfig, from_data, run_config, to_data
+from statetrack.config import RunConfig, TrainingConfig, from_data, read_mixers, run_config, to_data
 from statetrack.evaluation import SOLVED_ACCURACY, evaluate, measure_eigenvalues
 from statetrack.experiments import load_experiment
 from statetrack.files import atomic_write
@@ -146,7 +146,7 @@ def recipes(plan: Plan) -> dict[str, RunConfig]:
 
 def variant(model: Model, recipe: RunConfig, value: Value) -> Variant:
     """The recipe with a value in place of its own."""
-    mixer = {**to_data(recipe.model.mixer), **value.mixer}
+    mixer = read_mixers({**to_data(recipe.model.mixer), **value.mixer})
     sizes = {key: data for key, data in to_data(recipe.model).items() if key != "mixer"} | value.model
     training = from_data(TrainingConfig, {**to_data(recipe.training), **value.training})
     config = run_config(recipe.task, mixer, sizes, training)
