@@ -278,27 +278,29 @@ def shown(plan: Plan, results: Mapping[str, Any]) -> Iterator[tuple[Choice, Mode
 
 
 def table(plan: Plan, results: Mapping[str, Any]) -> str:
-    """Markdown: a row for each value, with how many seeds of each model are right at 256 and at 10,000 tokens."""
-    head = "| choice | value | " + " | ".join(model.title for model in plan.model) + " |"
-    lines = [head, "|---" * (2 + len(plan.model)) + "|"]
+    """Markdown: for each value and model the seeds right at 256 and at 10,000 tokens and the median failure horizon."""
+    compared = list(shown(plan, results))
+    models = [model for model in plan.model if any(model is other for _, other, _ in compared)]
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    for choice, model, found in shown(plan, results):
+    for choice, model, found in compared:
         for value, row in found:
             text = f"{right(row, 256)}, {right(row, 10_000)}, {median_horizon(row)}"
             cells.setdefault((choice.name, value.label), {})[model.name] = text if row["changes"] else f"**{text}**"
+    lines = [
+        "| choice | value | " + " | ".join(model.title for model in models) + " |",
+        "|---" * (2 + len(models)) + "|",
+    ]
     for (choice, label), found in cells.items():
-        lines.append(f"| `{choice}` | {label} | " + " | ".join(found.get(m.name, "") for m in plan.model) + " |")
+        lines.append(f"| `{choice}` | {label} | " + " | ".join(found.get(m.name, "") for m in models) + " |")
     return "\n".join(lines)
 
 
 def draw_choice(figure: Figure, panels: Sequence[tuple[Model, list[tuple[Value, dict[str, Any]]]]], title: str) -> None:
     """A panel for each model: the failure horizon of every seed, their median, and how many are right at 10,000."""
     figure.suptitle(title, fontsize=11.5, color=canvas.INK, x=0.012, ha="left", y=0.975)
-    axes = figure.subplots(1, 3, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     figure.subplots_adjust(left=0.085, right=0.995, top=0.79, bottom=0.2, wspace=0.06)
-    for ax in axes[len(panels) :]:
-        ax.set_visible(False)
-    for index, (ax, (model, found)) in enumerate(zip(axes, panels, strict=False)):
+    for index, (ax, (model, found)) in enumerate(zip(axes, panels, strict=True)):
         _draw_panel(ax, found, canvas.MODEL_COLORS[_COLORS[model.name]])
         ax.set_title(model.title, fontsize=10.5, color=canvas.INK, loc="left")
         if index == 0:
