@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.common import ROOT, environment
-from statetrack.config import RunConfig, TrainingConfig, from_data, run_config, to_data
+from statetrack.config import RunConfig, TrainingConfig, from_data, read_mixers, run_config, to_data
 from statetrack.evaluation import SOLVED_ACCURACY, evaluate, measure_eigenvalues
 from statetrack.experiments import load_experiment
 from statetrack.files import atomic_write
@@ -51,6 +51,8 @@ WINDOW = 16
 SEQUENCES = 64
 FAILING = 0.9
 FIRST_SEED = 3000
+ENOUGH_SEEDS = 5
+"""Values with fewer seeds are in the results, but neither in the table nor in the figures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ def recipes(plan: Plan) -> dict[str, RunConfig]:
 
 def variant(model: Model, recipe: RunConfig, value: Value) -> Variant:
     """The recipe with a value in place of its own."""
-    mixer = {**to_data(recipe.model.mixer), **value.mixer}
+    mixer = read_mixers({**to_data(recipe.model.mixer), **value.mixer})
     sizes = {key: data for key, data in to_data(recipe.model).items() if key != "mixer"} | value.model
     training = from_data(TrainingConfig, {**to_data(recipe.training), **value.training})
     config = run_config(recipe.task, mixer, sizes, training)
@@ -259,8 +261,11 @@ def median_horizon(row: Mapping[str, Any]) -> str:
 
 
 def shown(plan: Plan, results: Mapping[str, Any]) -> Iterator[tuple[Choice, Model, list[tuple[Value, dict[str, Any]]]]]:
-    """For each choice and each model that has it: the values and their rows of results, those without runs left out."""
-    rows = {_key(row["model"], row["changes"]): row for row in results["results"] if row["seeds"]}
+    """For each choice and each model that has it: the values and their rows of results.
+
+    Values with fewer than `ENOUGH_SEEDS` are left out, and so is a choice that leaves fewer than two to compare.
+    """
+    rows = {_key(r["model"], r["changes"]): r for r in results["results"] if len(r["seeds"]) >= ENOUGH_SEEDS}
     for choice in plan.choice:
         for model in plan.model:
             found = [
@@ -268,32 +273,34 @@ def shown(plan: Plan, results: Mapping[str, Any]) -> Iterator[tuple[Choice, Mode
                 for value in plan.values(choice, model)
                 if (row := rows.get(_key(model.name, variant(model, recipes(plan)[model.name], value).changes)))
             ]
-            if found:
+            if len(found) >= 2:
                 yield choice, model, found
 
 
 def table(plan: Plan, results: Mapping[str, Any]) -> str:
-    """Markdown: a row for each value, with how many seeds of each model are right at 256 and at 10,000 tokens."""
-    head = "| choice | value | " + " | ".join(model.title for model in plan.model) + " |"
-    lines = [head, "|---" * (2 + len(plan.model)) + "|"]
+    """Markdown: for each value and model the seeds right at 256 and at 10,000 tokens and the median failure horizon."""
+    compared = list(shown(plan, results))
+    models = [model for model in plan.model if any(model is other for _, other, _ in compared)]
     cells: dict[tuple[str, str], dict[str, str]] = {}
-    for choice, model, found in shown(plan, results):
+    for choice, model, found in compared:
         for value, row in found:
             text = f"{right(row, 256)}, {right(row, 10_000)}, {median_horizon(row)}"
             cells.setdefault((choice.name, value.label), {})[model.name] = text if row["changes"] else f"**{text}**"
+    lines = [
+        "| choice | value | " + " | ".join(model.title for model in models) + " |",
+        "|---" * (2 + len(models)) + "|",
+    ]
     for (choice, label), found in cells.items():
-        lines.append(f"| `{choice}` | {label} | " + " | ".join(found.get(m.name, "") for m in plan.model) + " |")
+        lines.append(f"| `{choice}` | {label} | " + " | ".join(found.get(m.name, "") for m in models) + " |")
     return "\n".join(lines)
 
 
 def draw_choice(figure: Figure, panels: Sequence[tuple[Model, list[tuple[Value, dict[str, Any]]]]], title: str) -> None:
     """A panel for each model: the failure horizon of every seed, their median, and how many are right at 10,000."""
     figure.suptitle(title, fontsize=11.5, color=canvas.INK, x=0.012, ha="left", y=0.975)
-    axes = figure.subplots(1, 3, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     figure.subplots_adjust(left=0.085, right=0.995, top=0.79, bottom=0.2, wspace=0.06)
-    for ax in axes[len(panels) :]:
-        ax.set_visible(False)
-    for index, (ax, (model, found)) in enumerate(zip(axes, panels, strict=False)):
+    for index, (ax, (model, found)) in enumerate(zip(axes, panels, strict=True)):
         _draw_panel(ax, found, canvas.MODEL_COLORS[_COLORS[model.name]])
         ax.set_title(model.title, fontsize=10.5, color=canvas.INK, loc="left")
         if index == 0:
