@@ -47,7 +47,8 @@ def make_case(
         dt, A = randn(b, 1, h, value_dim).abs().to(dtype), -randn(h, key_dim, value_dim).exp().to(state_dtype)
         lower_end = uniform(h, value_dim) if "lower end" in kind else None
         transition = Discretized(dt, A, EigenvalueRange(-1, 1), lower_end)
-    return Case(transition, randn(b, 1, h, key_dim).to(dtype), values, write, randn(b, h, key_dim, value_dim).to(state_dtype))
+    state = randn(b, h, key_dim, value_dim).to(state_dtype)
+    return Case(transition, randn(b, 1, h, key_dim).to(dtype), values, write, state)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,8 +12,10 @@ from triton_cases import interpreted, on_gpu
 from statetrack.ops import triton_step
 from statetrack.ops.step import in_place_steps
 
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
-def check(case, limit):
+
+def check(case):
     """Both forms of the step against the reference, and which memory the state after it has."""
     expected = case.with_tensors({name: x.double() for name, x in case.tensors().items()}).run("reference")
     arguments = (case.transition, case.q, case.v, case.write)
@@ -26,15 +28,15 @@ def check(case, limit):
     assert torch.equal(after, state)
     assert torch.equal(o_in_place, o)
     assert o.dtype == case.v.dtype
-    assert relative_error(o, expected[0]) < limit
+    assert relative_error(o, expected[0]) < TOLERANCE[case.v.dtype]
     assert relative_error(state, expected[1]) < 1e-6
 
 
 @interpreted
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_a_token_agrees_with_the_reference(kind, dtype):
-    check(make_case(kind, dtype), {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype])
+    check(make_case(kind, dtype))
 
 
 @interpreted
@@ -128,10 +130,10 @@ def test_what_is_not_served_is_said(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("sizes", [(1, 16, 2, 128, 128), (64, 4, 1, 40, 72), (3, 2, 3, 256, 200)], ids=str)
 def test_a_token_on_a_gpu(kind, dtype, sizes):
-    check(on_gpu(make_case(kind, dtype, sizes)), {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype])
+    check(on_gpu(make_case(kind, dtype, sizes)))
 
 
 @pytest.mark.gpu

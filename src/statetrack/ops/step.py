@@ -16,7 +16,6 @@ from torch import Tensor
 
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition, accumulation_dtype
 
-
 Step = Callable[[Transition, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 """(transition, q, v, write, initial_state) -> (o, final_state) for a single token."""
 
@@ -107,10 +106,10 @@ def _one_token(
             # Step sizes and A laid out alike, or the product of the two would have to be copied into rows.
             decay = replace(transition, A=transition.A.contiguous()).decay_of(transition.dt.to(dtype))
             decay = decay.view(b * h, key_dim, value_dim)
-            if over:
-                state = before.mul_(decay)
+            if torch.is_grad_enabled():
+                state = decay * before
             else:
-                state = decay * before if torch.is_grad_enabled() else decay.mul_(before)
+                state = torch.mul(decay, before, out=before if over else decay)
         elif isinstance(transition, Diagonal):
             state = decayed(before, transition.decay)
         elif isinstance(transition, LowRank):
