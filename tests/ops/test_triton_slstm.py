@@ -57,7 +57,8 @@ def test_gates_that_overflow_an_exponential_are_stabilized():
     gates[..., 4:8] += 1000
     computed = slstm(gates, recurrent, tuple(state), "triton")
     expected = slstm(gates.double(), recurrent.double(), tuple(x.double() for x in state), "torch")
-    assert all(relative_error(a, e) < 1e-5 for a, e in zip(computed[:3], expected[:3], strict=True))
+    # Near 1000 two float32 numbers are 6e-5 apart.
+    assert all(relative_error(a, e) < 1e-3 for a, e in zip(computed[:3], expected[:3], strict=True))
 
 
 @interpreted

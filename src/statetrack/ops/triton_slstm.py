@@ -60,10 +60,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     d_gates = gates.new_empty(gates.shape)
     d_starts = [gates.new_empty(x.shape) for x in (h_start, c_start, n_start)]
-    _launch(
-        "backward", gates, recurrent, h_start, c_start, n_start, m_start, h, c, n, m, d_h, d_c, d_n, d_gates, *d_starts
-    )
     h_before = torch.cat([h_start.unsqueeze(0), h[:-1]])
+    seen = gates + h_before @ recurrent
+    _launch("backward", seen, recurrent, c_start, n_start, m_start, h, c, n, m, d_h, d_c, d_n, d_gates, *d_starts)
     d_recurrent = torch.einsum("thbn,thbm->hnm", h_before, d_gates)
     return d_gates, d_recurrent, d_starts[0], d_starts[1], d_starts[2]
 

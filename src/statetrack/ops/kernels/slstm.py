@@ -34,16 +34,6 @@ def _tanh(x):
     return tl.where(x < 0, -y, y)
 
 
-@triton.jit
-def _gates(gates, h, r_z, r_i, r_f, r_o, at, ok, N: tl.constexpr, PRECISION: tl.constexpr):
-    """z, i, f, o before their activations; `at` is where the token's z lies."""
-    z = tl.dot(h, r_z, tl.load(gates + at, mask=ok, other=0.0), input_precision=PRECISION)
-    i = tl.dot(h, r_i, tl.load(gates + at + N, mask=ok, other=0.0), input_precision=PRECISION)
-    f = tl.dot(h, r_f, tl.load(gates + at + 2 * N, mask=ok, other=0.0), input_precision=PRECISION)
-    o = tl.dot(h, r_o, tl.load(gates + at + 3 * N, mask=ok, other=0.0), input_precision=PRECISION)
-    return z, i, f, o
-
-
 @triton.jit(do_not_specialize=["T"])
 def forward(
     gates, recurrent, h_start, c_start, n_start, m_start, h_all, c_all, n_all, m_all,
@@ -60,7 +50,10 @@ def forward(
     h, c = tl.load(h_start + at, mask=ok, other=0.0), tl.load(c_start + at, mask=ok, other=0.0)
     n, m = tl.load(n_start + at, mask=ok, other=1.0), tl.load(m_start + at, mask=ok, other=0.0)
     for _ in range(T):
-        z, i, f, o = _gates(gates, h, r_z, r_i, r_f, r_o, gate_at, ok, N, PRECISION)
+        z = tl.dot(h, r_z, tl.load(gates + gate_at, mask=ok, other=0.0), input_precision=PRECISION)
+        i = tl.dot(h, r_i, tl.load(gates + gate_at + N, mask=ok, other=0.0), input_precision=PRECISION)
+        f = tl.dot(h, r_f, tl.load(gates + gate_at + 2 * N, mask=ok, other=0.0), input_precision=PRECISION)
+        o = tl.dot(h, r_o, tl.load(gates + gate_at + 3 * N, mask=ok, other=0.0), input_precision=PRECISION)
         kept = _log_sigmoid(f) + m
         m = tl.maximum(kept, i)
         forget, write = tl.exp(kept - m), tl.exp(i - m)
@@ -77,14 +70,15 @@ def forward(
 
 @triton.jit(do_not_specialize=["T"])
 def backward(
-    gates, recurrent, h_start, c_start, n_start, m_start, h_all, c_all, n_all, m_all, d_h, d_c, d_n,
+    seen, recurrent, c_start, n_start, m_start, h_all, c_all, n_all, m_all, d_h, d_c, d_n,
     d_gates, d_h_start, d_c_start, d_n_start,
     T, H, B,
     N: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the last token to the first: the gradients of the gates and of the states before the first token.
 
-    That of R is the product of `h` and `d_gates` over all tokens and rows, one matrix product outside.
+    `seen` are gates_t + h_{t-1} R, which one matrix product makes for all tokens outside, as R and its transpose would
+    not both fit on the chip. The gradient of R is such a product too.
     """
     head = tl.program_id(0).to(tl.int64)
     row, channel = tl.program_id(1) * BB + tl.arange(0, BB), tl.arange(0, BN)
@@ -102,13 +96,13 @@ def backward(
         earlier, first = ok & (t > 0), ok & (t == 0)
         before = at - stride
         # The states before the token: those after the one before, or the start's.
-        h = tl.load(h_all + before, mask=earlier, other=0.0) + tl.load(h_start + start_at, mask=first, other=0.0)
         c = tl.load(c_all + before, mask=earlier, other=0.0) + tl.load(c_start + start_at, mask=first, other=0.0)
         n = tl.load(n_all + before, mask=earlier, other=0.0) + tl.load(n_start + start_at, mask=first, other=0.0)
         m = tl.load(m_all + before, mask=earlier, other=0.0) + tl.load(m_start + start_at, mask=first, other=0.0)
         h_now, n_now = tl.load(h_all + at, mask=ok, other=0.0), tl.load(n_all + at, mask=ok, other=1.0)
         c_now, m_now = tl.load(c_all + at, mask=ok, other=0.0), tl.load(m_all + at, mask=ok, other=0.0)
-        z, i, f, o = _gates(gates, h, r_z, r_i, r_f, r_o, gate_at, ok, N, PRECISION)
+        z, i = tl.load(seen + gate_at, mask=ok, other=0.0), tl.load(seen + gate_at + N, mask=ok, other=0.0)
+        f, o = tl.load(seen + gate_at + 2 * N, mask=ok, other=0.0), tl.load(seen + gate_at + 3 * N, mask=ok, other=0.0)
         z, o = _tanh(z), tl.sigmoid(o)
         forget, write = tl.exp(_log_sigmoid(f) + m - m_now), tl.exp(i - m_now)
         dh = tl.load(d_h + at, mask=ok, other=0.0) + h_later
