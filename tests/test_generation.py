@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from benchmarks import decode
 from statetrack import LanguageModel, ModelConfig, mixer_config
 from statetrack.cli import main
 from statetrack.data.tokenizer import byte_tokenizer
-from statetrack.generation import generate, streamed
+from statetrack.generation import Decoder, generate, streamed
 
 
 def make(vocab_size=257, **options):
@@ -24,6 +25,40 @@ def test_without_temperature_each_token_is_the_most_likely_one():
     stopped = list(generate(model, ids[:3], max_new_tokens=12, temperature=0, stop=got[7]))
     assert stopped == got[: got.index(got[7])]
     assert list(generate(model, ids[:3], max_new_tokens=0)) == []
+
+
+def test_a_decoder_leaves_the_state_that_it_starts_from_alone():
+    model, ids = make(), torch.tensor([[256, 5, 9, 2]])
+    with torch.no_grad():
+        state = model.scan(ids[:, :2])[1]
+        first, second = Decoder(model, state), Decoder(model, state)
+        for t in (2, 3):
+            assert torch.allclose(first(ids[:, t]), model(ids[:, : t + 1])[:, -1])
+        assert torch.allclose(second(ids[:, 2]), model(ids[:, :3])[:, -1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["deltanet", "gated_deltaproduct", "mamba", "mamba2", "rwkv7", "slstm", "attention"])
+def test_a_decoder_on_a_gpu_replays_a_graph_that_computes_the_same(name):
+    config = ModelConfig(vocab_size=257, d_model=64, mlp_ratio=2, mixer=mixer_config(name)())
+    model, ids = LanguageModel(config).cuda().eval(), torch.randint(257, (3, 12), device="cuda")
+    with torch.no_grad():
+        expected, state = model(ids), model.scan(ids[:, :4])[1]
+        decoder = Decoder(model, state)
+        assert (decoder._graph is None) == (name == "attention")
+        for t in range(4, 12):
+            assert torch.allclose(decoder(ids[:, t]), expected[:, t], atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_benchmark_of_decoding_counts_what_a_token_moves():
+    model = decode.build("deltanet", "tiny", "auto", torch.device("cpu"), torch.float32)
+    row = decode.measure(model, "deltanet", 3, 1e9, calls=1, rounds=1)
+    assert row["error"] < 1e-6
+    state = 2 * 3 * (4 * 16 * 16 + 3 * 3 * 64) * 4  # two layers, three rows: four heads, and three convolutions
+    assert row["state_bytes"] == state
+    assert row["floor_bytes"] == (row["parameters"] - 256 * 64 + 3 * 64) * 4 + 2 * state
+    assert row["floor_ms"] == pytest.approx(row["floor_bytes"] * 1e-6)
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from statetrack import LanguageModel, ModelConfig, mixer_config, mixer_configs
+from statetrack.model import owned
 
 
 def make(name="deltanet", **options):
@@ -24,6 +25,21 @@ def test_forward_scan_and_step_agree(name):
     first, state = model.scan(ids[:, :8])
     second, _ = model.scan(ids[:, 8:], state)
     assert torch.allclose(torch.cat([first, second], 1), logits)
+
+
+@pytest.mark.parametrize("name", mixer_configs())
+def test_steps_in_place_agree_with_the_whole_and_leave_copies_alone(name):
+    model, ids = make(name), torch.randint(7, (2, 9))
+    logits, state = model(ids), model.scan(ids[:, :5])[1]
+    kept = owned(state)
+    mine = owned(state)
+    for t in range(5, 9):
+        assert torch.allclose(model.step_(ids[:, t], mine), logits[:, t])
+    for before, copy, after in zip(state, kept, mine, strict=True):
+        assert all(torch.equal(before[name], tensor) for name, tensor in copy.items())
+        assert any(not torch.equal(before[name], tensor) for name, tensor in after.items() if name != "length")
+    embedded = model.embedding(ids[:, 5])
+    assert torch.allclose(model.step_(embedded, owned(state)), logits[:, 5])
 
 
 def test_packed_sequences_equal_sequences_alone():

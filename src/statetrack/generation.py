@@ -5,12 +5,64 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from statetrack import seeds
-from statetrack.model import LanguageModel
+from statetrack.model import LanguageModel, ModelState, owned
 
 # What a decoder writes for bytes that are no character, or not yet.
 _INCOMPLETE = "\ufffd"
+
+
+class Decoder:
+    """A model that goes on from a state, one token of every row after another, and overwrites its own copy of it.
+
+    On a CUDA device a step is one replay of a CUDA graph, unless the state grows, as that of attention does.
+
+    Attributes:
+        state: the state after the tokens so far.
+
+    Args:
+        model: the model, whose weights must stay where they are.
+        state: the state after the tokens before; it is left as it is.
+    """
+
+    def __init__(self, model: LanguageModel, state: ModelState) -> None:
+        self.model, self.state = model, owned(state)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if model.output_weight.is_cuda:
+            self._capture()
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Token ids [B] -> logits [B, output_size], which are good until the next call."""
+        if self._graph is None:
+            return self.model.step_(ids, self.state)
+        self._ids.copy_(ids)
+        self._graph.replay()
+        return self._logits
+
+    def _capture(self) -> None:
+        rows = next(len(tensor) for layer in self.state for tensor in layer.values())
+        self._ids = torch.zeros(rows, dtype=torch.long, device=self.model.output_weight.device)
+        # Kernels are compiled and workspaces made ahead of the capture, on a state that is thrown away.
+        trial = owned(self.state)
+        tensors = _tensors(trial)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self.model.step_(self._ids, trial)
+        torch.cuda.current_stream().wait_stream(stream)
+        if any(after is not before for after, before in zip(_tensors(trial), tensors, strict=True)):
+            return
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._logits = self.model.step_(self._ids, self.state)
+        self._graph = graph
+
+
+def _tensors(state: ModelState) -> list[Tensor]:
+    return [tensor for layer in state for tensor in layer.values()]
 
 
 @torch.no_grad()
@@ -69,6 +121,8 @@ def _draw(
     ids = torch.tensor([list(prompt)], device=device)
     logits, state = model.scan(ids, positions=torch.tensor([len(prompt) - 1], device=device))
     logits = logits[0, 0]
+    decoder = Decoder(model, state) if max_new_tokens > 1 else None
+    del state  # of which some tensors may be views of the activations of the whole prompt
     for drawn in range(max_new_tokens):
         if temperature == 0:
             token = int(logits.argmax())
@@ -80,9 +134,8 @@ def _draw(
         if token == stop:
             return
         yield token
-        if drawn + 1 < max_new_tokens:
-            step, state = model.step(torch.tensor([token], device=device), state)
-            logits = step[0]
+        if decoder is not None and drawn + 1 < max_new_tokens:
+            logits = decoder(torch.tensor([token], device=device))[0]
 
 
 def streamed(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:

@@ -12,12 +12,21 @@ from torch.nn import functional as F
 
 from statetrack.layers import GatedMLP, ReLUMLP, RMSNorm
 from statetrack.mixers.deltanet import DeltaNetConfig
-from statetrack.mixers.mixer import Mixer, MixerConfig, State
+from statetrack.mixers.mixer import Mixer, MixerConfig, State, overwrite
 from statetrack.ops.packing import pack, unpack
+from statetrack.ops.step import in_place_steps
 from statetrack.transition import Transition, accumulated
 
 ModelState = list[State]
 """The memory of a model between two calls: the state of each layer's mixer."""
+
+
+def owned(state: ModelState) -> ModelState:
+    """A copy of a state in memory of its own, which `LanguageModel.step_` may overwrite.
+
+    It also lets go of the activations of whole prompts, of which some states are views.
+    """
+    return [{name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in x.items()} for x in state]
 
 
 class Tracker(Protocol):
@@ -320,6 +329,25 @@ class LanguageModel(nn.Module):
             mask = mask.unsqueeze(-1)
         logits, state = self.scan(ids.unsqueeze(-1), state, mask=mask)
         return logits.squeeze(1), state
+
+    def step_(self, ids: Tensor, state: ModelState) -> Tensor:
+        """`step` without gradients, after which `state` is the next one: its tensors are overwritten where they lie.
+
+        So nothing is allocated for the state, and a CUDA graph of the call can be replayed. Only the keys and values
+        of attention, which grow, are replaced. `owned` makes a state that nobody else sees.
+
+        Args:
+            ids: token ids [B], or the embeddings [B, D] of tokens in their place.
+            state: the state after the tokens before.
+
+        Returns:
+            Logits [B, output_size].
+        """
+        with in_place_steps():
+            logits, after = self.scan(ids.unsqueeze(1), state)
+            for layer, layer_after in zip(state, after, strict=True):
+                overwrite(layer, layer_after)
+        return logits.squeeze(1)
 
     @torch.no_grad()
     def transitions(self, ids: Tensor) -> list[Transition | None]:

@@ -116,6 +116,27 @@ def test_the_cache_has_a_constant_size(name):
     assert out.past_key_values.get_seq_length() == 7 + 20 - 1
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_only_caches_that_generate_made_are_overwritten(num_beams):
+    model, ids = make("gated_deltaproduct+slstm"), prompts()
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        kept = copy.deepcopy(cache)
+        before = cache.state
+        model(ids[:, :1], past_key_values=cache)
+        assert all(
+            torch.equal(layer[name], tensor)
+            for layer, was in zip(before, kept.state, strict=True)
+            for name, tensor in was.items()
+        )
+        out = model.generate(ids, return_dict_in_generate=True, num_beams=num_beams, **GREEDY)
+        tensors = [tensor for layer in out.past_key_values.state for tensor in layer.values()]
+        model(ids[:, :1].expand(3, 1).repeat_interleave(num_beams, 0), past_key_values=out.past_key_values)
+        after = [tensor for layer in out.past_key_values.state for tensor in layer.values()]
+        assert all(a is b for a, b in zip(tensors, after, strict=True))
+    assert torch.equal(out.sequences, model.generate(ids, use_cache=False, num_beams=num_beams, **GREEDY))
+
+
 def test_the_cache_of_attention_grows():
     model, ids = make("deltanet+attention"), prompts()
     short, long = (model(x, use_cache=True).past_key_values for x in (ids[:, :2], ids))

@@ -105,6 +105,26 @@ def test_sequence_equals_steps_equals_split_with_state(config):
         assert goes_on_alike(mixer, state, end)
 
 
+def test_a_step_in_place_equals_a_step(config):
+    mixer, x = make(config), torch.randn(3, 4, D_MODEL, dtype=torch.float64)
+    state = mixer.scan(x[:, :1])[1]
+    state = {name: tensor.detach().clone() for name, tensor in state.items()}
+    tensors = dict(state)
+    with torch.no_grad():
+        expected = state
+        for token in x[:, 1:].unbind(1):
+            kept = {name: tensor.clone() for name, tensor in expected.items()}
+            y, after = mixer.step(token, expected)
+            assert all(
+                torch.equal(expected[name], tensor) for name, tensor in kept.items()
+            )  # `step` overwrites nothing
+            expected = {name: tensor.clone() for name, tensor in after.items()}
+            assert torch.equal(mixer.step_(token, state), y)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    grown = {name for name, tensor in state.items() if tensor is not tensors[name]}
+    assert grown == ({"k", "v"} if config.name == "attention" else set())
+
+
 def test_padding_anywhere_moves_nothing(config):
     mixer, x = make(config), torch.randn(4, 9, D_MODEL, dtype=torch.float64)
     mask = torch.ones(4, 9, dtype=torch.bool)

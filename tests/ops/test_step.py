@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import TOLERANCE, Case, check_against_reference
 
+from statetrack.ops.step import in_place_steps
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank
 
 B, H, N, K, V = 2, 3, 2, 5, 7
@@ -16,7 +17,11 @@ KINDS = [
 ]  # fmt: skip
 
 
-def make_case(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+def make_case(
+    kind: str, dtype: torch.dtype = torch.float64, sizes: tuple[int, int, int, int, int] = (B, H, N, K, V)
+) -> Any:
+    """A token of a kind; sizes are B, H, N, K, V."""
+    b, h, n, key_dim, value_dim = sizes
     generator = torch.Generator().manual_seed(0)
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -26,23 +31,24 @@ def make_case(kind: str, dtype: torch.dtype = torch.float64) -> Any:
     def uniform(*shape):
         return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1).to(state_dtype)
 
-    decay = {"head": uniform(B, 1, H), "channel": uniform(B, 1, H, K)}.get(kind.rpartition(", ")[2])
-    write = None if kind.startswith("householder") else randn(B, 1, H, K).to(dtype)
-    values = randn(*((B, 1, N, H, V) if write is None else (B, 1, H, V))).to(dtype)
+    decay = {"head": uniform(b, 1, h), "channel": uniform(b, 1, h, key_dim)}.get(kind.rpartition(", ")[2])
+    write = None if kind.startswith("householder") else randn(b, 1, h, key_dim).to(dtype)
+    values = randn(*((b, 1, n, h, value_dim) if write is None else (b, 1, h, value_dim))).to(dtype)
     if kind.startswith("householder"):
-        beta = uniform(B, 1, N, H) + 1
-        transition = Householder(randn(B, 1, N, H, K).to(dtype), beta, decay, normalize="raw" not in kind)
+        beta = uniform(b, 1, n, h) + 1
+        transition = Householder(randn(b, 1, n, h, key_dim).to(dtype), beta, decay, normalize="raw" not in kind)
     elif kind.startswith("diagonal"):
         assert decay is not None
         transition = Diagonal(decay)
     elif kind.startswith("low rank"):
         assert decay is not None
-        transition = LowRank(decay, randn(B, 1, H, K).to(dtype), randn(B, 1, H, K).to(dtype))
+        transition = LowRank(decay, randn(b, 1, h, key_dim).to(dtype), randn(b, 1, h, key_dim).to(dtype))
     else:
-        dt, A = randn(B, 1, H, V).abs().to(dtype), -randn(H, K, V).exp().to(state_dtype)
-        lower_end = uniform(H, V) if "lower end" in kind else None
+        dt, A = randn(b, 1, h, value_dim).abs().to(dtype), -randn(h, key_dim, value_dim).exp().to(state_dtype)
+        lower_end = uniform(h, value_dim) if "lower end" in kind else None
         transition = Discretized(dt, A, EigenvalueRange(-1, 1), lower_end)
-    return Case(transition, randn(B, 1, H, K).to(dtype), values, write, randn(B, H, K, V).to(state_dtype))
+    state = randn(b, h, key_dim, value_dim).to(state_dtype)
+    return Case(transition, randn(b, 1, h, key_dim).to(dtype), values, write, state)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,6 +73,27 @@ def test_no_initial_state_is_a_state_of_zeros(kind):
     zeros = case.with_tensors({**tensors, "initial_state": torch.zeros_like(tensors["initial_state"])})
     without = Case(case.transition, case.q, case.v, case.write)
     assert all(torch.equal(a, e) for a, e in zip(without.run("auto"), zeros.run("auto"), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_in_place_overwrites_the_state(kind):
+    case = make_case(kind)
+    expected, before = case.run("auto"), case.initial_state.clone()
+    assert torch.equal(case.initial_state, before)
+    with in_place_steps():
+        o, state = case.run("auto")
+        assert state is case.initial_state
+        assert torch.equal(o, expected[0])
+        assert torch.equal(state, expected[1])
+        # Where it can't be, the state is left alone: another dtype, no contiguous memory, or wanted gradients.
+        for given in (before.float(), before.transpose(2, 3).contiguous().transpose(2, 3)):
+            kept = given.clone()
+            o, state = replace(case, initial_state=given).run("auto")
+            assert torch.equal(given, kept)
+            assert state.data_ptr() != given.data_ptr()
+        with torch.enable_grad():
+            assert replace(case, initial_state=before).run("auto")[1] is not before
+    assert case.run("auto")[1] is not case.initial_state
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from statetrack.model import LanguageModel, ModelConfig, ModelState
+from statetrack.model import LanguageModel, ModelConfig, ModelState, owned
 from statetrack.plain import from_data, to_data
 
 # transformers makes configs without arguments; this is then the number of bytes.
@@ -82,12 +82,18 @@ class StateCache(Cache):
     Attributes:
         state: the state after the tokens so far, None before the first.
         seen_tokens: how many positions were read, padding included.
+        in_place: a token without gradients overwrites the tensors of the state, which are then the cache's own.
+            `generate` makes such caches; in others every token makes new tensors, and older ones stay as they were.
+
+    Args:
+        in_place: see above.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_place: bool = False) -> None:
         super().__init__(layers=[])
         self.state: ModelState | None = None
         self.seen_tokens = 0
+        self.in_place = in_place
 
     def __repr__(self) -> str:
         return f"StateCache(layers={len(self)}, seen_tokens={self.seen_tokens}, bytes={self.num_bytes()})"
@@ -241,7 +247,15 @@ class StatetrackForCausalLM(PreTrainedModel, GenerationMixin):
             cache = StateCache()
 
         before = None if cache is None else cache.state
-        logits, after = self._scan(x, before, cu_seqlens, mask, logits_to_keep)
+        in_place = cache is not None and cache.in_place and not torch.is_grad_enabled()
+        if in_place and before is not None and mask is None and x.shape[1] == 1:
+            logits, after = self.model.step_(x.squeeze(1), before).unsqueeze(1), before
+            if isinstance(logits_to_keep, Tensor):
+                logits = logits[:, logits_to_keep]
+        else:
+            logits, after = self._scan(x, before, cu_seqlens, mask, logits_to_keep)
+            if in_place and after is not None:
+                after = owned(after)
         if cache is not None:
             cache.state = after
             cache.seen_tokens += x.shape[1]
@@ -338,7 +352,7 @@ class StatetrackForCausalLM(PreTrainedModel, GenerationMixin):
                 "this model is its cache: leave it out"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = StateCache()
+            model_kwargs["past_key_values"] = StateCache(in_place=True)
 
 
 def _mask(attention_mask: Tensor | None, length: int, seen: int) -> Tensor | None:

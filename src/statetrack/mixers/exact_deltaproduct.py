@@ -98,6 +98,8 @@ class ExactDeltaProduct(Mixer):
             state = self.init_state(b if cu_seqlens is None else len(cu_seqlens) - 1)
         v = self.v_proj(x).view(b, t, self.config.num_householder, self.config.num_heads, self.config.value_dim)
         q = self.query.to(v.dtype).expand(b, t, -1, -1)
+        # Ahead of the recurrence, which may overwrite the state.
+        first = self._read(state["recurrence"]).to(v.dtype) if self.config.read_before else None
         o, after = linear_recurrence(
             self.transition(x),
             q,
@@ -106,8 +108,8 @@ class ExactDeltaProduct(Mixer):
             cu_seqlens=cu_seqlens,
             backend=self.config.backend,
         )
-        if self.config.read_before:
-            o = torch.cat([o, self._before(o, state["recurrence"], cu_seqlens)], 2)
+        if first is not None:
+            o = torch.cat([o, _before(o, first, cu_seqlens)], 2)
         return self.o_proj(o.flatten(2)), {"recurrence": after}
 
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Householder:
@@ -124,14 +126,24 @@ class ExactDeltaProduct(Mixer):
         beta = self.config.eigenvalue_range.householder_beta(gate.view(-1, self.config.num_heads))
         return FactorBounds(1 - beta, torch.ones_like(beta), beta.amax(0))
 
-    def _before(self, o: Tensor, initial: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """What the state before each update reads: as the query is fixed, what the one after the token before did."""
-        first = torch.einsum("hk,bhkv->bhv", self.query.to(initial.dtype), initial).to(o.dtype)
-        if cu_seqlens is None:
-            return torch.cat([first.unsqueeze(1), o[:, :-1]], 1)
-        shifted = torch.cat([o[:, :1], o[:, :-1]], 1)
-        occupied = cu_seqlens.diff() > 0
-        return shifted.index_copy(1, cu_seqlens[:-1][occupied].long(), first[occupied].unsqueeze(0))
+    def _read(self, state: Tensor) -> Tensor:
+        """What the queries read of a state: [B, H, V]."""
+        return torch.einsum("hk,bhkv->bhv", self.query.to(state.dtype), state)
+
+
+def _before(o: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """What the state before each update reads: as the query is fixed, what the one after the token before did.
+
+    Args:
+        o: what the states after the updates read, [B, T, H, V].
+        first: what the initial states read, [B, H, V] or [S, H, V].
+        cu_seqlens: the boundaries of packed sequences.
+    """
+    if cu_seqlens is None:
+        return torch.cat([first.unsqueeze(1), o[:, :-1]], 1)
+    shifted = torch.cat([o[:, :1], o[:, :-1]], 1)
+    occupied = cu_seqlens.diff() > 0
+    return shifted.index_copy(1, cu_seqlens[:-1][occupied].long(), first[occupied].unsqueeze(0))
 
 
 MIXERS = (ExactDeltaProductConfig,)

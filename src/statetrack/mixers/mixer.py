@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from statetrack.fields import check_types
 from statetrack.mixers.bounds import FactorBounds
 from statetrack.ops.packing import pack, unpack
+from statetrack.ops.step import in_place_steps
 from statetrack.transition import EigenvalueRange, Transition, accumulated
 
 State = dict[str, Tensor]
@@ -201,6 +202,27 @@ class Mixer(nn.Module, ABC):
         _check_input(x, "B")
         y, state = self.scan(x.unsqueeze(1), state)
         return y.squeeze(1), state
+
+    def step_(self, x: Tensor, state: State) -> Tensor:
+        """`step` without gradients, after which `state` is the next one: its tensors are overwritten where they lie.
+
+        Only those that change their size or dtype, such as a cache that grows, are replaced.
+        """
+        _check_input(x, "B")
+        with in_place_steps():
+            y, after = self.scan(x.unsqueeze(1), state)
+            overwrite(state, after)
+        return y.squeeze(1)
+
+
+def overwrite(state: State, after: State) -> None:
+    """Makes `state` the one after a token, in the memory that it has where the sizes allow it."""
+    for name, tensor in after.items():
+        old = state[name]
+        if (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+            state[name] = tensor
+        elif tensor is not old:
+            old.copy_(tensor)
 
 
 def _check_input(x: Tensor, *axes: str) -> None:

@@ -199,6 +199,10 @@ def _read_before_update(
     It is the usual recurrence, which reads after the update, in a row of one more token: token t reads where token
     t - 1 updates. The first step leaves the state alone, and the last reads nothing.
     """
+    if initial_state is not None and cu_seqlens is None and q.shape[1] == 1:
+        # Two tokens would take more than twice the time of a step, which may overwrite the state, hence comes last.
+        o = (q.unsqueeze(-1) * initial_state.unsqueeze(1)).sum(3).to(v.dtype)
+        return o, linear_recurrence(transition, q, v, write=k, initial_state=initial_state, backend=backend)[1]
     ahead, behind = (0, 0, 0, 0, 1, 0), (0, 0, 0, 0, 0, 1)
     if cu_seqlens is None:
         delayed = Diagonal(F.pad(transition.decay, ahead, value=1.0))

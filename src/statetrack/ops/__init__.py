@@ -15,8 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from statetrack.ops import triton_step
 from statetrack.ops.backend import Backend
-from statetrack.ops.step import one_token
+from statetrack.ops.step import Step, one_token, overwrites
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD
 from statetrack.ops.vmapped import Recurrence, is_vmapped, vmapped_recurrence
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
 
@@ -64,6 +66,7 @@ def linear_recurrence(
     Returns:
         o: [B, T, H, V] in the dtype of `v`.
         final_state: [B, H, K, V], or [S, H, K, V] with `cu_seqlens`; float64 if any input is float64, else float32.
+            Inside `in_place_steps()` that of a single token may be `initial_state` itself, overwritten.
 
     Raises:
         ValueError: for shapes that don't go together, a length of 0, an unknown backend or one that does not support
@@ -76,12 +79,27 @@ def linear_recurrence(
         if cu_seqlens is not None:
             raise ValueError("packed sequences can't be vmapped: give every replica rows of one length, or pad them")
         return vmapped_recurrence(_positional(backend), transition, q, v, write, initial_state)
-    a_step = backend == "auto" and q.shape[1] == 1 and cu_seqlens is None
-    if a_step and not any(decoder.supports(transition) is None for decoder in _DECODERS):
-        return one_token(transition, q, v, write, initial_state)
+    if q.shape[1] == 1 and cu_seqlens is None:
+        step = _choose_step(backend, transition, q, v, write, initial_state)
+        if step is not None:
+            return step(transition, q, v, write, initial_state)
     chosen = _choose(transition, q.shape[1], backend)
     run = chosen.run_high if precision == "high" and chosen.run_high is not None else chosen.run
     return run(transition, q, v, write, initial_state, cu_seqlens)
+
+
+def _choose_step(
+    backend: str, transition: Transition, q: Tensor, v: Tensor, write: Tensor | None, initial_state: Tensor | None
+) -> Step | None:
+    """The code for a single token; None where it goes the way of all sequences."""
+    if backend not in ("auto", "triton"):
+        return None
+    has_decoder = any(decoder.supports(transition) is None for decoder in _DECODERS)
+    checked = triton_step.PRIORITY >= CHECKED_ON_A_CARD
+    wanted = checked or (backend == "triton" and (not has_decoder or overwrites(initial_state, torch.float32)))
+    if wanted and triton_step.supports(transition, q, v, write, initial_state) is None:
+        return triton_step.run
+    return one_token if backend == "auto" and not has_decoder else None
 
 
 def available_backends(transition: Transition | None = None) -> list[str]:

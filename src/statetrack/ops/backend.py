@@ -88,7 +88,9 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
-def register_operator(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def register_operator(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], *, mutates: tuple[str, ...] = ()
+) -> Callable[..., Any]:
     """Makes an operator of a function, which torch.compile then takes for one opaque call that it traces around.
 
     `torch.library.custom_op` would do the same, but its first call imports torch's compiler: a second, and 70 MB.
@@ -97,9 +99,10 @@ def register_operator(name: str, function: Callable[..., Any], fake: Callable[..
         name: of the operator, below `torch.ops.statetrack`.
         function: computes; its annotations become the operator's schema.
         fake: returns empty tensors with the shapes and dtypes of the results, for the same arguments.
+        mutates: names of the arguments that the function overwrites.
     """
     qualified = f"statetrack::{name}"
-    torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=mutates))
     torch.library.impl(qualified, "CompositeExplicitAutograd", function)
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.statetrack, name).default

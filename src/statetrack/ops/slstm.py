@@ -1,5 +1,7 @@
 """The recurrence of sLSTM, which is not linear and so has one way to be computed: token by token, in one operator.
 
+PyTorch runs it anywhere; on a GPU the Triton kernels of `triton_slstm.py` do all tokens in one launch.
+
     (z, i, f, o)_t = gates_t + h_{t-1} R,     m_t = max(log sigmoid(f) + m_{t-1}, i)
     c_t = f' c_{t-1} + i' tanh(z),   n_t = f' n_{t-1} + i',   h_t = sigmoid(o) c_t / n_t
     f' = exp(log sigmoid(f) + m_{t-1} - m_t),   i' = exp(i - m_t)
@@ -9,17 +11,22 @@ Letters for shapes as in `statetrack.transition`, and N the channels of a head.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from statetrack.ops import triton_slstm
 from statetrack.ops.backend import register_operator
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD
 from statetrack.ops.vmapped import is_vmapped, vmapped_over_heads
 
 
-def slstm(gates: Tensor, recurrent: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def slstm(
+    gates: Tensor, recurrent: Tensor, state: tuple[Tensor, ...], backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The states h, c, n, m after every token, each [T, H, B, N]; h is the output.
 
     The stabilizer m cancels out of h, so it is a constant to gradients. Those through h, c and n are exact for whatever
@@ -29,18 +36,33 @@ def slstm(gates: Tensor, recurrent: Tensor, state: tuple[Tensor, ...]) -> tuple[
         gates: what the inputs say of z, i, f, o: [T, H, B, 4 N], float32 or float64.
         recurrent: R [H, N, 4 N], in the dtype of the gates.
         state: h, c, n, m before the first token, each [H, B, N]. At the start h = c = n = 0 and m = -inf.
+        backend: "torch", "triton", or "auto" for the faster that serves these tensors.
+
+    Raises:
+        ValueError: for an unknown backend, or one that does not serve these tensors.
     """
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"the backend of sLSTM must be auto, torch or triton, got {backend!r}")
+    use_triton = False
+    if backend == "triton" or (backend == "auto" and triton_slstm.PRIORITY >= CHECKED_ON_A_CARD):
+        reason = triton_slstm.supports(gates, recurrent)
+        if reason is not None and backend == "triton":
+            raise ValueError(f"backend 'triton' can't serve sLSTM: {reason}")
+        use_triton = reason is None
+    recurrence = partial(_SLSTM.apply, use_triton)
     if is_vmapped():
-        return vmapped_over_heads(_SLSTM.apply, [1, 0, 0, 0, 0, 0], gates, recurrent, *state)  # type: ignore[no-any-return]
-    return _SLSTM.apply(gates, recurrent, *state)  # type: ignore[no-any-return]
+        return vmapped_over_heads(recurrence, [1, 0, 0, 0, 0, 0], gates, recurrent, *state)  # type: ignore[no-any-return]
+    return recurrence(gates, recurrent, *state)  # type: ignore[no-any-return]
 
 
 class _SLSTM(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor
+        ctx: Any, use_triton: bool, gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor
     ) -> tuple[Tensor, ...]:
-        states = _forward_op(gates, recurrent, h, c, n, m)
+        operator = _triton_forward_op if use_triton else _forward_op
+        states = operator(gates, recurrent, h, c, n, m)
+        ctx.use_triton = use_triton
         ctx.save_for_backward(gates, recurrent, h, c, n, m, *states)
         ctx.mark_non_differentiable(states[3])
         return tuple(states)
@@ -48,7 +70,8 @@ class _SLSTM(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_h, d_c, d_n, _ = grad_outputs
-        return (*_backward_op(*ctx.saved_tensors, d_h, d_c, d_n), None)
+        operator = _triton_backward_op if ctx.use_triton else _backward_op
+        return (None, *operator(*ctx.saved_tensors, d_h, d_c, d_n), None)
 
 
 def _forward(
@@ -124,3 +147,5 @@ def _empty_gradients(
 
 _forward_op = register_operator("slstm", _forward, _empty_states)
 _backward_op = register_operator("slstm_backward", _backward, _empty_gradients)
+_triton_forward_op = register_operator("triton_slstm", triton_slstm.forward, _empty_states)
+_triton_backward_op = register_operator("triton_slstm_backward", triton_slstm.backward, _empty_gradients)
