@@ -152,7 +152,8 @@ class RunDirectory:
         check_weights(config.model, parts["model."], self.state_file)
         _check_optimizer(parts["model."], parts["optimizer."], self.state_file)
         others = [name for name in state if not name.startswith(("model.", "optimizer."))]
-        others += [name for name, tensor in state.items() if tensor.dtype != torch.float32]
+        dtypes = {torch.float32, torch.get_default_dtype()}
+        others += [name for name, tensor in state.items() if tensor.dtype not in dtypes]
         if others:
             raise RunError(
                 f"{self.state_file} has tensors that training does not go on from, other names or dtypes than float32: "
