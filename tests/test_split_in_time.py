@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from statetrack import LanguageModel, ModelConfig, mixer_config, mixer_configs
 from statetrack.split_in_time import local_piece, split_in_time, sum_gradients
@@ -45,6 +45,7 @@ def compare(rank, ranks, path, mixers):
             assert torch.allclose(piece, local_piece(logits), atol=1e-12), names
             for parameter, gradient in zip(model.parameters(), expected, strict=True):
                 gradient = torch.zeros_like(parameter) if gradient is None else gradient
+                assert parameter.grad is not None
                 assert (parameter.grad - gradient).norm() <= 1e-10 * (1 + gradient.norm()), names
             with torch.no_grad(), split_in_time(model):
                 assert torch.allclose(model.scan(local_piece(ids), start if rank == 0 else None)[0], piece), names
@@ -57,7 +58,7 @@ def compare(rank, ranks, path, mixers):
 
 
 def run(tmp_path, ranks, mixers):
-    mp.spawn(compare, (ranks, tmp_path / "store", mixers), ranks)
+    spawn(compare, (ranks, tmp_path / "store", mixers), ranks)
 
 
 def test_two_processes_equal_one(tmp_path):
