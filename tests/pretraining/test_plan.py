@@ -69,7 +69,7 @@ def test_a_hybrid():
 
 @pytest.mark.parametrize("name", sorted(mixer_configs()))
 def test_every_mixer_can_be_planned(name):
-    placement = only(model_config(name), sequence_length=256, micro_batch_size=2, precision="bf16")
+    placement = only(model_config(name), sequence_length=256, micro_batch_size=2, precision="bfloat16")
     inputs = 3 * 2 * 256 * 64 * 2
     assert 5 * inputs < placement.memory.activations < 200 * inputs
 
@@ -141,7 +141,7 @@ def test_shards_shrink_and_activations_do_not():
 
 def test_the_largest_batch_is_the_last_that_fits():
     config = preset("mamba-340m", vocab_size=32_000)
-    options = {"sequence_length": 2048, "precision": "bf16"}
+    options = {"sequence_length": 2048, "precision": "bfloat16"}
     largest = only(config, micro_batch_size=8, **options).largest_micro_batch
     assert largest > 8
     assert only(config, micro_batch_size=largest, **options).fits
@@ -181,7 +181,7 @@ def test_the_table():
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
         ({"world_sizes": (0,)}, "world_sizes must be at least 1"),
         ({"mfu": 1.5}, "mfu must lie in"),
-        ({"precision": "fp8"}, "precision must be bf16 or float32, got 'fp8'"),
+        ({"precision": "fp8"}, "precision must be bfloat16 or float32, got 'fp8'"),
         ({"cards": (Card("Voodoo 2", GIB),)}, "the peak of Voodoo 2 is not known"),
     ],
 )

@@ -36,8 +36,8 @@ CONTEXT_BYTES = 1.5 * GIB
 FRAGMENTATION = 1.05
 """What the allocator of PyTorch holds, over what tensors have."""
 
-Precision = Literal["bf16", "float32"]
-_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+Precision = Literal["bfloat16", "float32"]
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def plan(
     sequence_length: int,
     micro_batch_size: int,
     optimizer: OptimizerConfig | None = None,
-    precision: Precision = "bf16",
+    precision: Precision = "bfloat16",
     checkpointing: bool | None = None,
     world_sizes: Sequence[int] = WORLD_SIZES,
     cards: Sequence[Card] = CARDS,
@@ -208,7 +208,7 @@ def plan(
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu must lie in (0, 1], got {mfu}")
     if precision not in _DTYPES:
-        raise ValueError(f"precision must be bf16 or float32, got {precision!r}")
+        raise ValueError(f"precision must be bfloat16 or float32, got {precision!r}")
     optimizer = optimizer or OptimizerConfig()
     dtype = _DTYPES[precision]
     with torch.device("meta"):
