@@ -7,6 +7,8 @@ at run time.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -38,17 +40,29 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def unavailable(*tensors: Tensor | None) -> str | None:
-    """Why triton can't compute with these tensors here, or None where it can.
+@contextmanager
+def assuming_a_gpu() -> Iterator[None]:
+    """Lets "auto" choose as on a GPU, for tensors without numbers (`FakeTensorMode`): to see what a GPU would keep."""
+    global _assuming_a_gpu
+    before, _assuming_a_gpu = _assuming_a_gpu, True
+    try:
+        yield
+    finally:
+        _assuming_a_gpu = before
 
-    On the device meta nothing is computed: there "auto" chooses as on a GPU, so that one can ask what a GPU would keep.
-    """
+
+_assuming_a_gpu = False
+
+
+def unavailable(*tensors: Tensor | None) -> str | None:
+    """Why triton can't compute with these tensors here, or None where it can."""
     given = [x for x in tensors if x is not None]
     device = given[0].device
-    if not HAS_TRITON and device.type != "meta":
-        return "the package triton is not installed"
-    if device.type not in ("cuda", "meta") and not interpreted():
-        return f"triton serves tensors on a CUDA device, not on {device} (or anywhere with TRITON_INTERPRET=1)"
+    if not _assuming_a_gpu:
+        if not HAS_TRITON:
+            return "the package triton is not installed"
+        if device.type != "cuda" and not interpreted():
+            return f"triton serves tensors on a CUDA device, not on {device} (or anywhere with TRITON_INTERPRET=1)"
     if any(x.dtype == torch.float64 for x in given):
         return "backend 'triton' computes in float32 and does not serve float64"
     return None

@@ -8,8 +8,8 @@ the same and "auto" chooses the same backend.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -22,9 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from statetrack.mixers import MixerConfig
-from statetrack.mixers.attention import AttentionConfig
-from statetrack.model import Block, LanguageModel, ModelConfig
+from statetrack.model import LanguageModel, ModelConfig
+from statetrack.ops.triton_common import assuming_a_gpu
 from statetrack.pretraining.flops import card_peak_flops, training_flops_per_token
 from statetrack.pretraining.optimizers import MuonWithAdamW, OptimizerConfig, build_optimizer
 
@@ -36,8 +35,8 @@ CONTEXT_BYTES = 1.5 * GIB
 FRAGMENTATION = 1.05
 """What the allocator of PyTorch holds, over what tensors have."""
 
-Precision = Literal["bf16", "float32"]
-_DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
+Precision = Literal["bfloat16", "float32"]
+Parallelism = Literal["auto", "none", "ddp", "fsdp"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Memory:
         gradients: theirs, float32.
         optimizer: its states, float32.
         gathered: whole weights of the blocks that are being computed, and their gradients before they are reduced;
-            with one GPU, the weights in the precision of the computation.
+            without shards, the weights in the precision of the computation.
         activations: what the blocks save for the backward pass.
         logits: what the output layer and the loss save.
         backward: gradients of activations on their way: of the logits, or of one block.
@@ -111,7 +110,7 @@ class Placement:
     Attributes:
         card: the cards.
         world_size: how many.
-        checkpointing: whether the blocks' activations are computed again in the backward pass.
+        checkpointing: the activations of every so manyth block are computed again in the backward pass; 0 for none.
         memory: of each card.
         largest_micro_batch: the most sequences that fit a card at once; 0 if none does.
         tokens_per_second: of all cards together, at the assumed MFU.
@@ -119,7 +118,7 @@ class Placement:
 
     card: Card
     world_size: int
-    checkpointing: bool
+    checkpointing: int
     memory: Memory
     largest_micro_batch: int
     tokens_per_second: float
@@ -175,30 +174,33 @@ def plan(
     sequence_length: int,
     micro_batch_size: int,
     optimizer: OptimizerConfig | None = None,
-    precision: Precision = "bf16",
-    checkpointing: bool | None = None,
+    precision: Precision = "bfloat16",
+    checkpointing: int | None = None,
+    parallelism: Parallelism = "auto",
     world_sizes: Sequence[int] = WORLD_SIZES,
     cards: Sequence[Card] = CARDS,
     mfu: float = ASSUMED_MFU,
 ) -> Plan:
     """What a run needs on each of some cards, and how long it would take.
 
-    Weights, gradients and optimizer states are float32 and sharded evenly over all cards (FSDP2); a block is gathered
-    in `precision` while it is computed, and the next one beside it.
+    Weights, gradients and optimizer states are float32 and, with FSDP2, sharded evenly over all cards; a block is then
+    gathered in `precision` while it is computed, and the next one beside it.
 
     Args:
         model: the model.
         sequence_length: tokens of a sequence.
         micro_batch_size: sequences that a card computes at once, before gradients are accumulated.
         optimizer: AdamW unless told otherwise.
-        precision: of activations and gathered weights.
-        checkpointing: whether every block's activations are computed again in the backward pass; None plans both.
+        precision: of matrix products and activations, by autocast; weights are float32.
+        checkpointing: compute the activations of every so manyth block again in the backward pass: 1 for all, 0 for
+            none; None plans both.
+        parallelism: "fsdp", shards also on one card; "ddp" or "none", a copy on each card; "auto" shards from two on.
         world_sizes: numbers of cards.
         cards: kinds of cards.
         mfu: the share of a card's peak that a step reaches. Checkpointing costs another forward pass on top.
 
     Raises:
-        ValueError: for sizes below 1, an MFU outside (0, 1] or an unknown precision.
+        ValueError: for sizes below 1, an MFU outside (0, 1], an unknown precision, parallelism or card.
     """
     for name, value in (("sequence_length", sequence_length), ("micro_batch_size", micro_batch_size)):
         if value < 1:
@@ -207,41 +209,48 @@ def plan(
         raise ValueError(f"world_sizes must be at least 1, got {list(world_sizes)}")
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu must lie in (0, 1], got {mfu}")
-    if precision not in _DTYPES:
-        raise ValueError(f"precision must be bf16 or float32, got {precision!r}")
+    if precision not in ("bfloat16", "float32"):
+        raise ValueError(f"precision must be bfloat16 or float32, got {precision!r}")
+    if parallelism not in ("auto", "none", "ddp", "fsdp"):
+        raise ValueError(f"parallelism must be auto, none, ddp or fsdp, got {parallelism!r}")
+    if checkpointing is not None and checkpointing < 0:
+        raise ValueError(f"checkpointing must be 0 (none) or positive, got {checkpointing}")
     optimizer = optimizer or OptimizerConfig()
-    dtype = _DTYPES[precision]
     with torch.device("meta"):
         whole = LanguageModel(model)
         states = _optimizer_bytes(whole, optimizer)
-        counts = [sum(p.numel() for p in block.parameters()) for block in whole.blocks]
-        parameters = whole.num_parameters()
-    saved = saved_activations(model, sequence_length=sequence_length, micro_batch_size=micro_batch_size, dtype=dtype)
+    parameters = whole.num_parameters()
+    saved = saved_activations(
+        model, sequence_length=sequence_length, micro_batch_size=micro_batch_size, precision=precision
+    )
     flops = training_flops_per_token(model, sequence_length)
     placements = []
     for card in cards:
         for world_size in world_sizes:
-            gathered = _gathered_bytes(parameters, counts, dtype, world_size)
-            for again in (False, True) if checkpointing is None else (checkpointing,):
+            sharded = parallelism == "fsdp" or (parallelism == "auto" and world_size > 1)
+            shards = world_size if sharded else 1
+            for every in (0, 1) if checkpointing is None else (checkpointing,):
+                largest = max(saved.blocks)
                 memory = Memory(
-                    parameters=4 * parameters / world_size,
-                    gradients=4 * parameters / world_size,
-                    optimizer=states / world_size,
-                    gathered=gathered,
-                    activations=saved.inputs if again else saved.activations,
+                    parameters=4 * parameters / shards,
+                    gradients=4 * parameters / shards,
+                    optimizer=states / shards,
+                    gathered=_gathered_bytes(whole, saved, sharded),
+                    activations=saved.activations(every),
                     logits=saved.logits,
-                    backward=max(saved.logits_gradient, saved.largest_block * (2 if again else 1)),
+                    backward=max(saved.logits_gradient, largest * (2 if every else 1)),
                 )
                 per_sequence = memory.batch / micro_batch_size
+                again = -(-model.num_layers // every) / model.num_layers if every else 0.0
                 rate = card.peak_flops * mfu / flops * world_size
                 placements.append(
                     Placement(
                         card=card,
                         world_size=world_size,
-                        checkpointing=again,
+                        checkpointing=every,
                         memory=memory,
                         largest_micro_batch=max(0, int((card.memory - memory.fixed) / per_sequence)),
-                        tokens_per_second=rate * (3 / 4 if again else 1),
+                        tokens_per_second=rate * 3 / (3 + again),
                     )
                 )
     return Plan(
@@ -259,27 +268,30 @@ def plan(
 
 @dataclass(frozen=True, kw_only=True)
 class SavedActivations:
-    """Bytes that autograd saves in a forward pass, parameters not counted.
+    """Bytes that autograd saves in a forward pass.
 
     Attributes:
-        blocks: of each block, with its input.
-        inputs: of the blocks' inputs alone, all together: what is left with checkpointing.
+        blocks: of each block, with its input; parameters not counted.
+        inputs: of each block's input alone: what is left of it with checkpointing.
         logits: of the final norm, the output layer and the cross-entropy.
         logits_gradient: of the logits' gradient, in float32 and in the dtype of the activations.
+        block_weights: of the rounded copies of each block's weights that autocast makes.
+        output_weight: of that of the output layer's.
     """
 
     blocks: tuple[int, ...]
-    inputs: int
+    inputs: tuple[int, ...]
     logits: int
     logits_gradient: int
+    block_weights: tuple[int, ...]
+    output_weight: int
 
-    @property
-    def activations(self) -> int:
-        return sum(self.blocks)
-
-    @property
-    def largest_block(self) -> int:
-        return max(self.blocks)
+    def activations(self, checkpointing: int = 0) -> int:
+        """Of all blocks, where every so manyth is checkpointed; 0 for none."""
+        return sum(
+            self.inputs[index] if checkpointing and index % checkpointing == 0 else saved
+            for index, saved in enumerate(self.blocks)
+        )
 
 
 def saved_activations(
@@ -287,58 +299,77 @@ def saved_activations(
     *,
     sequence_length: int,
     micro_batch_size: int,
-    dtype: torch.dtype = torch.bfloat16,
+    precision: Precision = "bfloat16",
     device: Literal["cuda", "cpu"] = "cuda",
 ) -> SavedActivations:
-    """What a training step of a model saves, by running each kind of block once without any numbers.
+    """What a training step of a model saves, by running each kind of block twice without any numbers.
+
+    The copies of weights that autocast makes are what does not grow with the batch.
 
     Args:
-        config: the model.
+        config: the model, in float32.
         sequence_length: T.
         micro_batch_size: B.
-        dtype: of weights and activations.
+        precision: "bfloat16" is by autocast.
         device: where the step would run; backends of the recurrence differ in what they save.
     """
-    stream = torch.float32 if config.residual_in_float32 else dtype
-    shape = (micro_batch_size, sequence_length, config.d_model)
-    by_kind: dict[object, int] = {}
-    blocks = []
-    for index, mixer in enumerate(config.layer_mixers()):
-        kind = (mixer, config.layer_norm_placements()[index])
-        if kind not in by_kind:
-            with torch.device("meta"):
-                block = Block(config, index).to(dtype)
-            with _without_numbers(mixer, device):
-                weights = {
-                    name: torch.empty(p.shape, dtype=dtype, requires_grad=True) for name, p in block.named_parameters()
-                }
-                inputs = (torch.empty(shape, dtype=stream, requires_grad=True), None, None)
-                by_kind[kind] = saved_bytes(partial(functional_call, block, weights, inputs), weights.values())
-        blocks.append(by_kind[kind])
+    stream = torch.float32 if precision == "float32" or config.residual_in_float32 else torch.bfloat16
     with torch.device("meta"):
-        ends = LanguageModel(replace(config, num_layers=1, mixer=config.mixer_pattern[0], norm_placement="before")).to(
-            dtype
-        )
-        x = torch.empty(shape, dtype=stream, requires_grad=True)
-        targets = torch.empty(micro_batch_size, sequence_length, dtype=torch.long)
-        logits = saved_bytes(lambda: language_model_loss(ends.logits(x), targets), ends.parameters())
-    size = micro_batch_size * sequence_length * ends.output_size
+        model = LanguageModel(config)
+
+    def measured(module: nn.Module, call: Callable[[dict[str, Tensor], Tensor, Tensor], object]) -> tuple[int, int]:
+        """Bytes that are proportional to the batch, for the whole batch, and those that are not."""
+        found = []
+        for batch in (micro_batch_size, 2 * micro_batch_size):
+            with FakeTensorMode(), assuming_a_gpu() if device == "cuda" else nullcontext():
+                shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+                weights = {name: torch.empty(shape, requires_grad=True) for name, shape in shapes.items()}
+                x = torch.empty(batch, sequence_length, config.d_model, dtype=stream, requires_grad=True)
+                targets = torch.empty(batch, sequence_length, dtype=torch.long)
+                found.append(saved_bytes(partial(call, weights, x, targets), weights.values()))
+        # The loss keeps a number of its own, which is no copy of weights.
+        copies = 2 * found[0] - found[1] if precision == "bfloat16" else 0
+        return found[1] - found[0], copies
+
+    def run_block(block: nn.Module, weights: dict[str, Tensor], x: Tensor, targets: Tensor) -> object:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            return functional_call(block, weights, (x, None, None))
+
+    def run_output(weights: dict[str, Tensor], x: Tensor, targets: Tensor) -> object:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            logits = functional_call(ends, {f"model.{name}": weight for name, weight in weights.items()}, (x,))
+        return language_model_loss(logits, targets)
+
+    by_kind: dict[object, tuple[int, int]] = {}
+    blocks = []
+    for index, block in enumerate(model.blocks):
+        kind = (config.layer_mixers()[index], config.layer_norm_placements()[index])
+        if kind not in by_kind:
+            by_kind[kind] = measured(block, partial(run_block, block))
+        blocks.append(by_kind[kind])
+    ends = _Ends(model)
+    logits, output_weight = measured(model, run_output)
+    tokens = micro_batch_size * sequence_length
+    gradient_bytes = 4 + (2 if precision == "bfloat16" else 0)
     return SavedActivations(
-        blocks=tuple(blocks),
-        inputs=len(blocks) * x.nbytes,
-        logits=logits + targets.nbytes,  # the embedding keeps its ids, as the loss keeps its targets
-        logits_gradient=size * 4 + (0 if dtype == torch.float32 else size * dtype.itemsize),
+        blocks=tuple(saved for saved, _ in blocks),
+        inputs=(tokens * config.d_model * stream.itemsize,) * len(blocks),
+        logits=logits + 8 * tokens,  # the embedding keeps its ids, as the loss keeps its targets
+        logits_gradient=tokens * model.output_size * gradient_bytes,
+        block_weights=tuple(copies for _, copies in blocks),
+        output_weight=output_weight,
     )
 
 
-def _without_numbers(mixer: MixerConfig, device: Literal["cuda", "cpu"]) -> AbstractContextManager[object]:
-    """Where new tensors have shapes and no numbers, and operations choose what they would choose on the device.
+class _Ends(nn.Module):
+    """What follows the blocks of a model."""
 
-    On the device meta the recurrences' "auto" chooses as on a GPU. PyTorch's attention doesn't: it would save a matrix
-    [T, T] there. Its fused kernel for CPUs saves what that for GPUs saves.
-    """
-    fake_cpu = device == "cpu" or isinstance(mixer, AttentionConfig)
-    return FakeTensorMode() if fake_cpu else torch.device("meta")
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.logits(x)
 
 
 def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -369,18 +400,22 @@ def _optimizer_bytes(model: nn.Module, config: OptimizerConfig) -> int:
     return 8 * count - 4 * sum(p.numel() for p in muon)
 
 
-def _gathered_bytes(parameters: int, blocks: Sequence[int], dtype: torch.dtype, world_size: int) -> float:
-    """Two blocks' whole weights, the current one's and the next one's, and one block's gradients before reduction.
+def _gathered_bytes(model: LanguageModel, saved: SavedActivations, sharded: bool) -> float:
+    """Weights beside the shards, and gradients before they are reduced.
 
-    What is outside the blocks, embeddings and output layer, is a group of its own that stays gathered. With one card in
-    float32 nothing is gathered: the weights themselves are used.
+    Without shards these are autocast's copies. With shards the current block's weights and the next one's are whole, in
+    the precision of the computation, and what is outside the blocks is whole in float32 from the forward pass on; the
+    gradients of one such group are whole before they are reduced in float32.
     """
-    if world_size == 1 and dtype == torch.float32:
-        return 0.0
-    outside, largest = parameters - sum(blocks), max(blocks)
-    weights = (outside + 2 * largest) * dtype.itemsize
-    gradients = max(outside, largest) * (dtype.itemsize + 4)  # they are reduced in float32
-    return float(weights + gradients)
+    if not sharded:
+        return float(sum(saved.block_weights) + saved.output_weight)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
+    outside = model.num_parameters() - sum(blocks)
+    largest = max(blocks)
+    # Without autocast there are no copies: the gathered weights are float32.
+    itemsize = 2 if saved.output_weight or any(saved.block_weights) else 4
+    gradients = max(4 * outside, (itemsize + 4) * largest)
+    return float(4 * outside + saved.output_weight + 2 * itemsize * largest + gradients)
 
 
 def _tables(plan: Plan) -> Group:
@@ -404,7 +439,7 @@ def _tables(plan: Plan) -> Group:
         table.add_row(
             f"{placement.card.name} {placement.card.memory / GIB:.0f} GiB" if new_card else "",
             str(placement.world_size),
-            "yes" if placement.checkpointing else "no",
+            {0: "no", 1: "yes"}.get(placement.checkpointing, f"1 in {placement.checkpointing}"),
             *(
                 f"{size / GIB:.1f}"
                 for size in (
