@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,11 +14,10 @@ from torch.nn import functional as F
 
 from statetrack import seeds
 from statetrack.config import RunConfig, TrainingConfig
-from statetrack.mixers import MixerConfig
 from statetrack.model import LanguageModel
+from statetrack.plain import difference
 from statetrack.runs import RunDirectory, RunError, load_weights
 from statetrack.tasks import IGNORE, Task, get_task
-from statetrack.transition import EigenvalueRange
 from statetrack.weight_decay import by_weight_decay
 
 
@@ -237,26 +236,6 @@ def _open(directory: RunDirectory, config: RunConfig) -> None:
     there = directory.read_config()
     if there != config:
         raise RunError(
-            f"{directory.path} holds another run ({_difference(there, config)}); choose another directory, or repeat "
+            f"{directory.path} holds another run ({difference(there, config)}); choose another directory, or repeat "
             "the options it was started with to go on"
         )
-
-
-def _difference(there: Any, here: Any, prefix: str = "") -> str:
-    """The first field in which two configs differ, in words."""
-    if type(there) is type(here) and is_dataclass(there) and not isinstance(there, EigenvalueRange):
-        for field in fields(there):
-            if (a := getattr(there, field.name)) != (b := getattr(here, field.name)):
-                return _difference(a, b, f"{prefix}.{field.name}" if prefix else field.name)
-    if isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here):
-        index = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
-        return _difference(there[index], here[index], f"{prefix}[{index}]")
-    there, here = (_written(value) for value in (there, here))
-    return f"{prefix} is {there} there, not {here}"
-
-
-def _written(value: Any) -> Any:
-    """A value of a config as a message has it: mixers by their names."""
-    if isinstance(value, tuple):
-        return "+".join(str(_written(part)) for part in value)
-    return value.name if isinstance(value, MixerConfig) else value
