@@ -1,7 +1,7 @@
 """The commands, from `statetrack demo` to `statetrack mixers`. No defaults of its own beyond paths.
 
 Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`, those about data in
-`data/commands.py`.
+`data/commands.py`, `pretrain` in `pretraining/commands.py`.
 
 Bad input ends with one sentence on standard error and exit status 2, an interruption with 130.
 """
@@ -31,6 +31,7 @@ from statetrack.mixers import mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.mixers.mixer import refuse_absent
 from statetrack.model import ModelConfig
+from statetrack.pretraining.commands import Pretrain
 from statetrack.runs import RunDirectory
 from statetrack.tasks import TaskFamily, get_task, list_tasks
 from statetrack.theory.commands import (
@@ -69,7 +70,7 @@ class Demo:
         seeds = None if self.seeds is None else list(_integers(self.seeds, "seeds", minimum=0))
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
-        with _stop_on_signal() as stopping:
+        with stop_on_signal() as stopping:
             finished = run_demo(self.out, workers=self.workers, seeds=seeds, should_stop=stopping)
         if finished:
             return 0
@@ -122,7 +123,7 @@ class Reproduce:
         seeds = None if self.seeds is None else _integers(self.seeds, "seeds", minimum=0)
         experiment = load_experiment(self.experiment, seeds, self.preset)
         out = self.out or Path("runs") / "-".join(filter(None, [self.experiment, self.preset]))
-        with _stop_on_signal() as stopping:
+        with stop_on_signal() as stopping:
             outcomes = run_reproduction(
                 experiment,
                 out,
@@ -383,7 +384,7 @@ class Resume:
 def _train(config: RunConfig, out: Path, device: str | None) -> int:
     from statetrack.progress import training_progress
 
-    with _stop_on_signal() as stopping, training_progress(config) as show:
+    with stop_on_signal() as stopping, training_progress(config) as show:
         result = train(config, RunDirectory(out), device=_device(device), on_progress=show, should_stop=stopping)
     if result.step < config.training.steps:
         print(
@@ -411,6 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "verify": Verify,
             "certify": Certify,
             "generate": Generate,
+            "pretrain": Pretrain,
             "data": tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Data]],
             "tasks": Tasks,
             "mixers": Mixers,
@@ -513,7 +515,7 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """A function that says whether ctrl-C or SIGTERM came; a second ctrl-C interrupts at once."""
     received: list[int] = []
 

@@ -205,19 +205,17 @@ class PretrainConfig:
         return batch // unit if size else 1
 
 
-def read_tables(file: Path | str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def read_tables(file: Path | str | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The contents of a config file, with `table.key=value` laid over it, values as TOML writes them.
+
+    Args:
+        file: the file, or its contents.
+        overrides: what is laid over it.
 
     Raises:
         ValueError: if it can't be read, or an override is not of that form.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"there is no config file {path}")
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    tables = dict(file) if isinstance(file, Mapping) else _read_toml(Path(file))
     for text in overrides:
         key, sign, value = text.partition("=")
         names = key.strip().split(".")
@@ -304,6 +302,15 @@ def _within(table: str, read: Any) -> Any:
         return read()
     except ValueError as error:
         raise ValueError(f"[{table}] {error}") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"there is no config file {path}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
 
 
 def _value(text: str) -> Any:

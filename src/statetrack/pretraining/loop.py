@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from statetrack import seeds
 from statetrack.data import PackedBatch, PackedBatches, PackedTokens
 from statetrack.model import LanguageModel
 from statetrack.pretraining.config import PretrainConfig
-from statetrack.pretraining.evaluation import HeldOut
 from statetrack.pretraining.flops import peak_flops, training_flops_per_token
 from statetrack.pretraining.guard import StepGuard, guarded_step
+from statetrack.pretraining.held_out import HeldOut, batch_loss
 from statetrack.pretraining.optimizers import build_optimizer, learning_rate_factor, set_learning_rate
 from statetrack.pretraining.parallel import ParallelModel
 from statetrack.pretraining.processes import Processes
@@ -124,8 +124,7 @@ class _Training:
                 "vocab_size out"
             )
         self.held_out = HeldOut(config, processes)
-        batches = self._batches(0)  # refuses data that is too short
-        self.epoch_steps = batches.steps_per_epoch
+        self._batches(0)  # refuses data that is too short
         run.check(config)
         torch.manual_seed(int(seeds.generator("initial weights", config.training.seed).initial_seed()))
         model = LanguageModel(config.model)
@@ -144,17 +143,13 @@ class _Training:
     ) -> PretrainResult:
         config, processes, execution = self.config, self.processes, self.config.execution
         first, steps = processes.is_first, config.training.steps
-        if first:
-            processes_begin = self.run.begin
-        else:
-            def processes_begin(config: PretrainConfig) -> None: ...
-        processes.together(lambda: processes_begin(config))
+        processes.together(lambda: self.run.begin(config) if first else None)
         step, seconds_before = processes.together(self._restore)
         if first:
             self.run.truncate_metrics(step)
             if step:
                 on_message(f"going on from step {step} of {steps}")
-        sinks = processes.together(lambda: open_sinks(self.run.path, config)) if first else processes.together(lambda: [])
+        sinks = processes.together(lambda: open_sinks(self.run.path, config) if first else [])
         batches = iter(self._batches(step).loader(execution.num_workers, pin_memory=processes.device.type == "cuda"))
         clock, skipped = _Clock(seconds_before), -1
         evaluated: dict[str, float] = {}
@@ -291,16 +286,28 @@ class _Training:
         return step, float(facts["seconds"])
 
 
-def batch_loss(
-    model: Callable[[Tensor, Tensor | None], Tensor], batch: PackedBatch, config: PretrainConfig, *, z_loss: float = 0.0
-) -> Tensor:
-    """The mean cross-entropy of a batch in nats a token, plus the z-loss where there is one."""
-    device = getattr(model, "device", "cpu")
-    batch = batch.to(device, non_blocking=True)
-    if config.data.separate_documents:
-        logits = model(batch.ids, batch.cu_seqlens)
-    else:
-        logits = model(batch.ids.view(-1, config.data.sequence_length), None)
-    logits = logits.flatten(0, 1).float()
-    loss = F.cross_entropy(logits, batch.labels.flatten())
-    return loss + z_loss * torch.logsumexp(logits, -1).square().mean() if z_loss else loss
+class _Clock:
+    """Seconds and tokens of training, without what is done in between."""
+
+    def __init__(self, seconds_before: float) -> None:
+        self.tokens = 0
+        self._began = time.perf_counter() - seconds_before
+        self._since, self._counted, self._pause = time.perf_counter(), 0, 0.0
+
+    def seconds(self) -> float:
+        """Since training began, those before an interruption included."""
+        return time.perf_counter() - self._began
+
+    def rate(self) -> float:
+        """Tokens a second since the last call."""
+        now = time.perf_counter()
+        rate = (self.tokens - self._counted) / max(now - self._since - self._pause, 1e-9)
+        self._since, self._counted, self._pause = now, self.tokens, 0.0
+        return rate
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """For what is no training."""
+        before = time.perf_counter()
+        yield
+        self._pause += time.perf_counter() - before

@@ -22,10 +22,6 @@ Result = TypeVar("Result")
 _TIMEOUT = timedelta(minutes=15)
 
 
-class ProcessError(RuntimeError):
-    """Processes that can't go on together, and why."""
-
-
 @dataclass
 class Processes:
     """This process among those of a run.
@@ -64,7 +60,7 @@ class Processes:
         except (ValueError, OSError, ModuleNotFoundError) as error:
             if self.size == 1:
                 raise
-            failure = _message(error)
+            failure = message_of(error)
         failures: list[str | None] = [None] * self.size
         dist.all_gather_object(failures, failure, group=self._control)
         if found := [text for text in failures if text is not None]:
@@ -149,7 +145,8 @@ def _device(name: str | None, local_rank: int | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """The message of an error on one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror.lower()}: {error.filename}" if error.filename else error.strerror.lower()
     return " ".join(str(error).split())

@@ -82,6 +82,8 @@ class PretrainRun:
         self.path.mkdir(parents=True, exist_ok=True)
         self.checkpoints.directory.mkdir(exist_ok=True)
         self.checkpoints.clear()
+        for marker in self.path.glob(".ended-*"):  # of processes that have ended before
+            marker.unlink(missing_ok=True)
         data = {"format": FORMAT, "statetrack": __version__, "data_fingerprint": fingerprint(config.data.directory)}
         atomic_write(self.config_file, json.dumps({**data, "pretraining": to_data(config)}, indent=2) + "\n")
 
