@@ -263,8 +263,8 @@ class Generate:
     """Write text with a language model, as it is drawn; in constant memory, whatever the length, without attention.
 
     Attributes:
-        model: a directory with a language model and its tokenizer, as `statetrack.hf` saves them; any checkpoint that
-            `from_pretrained` reads will do.
+        model: the directory of a pre-training run; or one with a language model and its tokenizer, as `statetrack.hf`
+            saves them; any checkpoint that `from_pretrained` reads will do.
         prompt: the text to go on from.
         max_new_tokens: how many tokens are drawn at most; none after the end of a document.
         temperature: of the draws; 0 takes the most likely token always.
@@ -285,15 +285,16 @@ class Generate:
         from statetrack.data.tokenizer import load_tokenizer
         from statetrack.generation import generate, streamed
         from statetrack.pretrained import from_pretrained
-        from statetrack.pretrained.files import read_config
+        from statetrack.pretrained.files import model_directory, read_config
 
-        if "task" in (config := read_config(self.model)):  # a run, trained or compiled
+        place = model_directory(self.model)
+        if "task" in (config := read_config(place)):  # a run, trained or compiled
             raise ValueError(
                 f"{self.model} is a run of the task {config['task']}, whose model answers with labels; generate needs "
                 "a language model"
             )
         device = _device(self.device)
-        model, tokenizer = from_pretrained(self.model).to(device), load_tokenizer(self.model)
+        model, tokenizer = from_pretrained(place).to(device), load_tokenizer(place)
         (prompt,) = tokenizer.encode([self.prompt])
         tokens = generate(
             model,

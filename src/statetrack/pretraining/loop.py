@@ -164,9 +164,8 @@ class _Training:
             if step % execution.log_every == 0 or last or processes.device.type == "cpu":
                 now = int(self.guard.state["skipped"].item())
                 if now > skipped >= 0 and first:
-                    on_message(
-                        f"step {step}: {now - skipped} skipped (loss {loss.item():.4g}, gradient norm {norm.item():.4g})"
-                    )
+                    numbers = f"loss {loss.item():.4g}, gradient norm {norm.item():.4g}"
+                    on_message(f"up to step {step}: {now - skipped} steps skipped; the last one has {numbers}")
                 skipped = now
                 self._give_up(step)
             if step % execution.log_every == 0 or last:

@@ -7,6 +7,7 @@ numbers as on one GPU, where autocast rounds the same weights and no others.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -58,9 +59,7 @@ class ParallelModel:
         self._module: nn.Module = model
         if self.parallelism == "ddp":
             ids = [processes.device.index] if processes.device.type == "cuda" else None
-            self._module = DistributedDataParallel(
-                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._module = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
     def __call__(self, ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Logits [B, T, vocab_size]."""
@@ -104,15 +103,23 @@ def _parallelism(wanted: str, size: int) -> str:
 
 
 def _shard(model: LanguageModel, compute: torch.dtype | None) -> None:
+    # Blocks also return states, which may be views; nobody changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     # Autocast has the last word on the dtypes of inputs.
     products = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     rest = MixedPrecisionPolicy(cast_forward_inputs=False)
     for block in model.blocks:
         linear: list[nn.Module] = _linear_layers(block) if compute is not None else []
         if linear:
-            fully_shard(linear, mp_policy=products)
+            (first, *_) = fully_shard(linear, mp_policy=products)
+            # Some mixers look at a weight before its layer is called, for the dtype of their state.
+            block.register_forward_pre_hook(partial(_gather, first))
         fully_shard(block, mp_policy=rest)
     fully_shard(model, mp_policy=rest)
+
+
+def _gather(group: FSDPModule, block: nn.Module, inputs: Any) -> None:
+    group.unshard()
 
 
 def _linear_layers(block: nn.Module) -> list[Any]:
