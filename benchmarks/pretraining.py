@@ -3,8 +3,8 @@
     python -m benchmarks.pretraining --presets deltanet-125m --micro-batch-size 16 --out results/scaling/one.json
     torchrun --standalone --nproc_per_node 8 -m benchmarks.pretraining --presets deltanet-125m --parallelism fsdp
 
-A step is that of `statetrack pretrain`: forward, backward, sum over processes, clipping, guard, optimizer. Weak scaling:
-every process has `--micro-batch-size` sequences a step, whatever their number.
+A step is that of `statetrack pretrain`: forward, backward, sum over processes, clipping, guard, optimizer. Scaling is
+weak: every process has `--micro-batch-size` sequences a step, whatever their number.
 """
 
 from __future__ import annotations

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from statetrack.config import RunConfig
-from statetrack.pretraining.config import PretrainConfig
-from statetrack.pretraining.loop import PretrainProgress
 from statetrack.training import Progress as TrainingProgress
+
+if TYPE_CHECKING:  # PyTorch's engine for many processes takes a while to import
+    from statetrack.pretraining.config import PretrainConfig
+    from statetrack.pretraining.loop import PretrainProgress
 
 
 def describe(progress: TrainingProgress) -> str:

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from statetrack.files import atomic_write, sync_directory
 from statetrack.pretraining.processes import Processes
@@ -85,7 +86,7 @@ class Checkpoints:
         if processes.is_first:
             temporary.mkdir(parents=True, exist_ok=True)
         writer = _Writer(self, temporary, step, dict(facts), keep)
-        future = dcp.async_save(dict(tensors), storage_writer=writer, process_group=processes.storage)
+        future = async_save(dict(tensors), storage_writer=writer, process_group=processes.storage)
         assert isinstance(future, Future)
         self._writing = future
 
@@ -150,7 +151,7 @@ class Checkpoints:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             group = None if processes is None else processes.storage
-            dcp.load(dict(tensors), storage_reader=reader, process_group=group, no_dist=processes is None)
+            load(dict(tensors), storage_reader=reader, process_group=group, no_dist=processes is None)
 
     def _complete(self, temporary: Path, step: int, facts: Mapping[str, Any], keep: int) -> None:
         files = {path.name: path.stat().st_size for path in sorted(temporary.glob("*.safetensors"))}

@@ -117,11 +117,12 @@ def processes(device: str | None = None) -> Iterator[Processes]:
     if joined and launched:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     elif joined:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     groups = [dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2)]
     storage, control = groups
-    assert storage is not None
-    assert control is not None
+    assert isinstance(storage, dist.ProcessGroup)
+    assert isinstance(control, dist.ProcessGroup)
     yield Processes(dist.get_rank(), dist.get_world_size(), place, storage, control)
     # After an error others may wait in a collective that this process will never join, and so would this call.
     if joined:
