@@ -4,40 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from reproduction_examples import SMALL
 
+from statetrack import reproduce
 from statetrack.cli import main
 from statetrack.experiments import load_experiment
 from statetrack.experiments.experiment import read_experiment
 from statetrack.report import Record
 from statetrack.reproduce import Outcome, comparison, reproductions, run_reproduction
-
-SMALL = {
-    "title": "small",
-    "published": {
-        "source": "a paper",
-        "protocol": "paper",
-        "measure": "scaled_accuracy",
-        "differences": ["fewer steps"],
-    },
-    "shared": {
-        "task": "modular_arithmetic:3",
-        "lengths": [4, 8],
-        "sequences": 16,
-        "chance": 0.2,
-        "model": {"d_model": 8, "num_layers": 1},
-        "mixer": {"name": "deltanet", "num_heads": 2},
-        "training": {"steps": 2, "batch_size": 4, "max_length": 8, "last_label_only": True},
-    },
-    "run": [
-        {
-            "sweep": [
-                {"eigenvalue_range": [0, 1], "published": {"best": 0.25, "median": 0.125}},
-                {"eigenvalue_range": [-1, 1], "published": {"text": "perfect"}, "model": {"num_layers": 2}},
-            ]
-        }
-    ],
-    "preset": {"one": {"seeds": [5], "training": {"steps": 1}}},
-}
 
 
 def record(accuracy, **facts):
@@ -48,15 +23,43 @@ def record(accuracy, **facts):
 
 
 def test_the_formal_languages_are_seven_models_on_three_tasks():
-    experiment = load_experiment("formal-languages")
-    models = {outcome.model for run in experiment.runs if (outcome := Outcome(run, None))}
-    assert (len(experiment.runs), len(models)) == (63, 7)
-    steps = {(run.config.task, run.config.training.steps) for run in experiment.runs}
+    runs = [run for run in load_experiment("formal-languages").runs if not run.recipe]
+    models = {Outcome(run, None).model for run in runs}
+    assert (len(runs), len(models)) == (63, 7)
+    steps = {(run.config.task, run.config.training.steps) for run in runs}
     assert steps == {("parity", 20000), ("modular_arithmetic:5", 100000), ("modular_arithmetic_brackets:5", 100000)}
-    assert all(set(run.published) == {"best", "median"} for run in experiment.runs)
-    best = {(run.config.task, Outcome(run, None).model): run.published["best"] for run in experiment.runs}
+    assert all(set(run.published) == {"best", "median"} for run in runs)
+    best = {(run.config.task, Outcome(run, None).model): run.published["best"] for run in runs}
     assert best["modular_arithmetic:5", "DeltaNet [-1, 1], 2 layers"] == 0.971
-    assert {run.config.training.gradient_clip for run in experiment.runs if "lstm" in run.name} == {0.0}
+    assert {run.config.training.gradient_clip for run in runs if "lstm" in run.name} == {0.0}
+
+
+def test_the_papers_protocol_sweeps_the_learning_rate():
+    experiment = load_experiment("formal-languages-paper")
+    assert len(experiment.runs) == 7 * 4 * 4 * 3
+    assert {run.config.training.learning_rate for run in experiment.runs} == {1e-2, 1e-3, 5e-4, 1e-4}
+    assert all(run.tuned and run.config.training.steps == 100_000 for run in experiment.runs)
+    facts = {(run.config.task.partition(":")[0], run.config.model.num_layers) for run in experiment.runs}
+    assert facts == {("parity", 2), ("modular_arithmetic", 3), ("modular_arithmetic_brackets", 3)}
+    batches = {(run.config.model.mixer_name, run.config.training.batch_size) for run in experiment.runs}
+    assert {size for name, size in batches if name == "mlstm"} == {512}
+    assert {size for name, size in batches if name != "mlstm"} == {1024}
+    released = load_experiment("formal-languages").runs
+    theirs = {(run.config.task, str(run.config.model.mixer)): run.published for run in released if not run.recipe}
+    for run in experiment.runs:
+        if run.config.task != "modular_arithmetic_brackets:5:+-":
+            assert run.published == theirs[run.config.task, str(run.config.model.mixer)]
+
+
+@pytest.mark.parametrize("name", ["formal-languages", "word-problems"])
+def test_recipes_are_for_models_with_signed_ranges_and_stand_beside_the_protocol(name):
+    experiment = load_experiment(name, [0])
+    recipes = [outcome for run in experiment.runs if run.recipe and (outcome := Outcome(run, None))]
+    assert recipes
+    assert all(outcome.run.config.model.mixer.eigenvalue_range.lo == -1 for outcome in recipes)
+    assert {outcome.data(experiment.published)["protocol"] for outcome in recipes} == {"ours"}
+    plain = [Outcome(run, None) for run in experiment.runs if not run.recipe]
+    assert {outcome.data(experiment.published)["protocol"] for outcome in plain} == {experiment.published.protocol}
 
 
 def test_the_word_problems_are_those_of_both_papers():
@@ -69,6 +72,13 @@ def test_the_word_problems_are_those_of_both_papers():
     assert {(training.min_length, training.max_length) for training in paced} == {(64, 64)}
     products = [run.config.model.mixer for run in experiment.runs if "deltaproduct" in run.name]
     assert {mixer.num_householder for mixer in products} == {1, 2, 3, 4}
+    for group in ("S3", "S4", "A5", "S5"):
+        signed = {
+            run.config.model.mixer.num_householder
+            for run in experiment.runs
+            if run.config.task == f"group:{group}" and not run.recipe and "deltaproduct[-1,1]" in run.name
+        }
+        assert signed == {1, 2, 3, 4}
 
 
 @pytest.mark.parametrize("name", reproductions())
@@ -76,8 +86,14 @@ def test_a_preset_is_the_same_grid_and_says_that_it_is_smaller(name):
     whole = load_experiment(name, [0])
     for preset in reproductions()[name]["preset"]:
         smaller = load_experiment(name, preset=preset)
-        assert [Outcome(run, None).model for run in smaller.runs] == [Outcome(run, None).model for run in whole.runs]
+        rows, whole_rows = (
+            list(dict.fromkeys((run.config.task, Outcome(run, None).model) for run in experiment.runs))
+            for experiment in (smaller, whole)
+        )
+        assert rows == whole_rows
         assert all(run.config.training.steps <= 1000 for run in smaller.runs)
+        if preset == "smoke":
+            assert all(run.config.training.steps * run.config.training.batch_size <= 8 for run in smaller.runs)
         assert smaller.published.protocol == "ours"
         assert preset in smaller.published.differences[0]
     with pytest.raises(ValueError, match="unknown preset 'huge'; this experiment has cpu, smoke"):
@@ -125,6 +141,56 @@ def test_best_and_median_leave_out_what_is_missing_and_name_what_failed():
     assert data[3]["scaled_accuracy"] is None
 
 
+def test_a_recipe_has_columns_of_its_own_beside_the_protocol():
+    sweep = [{"eigenvalue_range": [-1, 1], "published": {"best": 0.25}}]
+    sweep += [{"eigenvalue_range": [-1, 1], "recipe": True, "training": {"steps": 1}}]
+    sweep += [{"mixer": {"name": "mamba"}, "recipe": True}]
+    experiment = read_experiment({**SMALL, "run": [{"sweep": sweep}]}, [0, 1])
+    assert [run.config.training.steps for run in experiment.runs] == [2, 2, 1, 1, 2, 2]
+    assert experiment.runs[2].name == experiment.runs[0].name.replace("-seed", "-recipe-seed")
+    shares = [0.2, 0.6, 0.6, 1.0, None, 1.0]
+    records = [None if share is None else record({4: share}) for share in shares]
+    outcomes = [Outcome(run, one) for run, one in zip(experiment.runs, records, strict=True)]
+    table = comparison(experiment.published, outcomes)[0]
+    assert table.header == (
+        *("task", "model", "best", "median", "recipe: best", "recipe: median", "published", "seeds"),
+    )  # fmt: skip
+    task = "modular_arithmetic:3"
+    assert table.rows == [
+        (task, "DeltaNet [-1, 1], 1 layer", "0.500", "0.250", "1.000", "0.750", "0.250", "2 of 2; recipe 2 of 2"),
+        (task, "Mamba [-1, 1], 1 layer", "–", "–", "1.000", "1.000", "–", "recipe 1 of 2"),
+    ]
+
+
+def test_the_learning_rate_is_chosen_by_the_median_over_seeds():
+    run = {"learning_rates": [1e-2, 1e-3, 1e-4], "sweep": [{"eigenvalue_range": [-1, 1]}]}
+    experiment = read_experiment({**SMALL, "run": [run]}, [0, 1, 2])
+    assert experiment.runs[0].name.endswith("-lr0.01-seed0")
+    assert experiment.runs[3].name.endswith("-lr0.001-seed0")
+    # The second has the best run, the first the best median; nothing is known of the third.
+    shares = [0.6, 0.6, 0.2, 1.0, 0.2, 0.2, None, None, None]
+    records = [None if share is None else record({4: share}) for share in shares]
+    outcomes = [Outcome(run, one) for run, one in zip(experiment.runs, records, strict=True)]
+    table = comparison(experiment.published, outcomes)[0]
+    assert table.rows == [
+        ("modular_arithmetic:3", "DeltaNet [-1, 1], 1 layer", "0.500", "0.500", "–", "0.01", "6 of 9")
+    ]
+    assert table.header[-2] == "learning rate"
+    assert {outcome.data(experiment.published)["learning_rate"] for outcome in outcomes} == {1e-2, 1e-3, 1e-4}
+
+
+def test_a_preset_may_be_smaller_in_another_way_for_recipes():
+    sweep = [{"training": {"batch_size": 3}}, {"recipe": True, "training": {"steps": 7, "batch_size": 5}}]
+    preset = {"seeds": [0], "training": {"steps": 1}, "recipe": {"training": {"batch_size": 2}}}
+    data = {**SMALL, "run": [{"sweep": sweep}], "preset": {"one": preset, "two": {"training": {"batch_size": 1}}}}
+    sizes = {
+        name: [(run.config.training.steps, run.config.training.batch_size) for run in runs]
+        for name in ("one", "two")
+        if (runs := read_experiment(data, [0], name).runs)
+    }
+    assert sizes == {"one": [(1, 3), (7, 2)], "two": [(2, 1), (7, 1)]}
+
+
 @pytest.mark.parametrize(
     ("accuracy", "horizon"),
     [({32: 1.0, 64: 0.95, 128: 0.5}, 64), ({32: 0.5, 64: 1.0}, 0), ({32: 0.9}, 32), ({}, 0)],
@@ -145,7 +211,10 @@ def test_an_experiment_of_our_own_reproduces_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("reproduce", "unknown experiment ''; those that can be reproduced are formal-languages, word-problems"),
+        (
+            "reproduce",
+            "unknown experiment ''; those that can be reproduced are formal-languages, ",
+        ),
         ("reproduce demo", "unknown experiment 'demo'"),
         ("reproduce word-problems --preset big", "unknown preset 'big'"),
         ("reproduce word-problems --workers 0", "workers must be at least 1"),
@@ -162,7 +231,7 @@ def test_wrong_commands_get_one_sentence(words, message, capsys):
 def test_the_list_has_every_grid_and_preset(capsys):
     assert main(["reproduce", "--list"]) == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("formal-languages", "word-problems", "--preset", "smoke", "63", "81"))
+    assert all(word in text for word in ("formal-languages", "word-problems", "--preset", "smoke", "81", "111", "336"))
 
 
 @pytest.mark.slow
@@ -171,3 +240,31 @@ def test_every_run_of_a_grid_works(name, tmp_path):
     outcomes = run_reproduction(load_experiment(name, preset="smoke"), tmp_path, workers=1)
     assert all(outcome.judged for outcome in outcomes)
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "devices"), [("", ["cuda:0", "cuda:1"]), ("--devices=cuda:1", ["cuda:1"]), ("--devices=cpu", ["cpu"])]
+)
+def test_a_grid_uses_every_gpu_unless_told_otherwise(words, devices, tmp_path, monkeypatch):
+    seen = []
+
+    def run_reproduction(experiment, out, **options):
+        seen.extend(options["devices"])
+        return []
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(reproduce, "run_reproduction", run_reproduction)
+    main(["reproduce", "word-problems", "--preset", "smoke", "--out", str(tmp_path), *words.split()])
+    assert seen == devices
+
+
+@pytest.mark.parametrize(("device", "key"), [("cuda", True), ("cpu", False), (None, False)])
+def test_seconds_of_a_gpu_have_a_key_of_their_own(device, key):
+    experiment = read_experiment(SMALL)
+    line = Outcome(experiment.runs[0], record({4: 1.0}, train_seconds=2.5, train_device=device)).data(
+        experiment.published
+    )
+    assert line["seconds"] == 2.5
+    assert line.get("gpu_seconds") == (2.5 if key else None)
+    assert ("gpu_seconds" in line) == key

@@ -27,6 +27,7 @@ from rich.table import Table
 import statetrack
 from statetrack.config import RunConfig, TrainingConfig, run_config
 from statetrack.data.commands import Data
+from statetrack.machine import available_devices
 from statetrack.mixers import mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.mixers.mixer import refuse_absent
@@ -93,6 +94,14 @@ class Reproduce:
         workers: runs at the same time; one for each core or GPU if left out.
         devices: where they run, such as cpu or cuda:0,cuda:1; if left out, all GPUs, or the CPU where there are none.
         budget_minutes: stop after so many minutes, with checkpoints and with what is done on the page.
+        slurm: run the grid as jobs of a SLURM cluster, from a machine that can submit to it, and wait for them; the
+            other options of this name say what each job asks for.
+        slurm_partition: the partition; the cluster's own choice if left out.
+        slurm_account: whom the time is charged to; the cluster's own choice if left out.
+        slurm_minutes: time limit of a job; runs that are not done by then go on in another job.
+        slurm_gpus: GPUs of a job, on one machine; 0 for CPUs.
+        slurm_cpus: CPU cores of a job; one for each run at the same time if left out.
+        slurm_runs: runs that a job does; one for each of its GPUs or cores if left out.
     """
 
     experiment: tyro.conf.Positional[str] = ""
@@ -103,8 +112,16 @@ class Reproduce:
     workers: int | None = None
     devices: str | None = None
     budget_minutes: float | None = None
+    slurm: bool = False
+    slurm_partition: str | None = None
+    slurm_account: str | None = None
+    slurm_minutes: int = 240
+    slurm_gpus: int = 1
+    slurm_cpus: int | None = None
+    slurm_runs: int | None = None
 
     def __call__(self) -> int:
+        from statetrack.cluster import Cluster, reproduce_on_cluster
         from statetrack.experiments import load_experiment
         from statetrack.reproduce import reproductions, run_reproduction
 
@@ -123,15 +140,30 @@ class Reproduce:
         seeds = None if self.seeds is None else _integers(self.seeds, "seeds", minimum=0)
         experiment = load_experiment(self.experiment, seeds, self.preset)
         out = self.out or Path("runs") / "-".join(filter(None, [self.experiment, self.preset]))
-        with stop_on_signal() as stopping:
-            outcomes = run_reproduction(
-                experiment,
-                out,
-                workers=self.workers,
-                devices=_devices(self.devices),
-                budget_minutes=self.budget_minutes,
-                should_stop=stopping,
+        if self.slurm and (self.devices is not None or self.budget_minutes is not None):
+            raise ValueError(
+                "with --slurm a job uses all its GPUs until its time is up: leave out --devices and --budget-minutes"
             )
+        with stop_on_signal() as stopping:
+            if self.slurm:
+                cluster = Cluster(
+                    partition=self.slurm_partition,
+                    account=self.slurm_account,
+                    minutes=self.slurm_minutes,
+                    gpus=self.slurm_gpus,
+                    cpus=self.slurm_cpus,
+                    runs_per_job=self.slurm_runs,
+                )
+                outcomes = reproduce_on_cluster(experiment, out, cluster, workers=self.workers, should_stop=stopping)
+            else:
+                outcomes = run_reproduction(
+                    experiment,
+                    out,
+                    workers=self.workers,
+                    devices=_devices(self.devices),
+                    budget_minutes=self.budget_minutes,
+                    should_stop=stopping,
+                )
             interrupted = stopping()
         print(f"the numbers: {out / 'summary.json'}, {out / 'table.md'}    the page: {out / 'report.html'}")
         missing = sum(outcome.record is None for outcome in outcomes)
@@ -155,7 +187,7 @@ def _show_experiments(known: dict[str, dict[str, Any]]) -> None:
 
 def _devices(names: str | None) -> list[str]:
     if names is None:
-        return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+        return available_devices()
     return [str(_device(name)) for name in names.split(",")]
 
 

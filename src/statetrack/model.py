@@ -291,11 +291,11 @@ class LanguageModel(nn.Module):
             x, layer_state = block(x, None if state is None else state[index], cu_seqlens)
             after.append(layer_state)
         if positions is None:
-            logits = self._logits(x)
+            logits = self.logits(x)
             return (logits if mask is None else unpack(logits, mask)), after
         if mask is not None:
             x = unpack(x, mask)  # norm and output layer have no bias: the logits of 0 are 0
-        return self._logits(x[:, positions]), after
+        return self.logits(x[:, positions]), after
 
     def step(self, ids: Tensor, state: ModelState, mask: Tensor | None = None) -> tuple[Tensor, ModelState]:
         """One token: ids [B] -> logits [B, output_size] and the next state.
@@ -342,6 +342,11 @@ class LanguageModel(nn.Module):
         for index, block in enumerate(self._blocks()):
             block.checkpoint = None if index % every else checkpoint
 
+    def logits(self, x: Tensor) -> Tensor:
+        """The final norm and the output layer: [..., output_size] from what the last block returns, [..., D]."""
+        x = self.norm(x)
+        return F.linear(x.to(self.output_weight.dtype) if self.config.residual_in_float32 else x, self.output_weight)
+
     @property
     def output_size(self) -> int:
         """Number of output classes."""
@@ -357,10 +362,6 @@ class LanguageModel(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
-
-    def _logits(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return F.linear(x.to(self.output_weight.dtype) if self.config.residual_in_float32 else x, self.output_weight)
 
     def _check_shape(self, ids: Tensor) -> None:
         if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:

@@ -30,6 +30,7 @@ def record_of_run(directory: RunDirectory, *, explanation: str = "") -> Record:
         **_facts(config),
         num_parameters=model.num_parameters(),
         train_seconds=directory.train_seconds(),
+        train_device=directory.train_device(),
         solved=solved(accuracy),
         accuracy=accuracy,
         accuracy_sequences={int(length): count for length, count in evaluation.get("sequences", {}).items()},

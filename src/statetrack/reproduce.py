@@ -90,12 +90,15 @@ class Outcome:
             "num_householder": getattr(mixers[0], "num_householder", None),
             "layers": config.model.num_layers,
             "seed": config.training.seed,
-            "protocol": publication.protocol,
+            "protocol": "ours" if self.run.recipe else publication.protocol,
+            "learning_rate": config.training.learning_rate,
             "steps": config.training.steps,
             "state": "missing" if record is None else "failed" if record.failed is not None else "done",
         }
         if record is not None:
             line |= {"seconds": record.train_seconds, "failed": record.failed}
+            if record.train_device == "cuda":
+                line["gpu_seconds"] = record.train_seconds
             if publication.measure == "sequence_accuracy":
                 shares = {str(length): share for length, share in record.accuracy.items()}
                 line |= {"sequence_accuracy": shares, "horizon": self.horizon()}
@@ -132,9 +135,7 @@ def run_reproduction(
     Raises:
         ValueError: if the experiment reproduces nothing.
     """
-    publication = experiment.published
-    if publication is None:
-        raise ValueError(f"the experiment {experiment.title!r} reproduces no publication")
+    publication_of(experiment)
     out.mkdir(parents=True, exist_ok=True)
     began, console = time.monotonic(), Console()
     records: dict[int, Record] = {}
@@ -157,54 +158,91 @@ def run_reproduction(
             console.print(f"{name}  {describe(event.progress)}", highlight=False, markup=False)
 
     run_experiment(experiment, out / "runs", workers=workers, devices=devices, on_event=show, should_stop=stop)
+    return write_results(experiment, records, out)
+
+
+def write_results(experiment: Experiment, records: Mapping[int, Record], out: Path) -> list[Outcome]:
+    """Writes `summary.json`, `table.md` and, once a run has ended, `report.html`.
+
+    Args:
+        experiment: the grid.
+        records: of the runs that are done, by their index in the experiment.
+        out: the directory of the results.
+
+    Returns:
+        The outcome of each run, in the experiment's order.
+
+    Raises:
+        ValueError: if the experiment reproduces nothing.
+    """
+    title, publication = experiment.title, publication_of(experiment)
     outcomes = [Outcome(run, records.get(index)) for index, run in enumerate(experiment.runs)]
-    write_results(experiment.title, publication, outcomes, out)
-    return outcomes
-
-
-def write_results(title: str, publication: Publication, outcomes: Sequence[Outcome], out: Path) -> None:
-    """Writes `summary.json`, `table.md` and, once a run has ended, `report.html`."""
     origin = provenance()
     lines = [outcome.data(publication) for outcome in outcomes]
     summary = {"title": title, "source": publication.source, "provenance": origin, "runs": lines}
     atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     tables = comparison(publication, outcomes)
     atomic_write(out / "table.md", _markdown(title, tables, origin))
-    records = [outcome.record for outcome in outcomes if outcome.record is not None]
-    if records:
+    done = [outcome.record for outcome in outcomes if outcome.record is not None]
+    if done:
         measured = "whole sequences" if publication.measure == "sequence_accuracy" else "labels"
         write_report(
-            records,
+            done,
             out / "report.html",
             title=title,
-            headline=f"{len(records)} of {len(outcomes)} runs are done. Accuracies below are shares of {measured}.",
-            descriptions={record.task: get_task(record.task).description for record in records},
+            headline=f"{len(done)} of {len(outcomes)} runs are done. Accuracies below are shares of {measured}.",
+            descriptions={record.task: get_task(record.task).description for record in done},
             provenance=origin,
             tables=tables,
         )
+    return outcomes
+
+
+def publication_of(experiment: Experiment) -> Publication:
+    """What an experiment reproduces.
+
+    Raises:
+        ValueError: if that is nothing.
+    """
+    if experiment.published is None:
+        raise ValueError(f"the experiment {experiment.title!r} reproduces no publication")
+    return experiment.published
 
 
 def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[ReportTable]:
-    """Ours beside theirs, a row for each model and task, and in what the protocols differ."""
+    """Ours beside theirs, a row for each model and task, and in what the protocols differ.
+
+    Runs by our own recipe have columns of their own. Of several learning rates the one with the best median counts.
+    """
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.run.config.task, outcome.model), []).append(outcome)
     by_sequence = publication.measure == "sequence_accuracy"
-    rows = [
-        (
-            task,
-            model,
-            *(_lengths if by_sequence else _scaled)(members),
-            _theirs(members[0].run.published),
-            _seeds(members),
+    summarize = _lengths if by_sequence else _scaled
+    recipes = any(outcome.run.recipe for outcome in outcomes)
+    tuned = any(outcome.run.tuned for outcome in outcomes)
+    rows = []
+    for (task, model), members in groups.items():
+        plain, recipe = ([o for o in members if o.run.recipe == own] for own in (False, True))
+        rate, best = _best_learning_rate(plain, summarize)
+        published = next((o.run.published for o in members if o.run.published), {})
+        seeds = [_seeds(plain)] if plain else []
+        seeds += [f"recipe {_seeds(recipe)}"] if recipe else []
+        rows.append(
+            (
+                *(task, model, *_shown(best)),
+                *(_shown(summarize(recipe)) if recipes else ()),
+                _theirs(published),
+                *((rate,) if tuned else ()),
+                "; ".join(seeds),
+            )
         )
-        for (task, model), members in groups.items()
-    ]
+    columns = ("right to, best", "median") if by_sequence else ("best", "median")
     header = (
-        "task",
-        "model",
-        *(("right to, best", "median") if by_sequence else ("best", "median")),
+        *("task", "model", *columns),
+        *((f"recipe: {column}" for column in columns) if recipes else ()),
         "published",
+        *(("learning rate",) if tuned else ()),
         "seeds",
     )
     measured = (
@@ -213,19 +251,48 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         else "Scaled accuracy, (accuracy - chance) / (1 - chance), on average over the lengths"
     )
     text = f"{measured}; over seeds. Published: {publication.source}. Protocol: {PROTOCOLS[publication.protocol]}."
+    if recipes:
+        text += " Recipe: the same models trained in our own way in place of that protocol."
+    if tuned:
+        text += " Of the learning rates the one with the best median counts."
     differences = [(difference,) for difference in publication.differences]
     tables = [ReportTable("Ours and theirs", text, header, rows)]
     return tables + ([ReportTable("Where the protocols differ", "", ("ours",), differences)] if differences else [])
 
 
-def _scaled(members: Sequence[Outcome]) -> tuple[str, str]:
+Summary = tuple[float, float] | None
+"""The best and the median over seeds; None if no seed was judged."""
+
+
+def _best_learning_rate(
+    members: Sequence[Outcome], summarize: Callable[[Sequence[Outcome]], Summary]
+) -> tuple[str, Summary]:
+    """The learning rate with the best median, then the best best, in words, and what it reached."""
+    by_rate: dict[float, list[Outcome]] = {}
+    for outcome in members:
+        by_rate.setdefault(outcome.run.config.training.learning_rate, []).append(outcome)
+    reached = {rate: best for rate, group in by_rate.items() if (best := summarize(group)) is not None}
+    if not reached:
+        return "–", None
+    rate = max(reached, key=lambda rate: (reached[rate][1], reached[rate][0]))
+    return f"{rate:g}", reached[rate]
+
+
+def _scaled(members: Sequence[Outcome]) -> Summary:
     values = [value for outcome in members if (value := outcome.scaled_accuracy()) is not None]
-    return (f"{max(values):.3f}", f"{statistics.median(values):.3f}") if values else ("–", "–")
+    return (max(values), statistics.median(values)) if values else None
 
 
-def _lengths(members: Sequence[Outcome]) -> tuple[str, str]:
+def _lengths(members: Sequence[Outcome]) -> Summary:
     values = [outcome.horizon() for outcome in members if outcome.judged]
-    return (f"{max(values):,}", f"{statistics.median_low(values):,}") if values else ("–", "–")
+    return (max(values), statistics.median_low(values)) if values else None
+
+
+def _shown(summary: Summary) -> tuple[str, str]:
+    if summary is None:
+        return "–", "–"
+    best, median = (f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for value in summary)
+    return best, median
 
 
 def _theirs(published: Mapping[str, Any]) -> str:

@@ -105,8 +105,9 @@ class RunDirectory:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         state = {f"model.{name}": tensor for name, tensor in tensors.items()}
         state |= {f"optimizer.{name}": tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}
-        atomic_write(self.state_file, save(state, dict(progress)))
-        atomic_write(self.model_file, save(tensors, dict(progress)))
+        facts = {**progress, "device": next(iter(model.state_dict().values())).device.type}
+        atomic_write(self.state_file, save(state, facts))
+        atomic_write(self.model_file, save(tensors, facts))
 
     def save_weights(self, model: nn.Module, facts: Mapping[str, str]) -> None:
         """Writes weights that no training made, such as those of a compiled model, atomically."""
@@ -147,6 +148,10 @@ class RunDirectory:
     def train_seconds(self) -> float:
         """How long the training of the weights in model.safetensors took."""
         return float(read_tensors(self.model_file)[1].get("seconds", "nan"))
+
+    def train_device(self) -> str | None:
+        """The kind of device that wrote the weights in model.safetensors, "cuda" or "cpu"; None if they don't say."""
+        return read_tensors(self.model_file)[1].get("device")
 
     def write_evaluation(self, evaluation: Mapping[str, Any]) -> None:
         atomic_write(self.evaluation_file, json.dumps(dict(evaluation), indent=2) + "\n")

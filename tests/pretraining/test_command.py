@@ -116,6 +116,12 @@ def test_bad_input_gets_one_sentence(options, message, file, tmp_path, capsys):
     assert not (tmp_path / "run" / "checkpoints").exists() or "wandb" in message
 
 
+def test_a_plan_trains_nothing(file, tmp_path, capsys):
+    assert run("pretrain", file, "--out", tmp_path / "run", "--plan") == 0
+    assert "H100" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unfinished_run_has_no_model_yet(file, tmp_path, capsys):
     assert run("pretrain", file, "--out", tmp_path / "run", "--set", "training.steps=1") == 0
     (tmp_path / "run" / "model" / "config.json").unlink()

@@ -19,15 +19,19 @@ and `training` are laid over those tables, key by key, and its other keys replac
 Every entry of a sweep is the run with those options of its mixer replaced; every seed is a run of its own. A hybrid has
 a list of mixers, `mixer = [ { name = "deltanet" }, { name = "mamba" } ]`, which is the pattern of its layers. An entry
 of a sweep may also replace the mixer or the list as a whole, with `mixer = ...`, and lay its own `model` and `training`
-over the run's.
+over the run's. With `learning_rates = [1e-2, 1e-3]` every seed is trained at each of them, and tables show the one with
+the best median over seeds. An entry with `recipe = true` is by our own recipe in place of the experiment's protocol: it
+has columns of its own beside the same model's.
 
 An experiment that others have published says so in a table `[published]` (see `Publication`), and what they measured
 stands beside each model as `published = { best = 1.0, median = 0.9 }`, or in words as `published = { text = "..." }`.
-`[preset.cpu]` and the like are smaller versions of the whole: `seeds`, and options that are laid over every run.
+`[preset.cpu]` and the like are smaller versions of the whole: `seeds`, and options that are laid over every run; with a
+table `recipe` in them, `model` and `training` of that one are laid over the runs by recipe instead.
 """
 
 from __future__ import annotations
 
+import itertools
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -51,6 +55,8 @@ class ExperimentRun:
         chance: what scaled accuracies are scaled by; None for the task's.
         explanation: why such a model can or can't do the task, in a few words.
         published: what others measured for such a model: `best`, `median` or `text`.
+        recipe: whether it is by our own recipe in place of the experiment's protocol.
+        tuned: whether it is one of several that differ in their learning rate, of which the best counts.
     """
 
     config: RunConfig
@@ -61,17 +67,23 @@ class ExperimentRun:
     chance: float | None = None
     explanation: str = ""
     published: Mapping[str, Any] = field(default_factory=dict)
+    recipe: bool = False
+    tuned: bool = False
 
     @property
     def name(self) -> str:
         """A name for directories and progress lines: `parity-deltanet[-1,1]n1-seed0`, or `...+attention-seed0`.
 
-        `x5` behind the mixers says that there are five layers, where the pattern alone doesn't.
+        `x5` behind the mixers says that there are five layers, where the pattern alone doesn't; `-recipe` and `-lr0.01`
+        tell runs apart that differ in nothing else.
         """
         model = self.config.model
         mixers = "+".join(_mixer_name(mixer) for mixer in model.mixer_pattern)
         layers = "" if model.num_layers == len(model.mixer_pattern) else f"x{model.num_layers}"
-        return "-".join([self.config.task.replace(":", "_"), mixers + layers, f"seed{self.config.training.seed}"])
+        training = self.config.training
+        parts = [self.config.task.replace(":", "_"), mixers + layers, "recipe" if self.recipe else ""]
+        parts += [f"lr{training.learning_rate:g}" if self.tuned else "", f"seed{training.seed}"]
+        return "-".join(filter(None, parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +133,7 @@ class _RunTable:
     published: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    learning_rates: list[float] = field(default_factory=list)
     sweep: list[dict[str, Any]] = field(default_factory=lambda: [{}])
 
 
@@ -136,7 +149,7 @@ class _File:
 
 def list_experiments() -> dict[str, dict[str, Any]]:
     """The contents of all experiment files, by name."""
-    files = sorted(resources.files("statetrack.experiments").iterdir(), key=lambda file: file.name)
+    files = sorted(resources.files("statetrack.experiments").iterdir(), key=lambda file: file.name.partition("."))
     return {
         file.name.removesuffix(".toml"): tomllib.loads(file.read_text(encoding="utf-8"))
         for file in files
@@ -167,9 +180,16 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
         raise ValueError(f"unknown preset {preset!r}; this experiment has {', '.join(file.preset) or 'none'}")
     smaller = dict(file.preset[preset]) if preset is not None else {}
     chosen = seeds or smaller.pop("seeds", file.seeds)
+    smaller.pop("seeds", None)
+    smaller_recipe = smaller.pop("recipe", smaller)
     whole = file.published is not None and file.published.measure == "sequence_accuracy"
-    tables = [from_data(_RunTable, _laid_over(_laid_over(file.shared, table), smaller)) for table in file.run]
-    runs = [run for table in tables for run in _expand(table, chosen, whole)]
+    runs = []
+    for own in file.run:
+        table = from_data(_RunTable, _laid_over(_laid_over(file.shared, own), smaller))
+        for changes in table.sweep:
+            laid_over = smaller_recipe if changes.get("recipe") else smaller
+            last = {key: {**changes[key], **laid_over.get(key, {})} for key in ("model", "training") if key in changes}
+            runs += _expand(table, {**changes, **last}, chosen, whole)
     names = [run.name for run in runs]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
@@ -191,27 +211,32 @@ def _laid_over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, A
     return both
 
 
-_NO_OPTIONS = ("explanation", "mixer", "model", "training", "published")
+_NO_OPTIONS = ("explanation", "mixer", "model", "training", "published", "recipe")
 """Keys of an entry of a sweep that are no options of its mixer."""
 
 
-def _expand(table: _RunTable, seeds: list[int], whole: bool) -> Iterator[ExperimentRun]:
-    for changes in table.sweep:
-        options = {key: value for key, value in changes.items() if key not in _NO_OPTIONS}
-        mixer = read_mixers(_with_options(changes.get("mixer", table.mixer), options))
-        model = {**table.model, **changes.get("model", {})}
-        training = from_data(TrainingConfig, {**table.training, **changes.get("training", {})})
-        for seed in seeds:
-            yield ExperimentRun(
-                config=run_config(table.task, mixer, model, replace(training, seed=seed)),
-                lengths=tuple(table.lengths),
-                winner_lengths=tuple(table.winner_lengths),
-                sequences=table.sequences,
-                whole=whole,
-                chance=table.chance,
-                explanation=changes.get("explanation", table.explanation),
-                published=changes.get("published", table.published),
-            )
+def _expand(table: _RunTable, changes: Mapping[str, Any], seeds: list[int], whole: bool) -> Iterator[ExperimentRun]:
+    """The runs of an entry of a sweep."""
+    options = {key: value for key, value in changes.items() if key not in _NO_OPTIONS}
+    mixer = read_mixers(_with_options(changes.get("mixer", table.mixer), options))
+    model = {**table.model, **changes.get("model", {})}
+    training = from_data(TrainingConfig, {**table.training, **changes.get("training", {})})
+    recipe = changes.get("recipe", False)
+    tuned = bool(table.learning_rates) and not recipe
+    rates = table.learning_rates if tuned else [training.learning_rate]
+    for rate, seed in itertools.product(rates, seeds):
+        yield ExperimentRun(
+            config=run_config(table.task, mixer, model, replace(training, seed=seed, learning_rate=rate)),
+            lengths=tuple(table.lengths),
+            winner_lengths=tuple(table.winner_lengths),
+            sequences=table.sequences,
+            whole=whole,
+            chance=table.chance,
+            explanation=changes.get("explanation", table.explanation),
+            published=changes.get("published", table.published),
+            recipe=recipe,
+            tuned=tuned,
+        )
 
 
 def _with_options(mixer: Any, options: Mapping[str, Any]) -> Any:

@@ -109,6 +109,24 @@ def run_experiment(
     return [records[index] for index in sorted(records)]
 
 
+def finished_record(run: ExperimentRun, path: Path) -> Record | None:
+    """The record of a run that was trained and judged in the directory `path`; None if it was not, or not this run."""
+    directory = RunDirectory(path)
+    if not _holds(directory, run) or not directory.evaluation_file.exists():
+        return None
+    if directory.weights_step() != run.config.training.steps:
+        return None
+    return record_of_run(directory, explanation=run.explanation)
+
+
+def _holds(directory: RunDirectory, run: ExperimentRun) -> bool:
+    """Whether a run directory is that of the run, as far as it has come."""
+    try:
+        return directory.exists() and directory.read_config() == run.config
+    except ValueError:
+        return False
+
+
 _events: Queue[RunEvent]
 _stop: Event
 _device: str
@@ -132,13 +150,8 @@ def _die_with(parent: int) -> None:
 
 def _run(index: int, run: ExperimentRun, path: Path, evaluation_seed: int) -> Record | None:
     directory, config = RunDirectory(path), run.config
-    if directory.exists():
-        try:
-            same = directory.read_config() == config
-        except ValueError:
-            same = False
-        if not same:
-            shutil.rmtree(path)
+    if directory.exists() and not _holds(directory, run):
+        shutil.rmtree(path)
     try:
         result = train(
             config,

@@ -31,12 +31,15 @@ def interpreted() -> bool:
 
 
 def unavailable(*tensors: Tensor | None) -> str | None:
-    """Why triton can't compute with these tensors here, or None where it can."""
-    if not HAS_TRITON:
-        return "the package triton is not installed"
+    """Why triton can't compute with these tensors here, or None where it can.
+
+    On the device meta nothing is computed: there "auto" chooses as on a GPU, so that one can ask what a GPU would keep.
+    """
     given = [x for x in tensors if x is not None]
     device = given[0].device
-    if device.type != "cuda" and not interpreted():
+    if not HAS_TRITON and device.type != "meta":
+        return "the package triton is not installed"
+    if device.type not in ("cuda", "meta") and not interpreted():
         return f"triton serves tensors on a CUDA device, not on {device} (or anywhere with TRITON_INTERPRET=1)"
     if any(x.dtype == torch.float64 for x in given):
         return "backend 'triton' computes in float32 and does not serve float64"

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+if TYPE_CHECKING:
+    from statetrack.pretraining.config import PretrainConfig
 
 
 @dataclass(kw_only=True)
@@ -26,13 +29,15 @@ class Pretrain:
         data: the prepared text, in place of data.directory.
         set: a value of the config, such as training.steps=100; may be given several times.
         device: cpu or cuda; if left out, cuda where there is one.
+        plan: say what the run needs of memory and time on which cards, and train nothing.
     """
 
     config: Annotated[Path | None, tyro.conf.Positional] = None
-    out: Path
+    out: Path = Path("runs/pretrain")
     data: Path | None = None
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     device: str | None = None
+    plan: bool = False
 
     def __call__(self) -> int:
         from statetrack.cli import stop_on_signal
@@ -45,14 +50,14 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
     from statetrack.data import read_manifest
     from statetrack.plain import to_data
     from statetrack.pretraining.checkpoints import CheckpointError
-    from statetrack.pretraining.config import config_of, data_table, read_tables
+    from statetrack.pretraining.config import PretrainConfig, config_of, data_table, read_tables
     from statetrack.pretraining.loop import pretrain
     from statetrack.pretraining.processes import processes
     from statetrack.pretraining.run import PretrainRun
     from statetrack.progress import pretraining_progress
     from statetrack.training import TrainingError
 
-    def read():
+    def read() -> tuple[PretrainRun, PretrainConfig]:
         run = PretrainRun(command.out)
         if command.config is None:
             tables = read_tables(to_data(run.read_config()), command.set)
@@ -64,6 +69,8 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
             tables["data"]["directory"] = str(Path(tables["data"]["directory"]))
         return run, config_of(tables, read_manifest(data_table(tables).directory)["vocab_size"])
 
+    if command.plan:
+        return _plan(read()[1])
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     started = False
     with stop_on_signal() as stopping:
@@ -95,6 +102,24 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
             f"trained {result.step} steps in {result.seconds:.1f} s, saved in {command.out}\n"
             f"next: statetrack generate {command.out} --prompt ..."
         )
+    return 0
+
+
+def _plan(config: PretrainConfig) -> int:
+    from rich.console import Console
+
+    from statetrack.pretraining.plan import plan
+
+    Console().print(
+        plan(
+            config.model,
+            sequence_length=config.data.sequence_length,
+            micro_batch_size=config.execution.micro_batch_size or config.data.batch_size,
+            optimizer=config.optimizer,
+            precision="bf16" if config.training.precision == "bfloat16" else "float32",
+            checkpointing=True if config.execution.activation_checkpointing == 1 else None,
+        )
+    )
     return 0
 
 

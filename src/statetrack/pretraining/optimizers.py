@@ -146,6 +146,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         super().__init__([*self._muon.param_groups, *others.param_groups], {})
         self._share()
 
+    def muon_parameters(self) -> list[nn.Parameter]:
+        """The matrices that are Muon's."""
+        return [p for group in self._muon.param_groups for p in group["params"]]
+
     def step(self, closure: Any = None) -> Any:
         loss = None
         if closure is not None:

@@ -43,6 +43,7 @@ class Record:
         chance: accuracy of guessing.
         train_lengths: shortest and longest training sequence.
         train_seconds: training time; None if the run failed before it could be told.
+        train_device: the kind of device that it was trained on, "cuda" or "cpu"; None if that is not known.
         solved: whether the run counts as having solved its task.
         accuracy: length -> accuracy on fresh sequences, NaN where it could not be computed.
         accuracy_sequences: length -> how many sequences were judged.
@@ -64,6 +65,7 @@ class Record:
     chance: float
     train_lengths: tuple[int, int]
     train_seconds: float | None = None
+    train_device: str | None = None
     solved: bool = False
     accuracy: Mapping[int, float] = field(default_factory=dict)
     accuracy_sequences: Mapping[int, int] = field(default_factory=dict)
