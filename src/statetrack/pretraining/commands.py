@@ -50,7 +50,7 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
     from statetrack.data import read_manifest
     from statetrack.plain import to_data
     from statetrack.pretraining.checkpoints import CheckpointError
-    from statetrack.pretraining.config import PretrainConfig, config_of, data_table, read_tables
+    from statetrack.pretraining.config import config_of, data_table, read_tables
     from statetrack.pretraining.loop import pretrain
     from statetrack.pretraining.processes import processes
     from statetrack.pretraining.run import PretrainRun
