@@ -1,7 +1,7 @@
 """The commands, from `statetrack demo` to `statetrack mixers`. No defaults of its own beyond paths.
 
 Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`, those about data in
-`data/commands.py`.
+`data/commands.py`, `pretrain` in `pretraining/commands.py`.
 
 Bad input ends with one sentence on standard error and exit status 2, an interruption with 130.
 """
@@ -32,6 +32,7 @@ from statetrack.mixers import mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.mixers.mixer import refuse_absent
 from statetrack.model import ModelConfig
+from statetrack.pretraining.commands import Pretrain
 from statetrack.runs import RunDirectory
 from statetrack.tasks import TaskFamily, get_task, list_tasks
 from statetrack.theory.commands import (
@@ -70,7 +71,7 @@ class Demo:
         seeds = None if self.seeds is None else list(_integers(self.seeds, "seeds", minimum=0))
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
-        with _stop_on_signal() as stopping:
+        with stop_on_signal() as stopping:
             finished = run_demo(self.out, workers=self.workers, seeds=seeds, should_stop=stopping)
         if finished:
             return 0
@@ -143,7 +144,7 @@ class Reproduce:
             raise ValueError(
                 "with --slurm a job uses all its GPUs until its time is up: leave out --devices and --budget-minutes"
             )
-        with _stop_on_signal() as stopping:
+        with stop_on_signal() as stopping:
             if self.slurm:
                 cluster = Cluster(
                     partition=self.slurm_partition,
@@ -294,8 +295,8 @@ class Generate:
     """Write text with a language model, as it is drawn; in constant memory, whatever the length, without attention.
 
     Attributes:
-        model: a directory with a language model and its tokenizer, as `statetrack.hf` saves them; any checkpoint that
-            `from_pretrained` reads will do.
+        model: the directory of a pre-training run; or one with a language model and its tokenizer, as `statetrack.hf`
+            saves them; any checkpoint that `from_pretrained` reads will do.
         prompt: the text to go on from.
         max_new_tokens: how many tokens are drawn at most; none after the end of a document.
         temperature: of the draws; 0 takes the most likely token always.
@@ -316,15 +317,16 @@ class Generate:
         from statetrack.data.tokenizer import load_tokenizer
         from statetrack.generation import generate, streamed
         from statetrack.pretrained import from_pretrained
-        from statetrack.pretrained.files import read_config
+        from statetrack.pretrained.files import model_directory, read_config
 
-        if "task" in (config := read_config(self.model)):  # a run, trained or compiled
+        place = model_directory(self.model)
+        if "task" in (config := read_config(place)):  # a run, trained or compiled
             raise ValueError(
                 f"{self.model} is a run of the task {config['task']}, whose model answers with labels; generate needs "
                 "a language model"
             )
         device = _device(self.device)
-        model, tokenizer = from_pretrained(self.model).to(device), load_tokenizer(self.model)
+        model, tokenizer = from_pretrained(place).to(device), load_tokenizer(place)
         (prompt,) = tokenizer.encode([self.prompt])
         tokens = generate(
             model,
@@ -415,7 +417,7 @@ class Resume:
 def _train(config: RunConfig, out: Path, device: str | None) -> int:
     from statetrack.progress import training_progress
 
-    with _stop_on_signal() as stopping, training_progress(config) as show:
+    with stop_on_signal() as stopping, training_progress(config) as show:
         result = train(config, RunDirectory(out), device=_device(device), on_progress=show, should_stop=stopping)
     if result.step < config.training.steps:
         print(
@@ -443,6 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "verify": Verify,
             "certify": Certify,
             "generate": Generate,
+            "pretrain": Pretrain,
             "data": tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Data]],
             "tasks": Tasks,
             "mixers": Mixers,
@@ -545,7 +548,7 @@ def _registry() -> tyro.constructors.ConstructorRegistry:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """A function that says whether ctrl-C or SIGTERM came; a second ctrl-C interrupts at once."""
     received: list[int] = []
 

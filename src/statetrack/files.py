@@ -40,13 +40,13 @@ def atomic_write(path: Path | str, content: str | bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_directory(target.parent)
+        sync_directory(target.parent)
     except OSError as error:
         # The error itself names the temporary file or no file at all; whoever reads it knows only the path.
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Makes the renaming of a file last: the entry of a file lives in its directory, which is synced on its own."""
     if os.name == "nt":  # Windows has no handles of directories to sync
         return

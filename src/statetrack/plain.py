@@ -50,6 +50,26 @@ def from_data(kind: type[Config], data: Mapping[str, Any]) -> Config:
         raise ValueError(str(error)) from None
 
 
+def difference(there: Any, here: Any, prefix: str = "") -> str:
+    """The first field in which two configs differ, in words; `prefix` is what the fields are fields of."""
+    if type(there) is type(here) and is_dataclass(there) and not isinstance(there, EigenvalueRange):
+        for field in fields(there):
+            if (a := getattr(there, field.name)) != (b := getattr(here, field.name)):
+                return difference(a, b, f"{prefix}.{field.name}" if prefix else field.name)
+    if isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here):
+        index = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
+        return difference(there[index], here[index], f"{prefix}[{index}]")
+    there, here = (_written(value) for value in (there, here))
+    return f"{prefix} is {there} there, not {here}"
+
+
+def _written(value: Any) -> Any:
+    """A value of a config as a message has it: mixers by their names."""
+    if isinstance(value, tuple):
+        return "+".join(str(_written(part)) for part in value)
+    return value.name if isinstance(value, MixerConfig) else value
+
+
 def read_mixer(data: Any) -> MixerConfig:
     """A mixer's config from plain data, `{"name": ..., option: value, ...}`; a config is passed on as it is."""
     if isinstance(data, MixerConfig):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from statetrack import seeds
 from statetrack.config import RunConfig
-from statetrack.mixers import MixerConfig
 from statetrack.model import LanguageModel, check_backends
+from statetrack.plain import difference
 from statetrack.runs import RunDirectory, RunError, TrainingError, load_weights
 from statetrack.tasks import get_task
 from statetrack.training_step import TrainingStep, fitting_lengths, learning_rate_at, make_optimizer
-from statetrack.transition import EigenvalueRange
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def why_apart(configs: Sequence[RunConfig]) -> str | None:
         if (other := replace(config, training=training)) != first:
             return (
                 "runs that are trained together may differ in seed and learning rate alone, not in more "
-                f"({_difference(first, other)})"
+                f"({difference(first, other)})"
             )
     return None
 
@@ -300,26 +299,6 @@ def _open(directory: RunDirectory, config: RunConfig) -> None:
     there = directory.read_config()
     if there != config:
         raise RunError(
-            f"{directory.path} holds another run ({_difference(there, config)}); choose another directory, or repeat "
+            f"{directory.path} holds another run ({difference(there, config)}); choose another directory, or repeat "
             "the options it was started with to go on"
         )
-
-
-def _difference(there: Any, here: Any, prefix: str = "") -> str:
-    """The first field in which two configs differ, in words."""
-    if type(there) is type(here) and is_dataclass(there) and not isinstance(there, EigenvalueRange):
-        for field in fields(there):
-            if (a := getattr(there, field.name)) != (b := getattr(here, field.name)):
-                return _difference(a, b, f"{prefix}.{field.name}" if prefix else field.name)
-    if isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here):
-        index = next(i for i, (a, b) in enumerate(zip(there, here, strict=True)) if a != b)
-        return _difference(there[index], here[index], f"{prefix}[{index}]")
-    there, here = (_written(value) for value in (there, here))
-    return f"{prefix} is {there} there, not {here}"
-
-
-def _written(value: Any) -> Any:
-    """A value of a config as a message has it: mixers by their names."""
-    if isinstance(value, tuple):
-        return "+".join(str(_written(part)) for part in value)
-    return value.name if isinstance(value, MixerConfig) else value

@@ -7,7 +7,7 @@ batch of a step is determined by the seed and the step alone, whoever computes w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ class PackedTokens:
         num_tokens: its length.
         vocab_size: of the tokenizer.
         separator: the token that every document begins with.
+        domain_ranges: where the tokens of each domain begin and end.
 
     Args:
         directory: what `prepare` has written.
@@ -47,12 +48,13 @@ class PackedTokens:
             raise DataError(f"{directory} has no domain {unknown[0]!r}; it has {', '.join(known)}")
         self.vocab_size: int = manifest["vocab_size"]
         self.separator: int = manifest["separator"]
-        parts = [
-            shard[split]
-            for domain in (known if domains is None else domains)
-            for shard in manifest["shards"]
-            if shard["domain"] == domain and shard[split]["tokens"]
-        ]
+        parts: list[dict] = []
+        self.domain_ranges: dict[str, tuple[int, int]] = {}
+        for domain in known if domains is None else domains:
+            shards = [shard[split] for shard in manifest["shards"] if shard["domain"] == domain]
+            begin = sum(part["tokens"] for part in parts)
+            parts += [shard for shard in shards if shard["tokens"]]
+            self.domain_ranges[domain] = begin, begin + sum(shard["tokens"] for shard in shards)
         if not parts:
             raise DataError(f"{directory} has no {split} tokens of {', '.join(domains or known)}")
         self._paths = [[entry["path"] for entry in part["files"]] for part in parts]
@@ -111,6 +113,26 @@ class PackedBatch:
     def pin_memory(self) -> PackedBatch:
         return replace(self, **{name: x.pin_memory() for name, x in vars(self).items()})
 
+    def split(self, parts: int) -> list[PackedBatch]:
+        """The batch in parts of equal length, one after the other.
+
+        Raises:
+            ValueError: if that would cut a sequence.
+        """
+        length, rest = divmod(self.ids.shape[1], parts)
+        cuts = torch.arange(parts + 1) * length
+        places = torch.searchsorted(self.cu_seqlens, cuts)
+        if rest or not torch.equal(self.cu_seqlens[places.clamp(max=len(self.cu_seqlens) - 1)], cuts):
+            raise ValueError(f"a batch of {self.ids.shape[1]} tokens can't be split into {parts} at its boundaries")
+        return [
+            PackedBatch(
+                self.ids[:, start : start + length],
+                self.labels[:, start : start + length],
+                self.cu_seqlens[first : last + 1] - start,
+            )
+            for start, first, last in zip(cuts.tolist(), places.tolist(), places[1:].tolist(), strict=False)
+        ]
+
 
 class PackedBatches(IterableDataset):
     """The batches of one rank from a step on, without end.
@@ -127,6 +149,9 @@ class PackedBatches(IterableDataset):
         start_step: the step of the first batch.
         rank: which part of each batch to give.
         world_size: into how many parts batches are divided.
+        shares: the share of the windows that each domain gets, in any unit; the others get none. In an epoch, which has
+            as many windows as the stream, domains are left in part or repeated accordingly, and which part is chosen
+            anew for each epoch. None for all windows of the stream.
 
     Raises:
         ValueError: for sizes that don't go together.
@@ -142,6 +167,7 @@ class PackedBatches(IterableDataset):
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        shares: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__()
         if sequence_length < 1 or batch_size < 1 or start_step < 0:
@@ -158,7 +184,8 @@ class PackedBatches(IterableDataset):
         self.seed, self.start_step, self.rank, self.world_size = seed, start_step, rank, world_size
         # The label of the last token is one token further.
         self.num_windows = (tokens.num_tokens - 1) // sequence_length
-        self.steps_per_epoch = self.num_windows // batch_size
+        self._parts = self._windows_by_domain(shares) if shares else [(0, self.num_windows, self.num_windows)]
+        self.steps_per_epoch = sum(count for *_, count in self._parts) // batch_size
         if not self.steps_per_epoch:
             raise ValueError(
                 f"a batch of {batch_size} windows of {sequence_length} tokens needs "
@@ -173,29 +200,59 @@ class PackedBatches(IterableDataset):
         while True:
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = torch.randperm(self.num_windows, generator=seeds.generator("windows", self.seed, epoch))
+                order = self._order(epoch)
             first = step % self.steps_per_epoch * self.batch_size
-            yield self._batch(order[first + self.rank : first + self.batch_size : self.world_size].tolist())
+            windows = order[first + self.rank : first + self.batch_size : self.world_size].tolist()
+            yield packed_batch(self.tokens, windows, self.sequence_length)
             step += 1 if worker is None else worker.num_workers
 
     def loader(self, num_workers: int = 0, *, pin_memory: bool = False) -> DataLoader:
         """A loader of the batches, the same ones in the same order for any number of workers."""
         return DataLoader(self, batch_size=None, num_workers=num_workers, pin_memory=pin_memory)
 
-    def _batch(self, windows: list[int]) -> PackedBatch:
-        length = self.sequence_length
-        ids, labels, boundaries = [], [], [np.array([len(windows) * length])]
-        for row, window in enumerate(windows):
-            tokens, starts = self.tokens.read(window * length, (window + 1) * length + 1)
-            ids.append(tokens[:-1])
-            labels.append(tokens[1:])
-            starts = np.union1d(starts[starts < length], [0])
-            boundaries.append(starts + row * length)
-        return PackedBatch(
-            torch.from_numpy(np.concatenate(ids)).unsqueeze(0),
-            torch.from_numpy(np.concatenate(labels)).unsqueeze(0),
-            torch.from_numpy(np.sort(np.concatenate(boundaries))),
-        )
+    def _windows_by_domain(self, shares: Mapping[str, float]) -> list[tuple[int, int, int]]:
+        """The first window of each domain, how many it has, and how many an epoch takes of it."""
+        ranges = self.tokens.domain_ranges
+        parts = []
+        for domain, share in shares.items():
+            if domain not in ranges:
+                raise ValueError(f"there is no domain {domain!r} to give a share to; there are {', '.join(ranges)}")
+            first, end = (min(-(-place // self.sequence_length), self.num_windows) for place in ranges[domain])
+            if first == end or not 0 < share < float("inf"):
+                raise ValueError(
+                    f"the domain {domain} can't have the share {share}: shares are positive, and a domain needs "
+                    f"{self.sequence_length} tokens"
+                )
+            parts.append((first, end - first, round(share / sum(shares.values()) * self.num_windows)))
+        return parts
+
+    def _order(self, epoch: int) -> Tensor:
+        """The windows of an epoch."""
+        draws = seeds.generator("windows", self.seed, epoch)
+        if len(self._parts) == 1 and self._parts[0][1] == self._parts[0][2]:
+            return self._parts[0][0] + torch.randperm(self._parts[0][1], generator=draws)
+        windows = []
+        for first, number, count in self._parts:
+            whole, rest = divmod(count, number)
+            windows += [first + torch.arange(number)] * whole + [first + torch.randperm(number, generator=draws)[:rest]]
+        order = torch.cat(windows)
+        return order[torch.randperm(len(order), generator=draws)]
+
+
+def packed_batch(tokens: PackedTokens, windows: Sequence[int], length: int) -> PackedBatch:
+    """Windows of a stream, each of `length` tokens from a multiple of it on, in one row."""
+    ids, labels, boundaries = [], [], [np.array([len(windows) * length])]
+    for row, window in enumerate(windows):
+        row_tokens, starts = tokens.read(window * length, (window + 1) * length + 1)
+        ids.append(row_tokens[:-1])
+        labels.append(row_tokens[1:])
+        starts = np.union1d(starts[starts < length], [0])
+        boundaries.append(starts + row * length)
+    return PackedBatch(
+        torch.from_numpy(np.concatenate(ids)).unsqueeze(0),
+        torch.from_numpy(np.concatenate(labels)).unsqueeze(0),
+        torch.from_numpy(np.sort(np.concatenate(boundaries))),
+    )
 
 
 class PackedRows(Dataset):

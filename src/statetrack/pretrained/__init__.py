@@ -15,7 +15,7 @@ from torch import Tensor
 
 from statetrack.mixers.mixer import MixerConfig, WidenedMixerConfig
 from statetrack.model import LanguageModel, ModelConfig
-from statetrack.pretrained.files import read_config, read_weights
+from statetrack.pretrained.files import model_directory, read_config, read_weights
 from statetrack.pretrained.run import RunSource
 from statetrack.pretrained.source import CheckpointError, Options, Rows, Source, chunk_lengths
 from statetrack.transition import EigenvalueRange, EigenvalueRangeLike
@@ -46,7 +46,8 @@ def from_pretrained(
     It is in evaluation mode, on the CPU.
 
     Args:
-        path: a local directory with config.json and model.safetensors, or shards and model.safetensors.index.json.
+        path: a local directory with config.json and model.safetensors, or shards and model.safetensors.index.json; or
+            the directory of a pre-training run that has ended.
         eigenvalue_range: range of the eigenvalues; None for that of the checkpoint.
         widening: how a range other than the checkpoint's comes about. "reinterpret" reads the same weights through the
             other map from gates to eigenvalues, as the paper does (arXiv 2411.12537): the function changes at once, and
@@ -70,7 +71,7 @@ def from_pretrained(
             "widening='preserve' learns the lower end, anywhere in [-1, 0]: leave eigenvalue_range out or give "
             f"(-1, 1), got ({wanted})"
         )
-    directory = Path(path)
+    directory = model_directory(Path(path))
     data = read_config(directory)
     is_run = "format" in data and "model_type" not in data
     source = RunSource() if is_run else _source(data.get("model_type"), directory)

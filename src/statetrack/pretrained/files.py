@@ -12,6 +12,22 @@ from statetrack.pretrained.source import CheckpointError
 from statetrack.weights import WeightsError, read_tensors
 
 
+def model_directory(directory: Path) -> Path:
+    """Where the files of a model are: of a pre-training run in its `model`, of anything else in the directory itself.
+
+    Raises:
+        CheckpointError: if the run has no model yet.
+    """
+    if not (directory / "config.json").is_file() or "pretraining" not in read_config(directory):
+        return directory
+    if not (directory / "model" / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} has no model yet, which is written when its training ends; to go on: statetrack pretrain "
+            f"--out {directory}"
+        )
+    return directory / "model"
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """The contents of config.json.
 

@@ -1,0 +1,129 @@
+"""A model over several processes, and in bf16: the same function and the same gradients, however they are spread.
+
+With FSDP2 every block is two groups. The weights of its linear layers are gathered in the precision of the matrix
+products; all else, above all what decides on eigenvalues, is gathered in float32. So a run computes with the same
+numbers as on one GPU, where autocast rounds the same weights and no others.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from statetrack.mixers import Mixer
+from statetrack.model import LanguageModel
+from statetrack.pretraining.config import ExecutionConfig
+from statetrack.pretraining.processes import Processes
+
+
+class ParallelModel:
+    """A language model that all processes train together.
+
+    Attributes:
+        model: the model of this process; with FSDP its parameters are DTensors, of which it has a part.
+        parameters: its parameters by name, as the optimizer has them.
+        parallelism: "none", "ddp" or "fsdp".
+
+    Args:
+        model: the whole model in float32, the same one in all processes.
+        processes: this process among all.
+        execution: how it is computed.
+        precision: "float32" or "bfloat16".
+    """
+
+    def __init__(self, model: LanguageModel, processes: Processes, execution: ExecutionConfig, precision: str) -> None:
+        self.model, self.device = model.to(processes.device), processes.device
+        self.parallelism = _parallelism(execution.parallelism, processes.size)
+        self.bf16 = precision == "bfloat16"
+        if self.bf16:  # the sum over the blocks starts with the embeddings, and has their dtype
+            model.embedding.register_forward_hook(lambda module, inputs, output: output.bfloat16())
+        if execution.activation_checkpointing:
+            model.checkpoint_blocks(partial(checkpoint, use_reentrant=False), execution.activation_checkpointing)
+        if execution.compile:
+            for block in model.blocks:
+                block.compile()
+        if self.parallelism == "fsdp":
+            _shard(model, torch.bfloat16 if self.bf16 else None)
+        # FSDP puts gathered weights in the place of its parts for the time of a forward and backward pass.
+        self.parameters = dict(model.named_parameters())
+        self._module: nn.Module = model
+        if self.parallelism == "ddp":
+            ids = [processes.device.index] if processes.device.type == "cuda" else None
+            self._module = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    def __call__(self, ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Logits [B, T, vocab_size]."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return self._module(ids, cu_seqlens)
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """The forward and backward pass of a micro-batch; gradients are summed over the processes with the last one."""
+        if isinstance(self._module, DistributedDataParallel) and not last:
+            with self._module.no_sync():
+                yield
+            return
+        if isinstance(self._module, FSDPModule):
+            self._module.set_requires_gradient_sync(last)
+        yield
+
+    def clip_gradients(self, largest: float) -> Tensor:
+        """The norm of the gradient over all processes; gradients longer than `largest` are shortened to it, if it
+        isn't 0."""
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), largest or float("inf"))
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The weights of the whole model on the CPU, in every process."""
+        if isinstance(self._module, FSDPModule):
+            self._module.reshard()
+        weights: dict[str, Tensor] = {}
+        for name, value in self.model.state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            weights[name] = whole.detach().cpu().clone()
+        return weights
+
+
+def _parallelism(wanted: str, size: int) -> str:
+    if wanted == "auto":
+        return "fsdp" if size > 1 else "none"
+    if wanted == "none" and size > 1:
+        raise ValueError(f"parallelism = none is for one process, and there are {size}; say fsdp, ddp or auto")
+    return wanted
+
+
+def _shard(model: LanguageModel, compute: torch.dtype | None) -> None:
+    # Blocks also return states, which may be views; nobody changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
+    # Autocast has the last word on the dtypes of inputs.
+    products = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    rest = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for block in model.blocks:
+        linear: list[nn.Module] = _linear_layers(block) if compute is not None else []
+        if linear:
+            (first, *_) = fully_shard(linear, mp_policy=products)
+            # Some mixers look at a weight before its layer is called, for the dtype of their state.
+            block.register_forward_pre_hook(partial(_gather, first))
+        fully_shard(block, mp_policy=rest)
+    fully_shard(model, mp_policy=rest)
+
+
+def _gather(group: FSDPModule, block: nn.Module, inputs: Any) -> None:
+    group.unshard()
+
+
+def _linear_layers(block: nn.Module) -> list[Any]:
+    """The linear layers of a block that have nothing to do with its eigenvalues."""
+    exempt = {id(p) for module in block.modules() if isinstance(module, Mixer) for p in module.eigenvalue_parameters()}
+    layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    return [layer for layer in layers if not exempt & {id(p) for p in layer.parameters()}]

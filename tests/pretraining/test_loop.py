@@ -1,0 +1,254 @@
+"""The loop in one process: what it computes, that it goes on exactly, and what it leaves out."""
+
+import json
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+from metrics_of_runs import losses
+from torch.nn import functional as F
+
+import statetrack
+from statetrack import LanguageModel, mixer_configs, seeds
+from statetrack.data import PackedBatches, PackedTokens
+from statetrack.pretraining import loop
+from statetrack.pretraining.checkpoints import CheckpointError, Checkpoints
+from statetrack.pretraining.config import config_of
+from statetrack.pretraining.guard import StepGuard, guarded_step
+from statetrack.pretraining.loop import pretrain
+from statetrack.pretraining.optimizers import learning_rate_factor
+from statetrack.pretraining.parallel import ParallelModel
+from statetrack.pretraining.processes import processes
+from statetrack.pretraining.run import PretrainRun
+from statetrack.runs import RunError
+from statetrack.training import TrainingError
+
+
+def train(tables, out, stop_after=None, **options):
+    steps = []
+    with processes("cpu") as own:
+        return pretrain(
+            config_of(tables, 257),
+            PretrainRun(out),
+            own,
+            on_progress=lambda progress: steps.append(progress.step),
+            should_stop=lambda: stop_after is not None and len(steps) >= stop_after,
+            **options,
+        )
+
+
+def test_the_loop_computes_what_a_plain_loop_of_pytorch_does(tables, config, tmp_path, text_data):
+    train(tables, tmp_path / "run")
+    torch.manual_seed(int(seeds.generator("initial weights", 0).initial_seed()))
+    model = LanguageModel(config.model)
+    mixers = [block.mixer for block in model.blocks]
+    kept = {id(p) for mixer in mixers for p in mixer.eigenvalue_parameters()} | {id(model.embedding.weight)}
+    kept |= {id(p) for p in model.parameters() if p.ndim < 2}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in kept], "weight_decay": config.optimizer.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) in kept], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95))
+    batches = iter(PackedBatches(PackedTokens(text_data), sequence_length=24, batch_size=4))
+    expected = {}
+    for step in range(6):
+        batch = next(batches)
+        loss = F.cross_entropy(model(batch.ids, batch.cu_seqlens)[0], batch.labels[0])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * learning_rate_factor(step, 6, config.schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected[step + 1] = loss.item(), norm.item()
+    found = losses(tmp_path / "run")
+    assert found.keys() == expected.keys()
+    for step, pair in expected.items():
+        assert found[step] == pytest.approx(pair, rel=1e-5)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_run_goes_on_exactly(cut, tables, tmp_path):
+    whole = train(tables, tmp_path / "whole")
+    part = train(tables, tmp_path / "part", stop_after=cut)
+    assert (whole.step, part.step) == (6, cut)
+    assert not part.held_out
+    rest = train(tables, tmp_path / "part")
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    assert rest.held_out == whole.held_out
+    assert set(whole.held_out) == {"code", "prose"}
+    first, second = (statetrack.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "part"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 1},
+        {"parallelism": "fsdp"},
+        {"parallelism": "fsdp", "micro_batch_size": 2, "activation_checkpointing": 1},
+        {"parallelism": "ddp", "micro_batch_size": 2},
+        {"num_workers": 1},
+    ],
+)
+def test_how_it_is_computed_changes_nothing_but_rounding(changes, tables, tmp_path):
+    train(tables, tmp_path / "plain")
+    tables["execution"] |= changes
+    train(tables, tmp_path / "other")
+    plain, other = losses(tmp_path / "plain"), losses(tmp_path / "other")
+    assert all(other[step] == pytest.approx(plain[step], rel=1e-4) for step in plain)
+
+
+def test_a_run_goes_on_with_another_execution_but_not_another_model(tables, tmp_path):
+    train(tables, tmp_path / "run", stop_after=3)
+    tables["execution"] |= {"parallelism": "fsdp", "micro_batch_size": 1}
+    other = json.loads(json.dumps(tables))
+    other["model"]["mixer"]["eigenvalue_range"] = [0, 1]
+    with pytest.raises(RunError, match=r"model.mixer.eigenvalue_range is -1,1 there, not 0,1"):
+        train(other, tmp_path / "run")
+    train(tables, tmp_path / "run")
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
+class _Dtypes:
+    """Sees, in the middle of a forward pass, in which dtypes the parameters that decide on eigenvalues are there."""
+
+    def __init__(self, model):
+        self.model, self.of_eigenvalues = model, set()
+
+    def __call__(self, module, inputs):
+        found = [p for block in self.model.blocks for p in block.mixer.eigenvalue_parameters()]
+        self.of_eigenvalues |= {p.dtype for p in found}
+
+
+@pytest.mark.parametrize("name", sorted(mixer_configs()))
+def test_every_mixer_computes_the_same_when_it_is_sharded_in_bf16(name, tables, text_data):
+    """Gathered weights of linear layers are bf16, everything else float32: the numbers of autocast."""
+    options = {"name": name, **({"num_heads": 2} if hasattr(mixer_configs()[name](), "num_heads") else {})}
+    tables["model"]["mixer"] = options
+    config = config_of(tables, 257)
+    batch = next(iter(PackedBatches(PackedTokens(text_data), sequence_length=24, batch_size=2)))
+    results = []
+    for parallelism in ("none", "fsdp"):
+        execution = config_of({**tables, "execution": {"parallelism": parallelism}}, 257).execution
+        torch.manual_seed(0)
+        model = LanguageModel(config.model)
+        with processes("cpu") as own:
+            parallel = ParallelModel(model, own, execution, "bfloat16")
+            dtypes = _Dtypes(model)
+            model.norm.register_forward_pre_hook(dtypes)
+            logits = parallel(batch.ids, batch.cu_seqlens)
+            logits.float().square().mean().backward()
+            norm = parallel.clip_gradients(0)
+            assert logits.dtype == torch.bfloat16
+            assert dtypes.of_eigenvalues <= {torch.float32}
+            trained = [p for p in parallel.parameters.values() if p.grad is not None]
+            assert {p.dtype for p in trained} | {p.grad.dtype for p in trained} == {torch.float32}
+            results.append((logits.detach().float(), norm.detach()))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=0)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_steps_without_a_finite_gradient_are_left_out(optimizer, tables, tmp_path, monkeypatch):
+    real, calls, messages = loop.batch_loss, [], []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (float("nan") if len(calls) in (2, 3) else 1)
+
+    monkeypatch.setattr(loop, "batch_loss", broken)
+    tables["optimizer"]["name"] = optimizer
+    train(tables, tmp_path / "run", on_message=messages.append)
+    found = losses(tmp_path / "run")
+    assert [step for step in found if found[step][0] != found[step][0]] == [2, 3]
+    assert all(found[step][0] < 7 for step in (1, 4, 5, 6))
+    assert any("skipped" in text for text in messages)
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [r["skipped"] for r in records if r["kind"] == "training"] == [0, 1, 2, 2, 2, 2]
+
+
+def test_a_run_without_usable_steps_ends_with_a_sentence(tables, tmp_path, monkeypatch):
+    real = loop.batch_loss
+    monkeypatch.setattr(loop, "batch_loss", lambda *args, **kwargs: real(*args, **kwargs) * float("inf"))
+    tables["training"]["max_skipped"] = 3
+    with pytest.raises(TrainingError, match="3 steps in a row before step 3 of 6"):
+        train(tables, tmp_path / "run")
+
+
+def test_a_skipped_step_changes_neither_weights_nor_moments():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones(3)
+    guarded_step(optimizer, torch.tensor(True))
+    before = [weight.detach().clone(), *(value.clone() for value in optimizer.state[weight].values())]
+    weight.grad = torch.full((3,), torch.nan)
+    guarded_step(optimizer, torch.tensor(False))
+    after = [weight.detach(), *optimizer.state[weight].values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_spikes_are_told_from_the_usual_spread(config):
+    guard = StepGuard(config.training, "cpu")
+    for step in range(100):
+        assert guard.accepts(torch.tensor(3 + 0.1 * (step % 3)), torch.tensor(1.0 + 0.2 * (step % 2)))
+    assert not guard.accepts(torch.tensor(9.0), torch.tensor(1.0))
+    assert not guard.accepts(torch.tensor(3.0), torch.tensor(50.0))
+    assert guard.accepts(torch.tensor(2.0), torch.tensor(0.5))
+    assert guard.state["skipped"].item() == guard.state["worst"].item() == 2
+    assert guard.state["in_a_row"].item() == 0
+
+
+def test_a_checkpoint_counts_only_when_it_is_complete(tables, tmp_path):
+    train(tables, tmp_path / "run", stop_after=3)
+    checkpoints = PretrainRun(tmp_path / "run").checkpoints
+    assert checkpoints.steps() == [2, 3]
+    half = checkpoints.directory / ".step-00000005.tmp"
+    shutil.copytree(checkpoints.path(3), half)
+    assert checkpoints.steps() == [2, 3]
+    train(tables, tmp_path / "run")
+    assert not half.exists()
+    assert checkpoints.steps() == [4, 6]  # the last two are kept
+    assert not [path for path in checkpoints.directory.rglob("*") if path.suffix not in ("", ".json", ".safetensors")]
+
+
+def test_a_damaged_checkpoint_is_named(tables, tmp_path):
+    train(tables, tmp_path / "run", stop_after=3)
+    (shard,) = PretrainRun(tmp_path / "run").checkpoints.path(3).glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(RunError, match="missing or cut short"):
+        train(tables, tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_those_before_it(tables, tmp_path, monkeypatch):
+    train(tables, tmp_path / "run", stop_after=3)
+
+    @contextmanager
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+        yield
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        train(tables, tmp_path / "run")
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [2, 3]
+
+
+def test_shares_of_domains_decide_what_is_read(tables, text_data):
+    tokens = PackedTokens(text_data)
+    batches = PackedBatches(tokens, sequence_length=24, batch_size=4, shares={"code": 3, "prose": 1})
+    windows = batches._order(0)
+    boundary = tokens.domain_ranges["code"][1] / 24
+    assert ((windows < boundary).double().mean() - 0.75).abs() < 0.02
+    assert windows.max() < batches.num_windows
+    assert not torch.equal(windows, batches._order(1))
+    with pytest.raises(ValueError, match="no domain 'songs'"):
+        PackedBatches(tokens, sequence_length=24, batch_size=4, shares={"songs": 1})
+
+
+def test_documents_may_share_a_state(tables, tmp_path):
+    tables["data"]["separate_documents"] = False
+    result = train(tables, tmp_path / "run")
+    assert result.step == 6
+    assert losses(tmp_path / "run")[6][0] < losses(tmp_path / "run")[1][0]
