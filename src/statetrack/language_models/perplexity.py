@@ -1,12 +1,13 @@
 """Perplexity on held-out text by the length of the context, and by position, in memory that doesn't grow with either.
 
-The same tokens are read at every length: in windows of so many tokens, at whose beginning the state is reset. So lengths
-differ in how far the state is carried and in nothing else. A model that uses its context gets better with the length;
-one that breaks beyond its training length gets worse.
+The same tokens are read at every length: in windows of so many tokens, at whose beginning the state is reset. So
+lengths differ in how far the state is carried and in nothing else. A model that uses its context gets better with the
+length; one that breaks beyond its training length gets worse.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from statetrack.data.tokenizer import load_tokenizer
 from statetrack.language_models.causal import CausalModel
 
 Text = Literal["concatenated", "documents"]
-"""Which text is read: stretches of the stream of documents, one after the other, or the beginnings of long documents."""
+"""Which text is read: stretches of the stream of all documents, or the beginnings of long documents."""
 
 _LOGITS = 2**26
 """Logits that are in memory at once, at most."""
@@ -221,7 +222,7 @@ def _losses(
             logits, state = model.scan(ids[:, :-1], state)
             losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
             losses = losses.view(len(batch), -1).double().cpu()
-            for column, (low, high) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+            for column, (low, high) in enumerate(itertools.pairwise(edges)):
                 low, high = max(low, begin) - begin, min(high, end) - begin
                 if low < high:
                     part = losses[:, low:high].sum(1)

@@ -20,7 +20,7 @@ from statetrack.language_models.causal import CausalModel
 from statetrack.tasks import get_task
 from statetrack.tasks.automaton_task import AutomatonTask
 
-EXAMPLE_LENGTH = 8
+EXAMPLE_LENGTH = 16
 """Letters of the worked examples before each question, one for each of its first two answers."""
 
 GROUP = "statetrack_probes"
