@@ -5,7 +5,7 @@ A model is a directory: a run of `statetrack pretrain`, one that `statetrack.hf`
 """
 
 from statetrack.language_models.causal import CausalModel, load_causal_model
-from statetrack.language_models.perplexity import DomainPerplexity, perplexity
+from statetrack.language_models.held_out import DomainPerplexity, perplexity
 from statetrack.language_models.probes import ProbeResult, evaluate_probes, list_probes, write_lm_eval_tasks
 
 __all__ = [

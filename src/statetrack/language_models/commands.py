@@ -14,7 +14,7 @@ from rich.table import Table
 from statetrack.data.tokenizer import load_tokenizer
 from statetrack.files import atomic_write
 from statetrack.language_models.causal import load_causal_model, model_directory
-from statetrack.language_models.perplexity import DomainPerplexity, perplexity
+from statetrack.language_models.held_out import DomainPerplexity, perplexity
 from statetrack.language_models.probes import ProbeResult, evaluate_probes
 from statetrack.progress import evaluation_progress
 

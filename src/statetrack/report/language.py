@@ -59,8 +59,8 @@ def write_language_report(
         if any(len(points) > 1 for _, points in by_length):
             figure(
                 f"{domain}: by length of the context",
-                "Perplexity of the same tokens, the state reset every so many. A line that rises is a model that breaks "
-                "where its state is carried further.",
+                "Perplexity of the same tokens, the state reset every so many. A line that rises is a model that "
+                "breaks where its state is carried further.",
                 by_length,
                 f"length{index}",
                 x="tokens over which the state is carried",
