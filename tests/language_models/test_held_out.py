@@ -51,7 +51,7 @@ def test_each_length_is_the_plain_mean_over_its_windows(data, text, logits, monk
         for start in starts:
             windows = [ids[at : at + loss.stop + 1] for at in range(start, start + 96, loss.stop)]
             losses = [F.cross_entropy(model.model(w[None, :-1])[0].double(), w[1:]) for w in windows]
-            means.append(float(torch.stack(losses).mean()))
+            means.append(torch.stack(losses).mean().item())
         means = torch.tensor(means, dtype=torch.float64)
         assert loss.loss == pytest.approx(float(means.mean()), abs=1e-6)
         assert loss.stderr == pytest.approx(float(means.std() / count**0.5), abs=1e-6)
