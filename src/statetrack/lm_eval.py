@@ -12,6 +12,7 @@ lm-eval cuts texts to 2,048 tokens.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 
 def main() -> int:
@@ -19,13 +20,13 @@ def main() -> int:
     import statetrack.hf  # noqa: F401 (registers the model type)
 
     try:
-        from lm_eval.__main__ import cli_evaluate
+        harness = import_module("lm_eval.__main__")
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
         print("statetrack: lm-eval is missing, which comes with: pip install 'statetrack[evaluation]'", file=sys.stderr)
         return 2
-    cli_evaluate()
+    harness.cli_evaluate()
     return 0
 
 

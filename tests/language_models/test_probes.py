@@ -99,11 +99,8 @@ def test_bad_input_is_refused(options, message, tmp_path):
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 @pytest.mark.filterwarnings("default")  # of lm-eval and what it imports
 def test_lm_eval_finds_the_same(kind, tmp_path):
-    pytest.importorskip("lm_eval")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
+    lm_eval = pytest.importorskip("lm_eval")
+    harness, managers = (pytest.importorskip(f"lm_eval.{name}") for name in ("models.huggingface", "tasks"))
     from statetrack.hf import export
 
     texts = [q.prompt + c for p in list_probes() for q in p.questions(9, 20) for c in q.choices]
@@ -112,9 +109,11 @@ def test_lm_eval_finds_the_same(kind, tmp_path):
     tokenizer.save(tmp_path / "model")
     lengths = [4, 12]
     names = write_lm_eval_tasks(tmp_path / "tasks", lengths, questions=12)
-    lm = HFLM(pretrained=str(tmp_path / "model"), add_bos_token=True, max_length=4096, device="cpu", batch_size=4)
-    tasks = TaskManager(include_path=str(tmp_path / "tasks"))
-    theirs = simple_evaluate(lm, tasks=names, task_manager=tasks, log_samples=True, bootstrap_iters=0)
+    lm = harness.HFLM(
+        pretrained=str(tmp_path / "model"), add_bos_token=True, max_length=4096, device="cpu", batch_size=4
+    )
+    tasks = managers.TaskManager(include_path=str(tmp_path / "tasks"))
+    theirs = lm_eval.simple_evaluate(lm, tasks=names, task_manager=tasks, log_samples=True, bootstrap_iters=0)
     model = load_causal_model(tmp_path / "model")
     for result in evaluate_probes(model, tokenizer, lengths, questions=12):
         name = f"statetrack_{result.probe}_{result.length}"

@@ -177,7 +177,7 @@ def load_causal_model(
             name="transformers",
         ) from None
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype or "auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype=dtype or "auto")
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{directory} can't be read by transformers: {' '.join(str(error).split())}") from None
     return TransformersModel(model.to(device))

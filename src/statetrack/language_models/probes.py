@@ -103,7 +103,7 @@ def _arrangements() -> dict[int, tuple[int, ...]]:
     task = get_task("group:S3:swaps")
     assert isinstance(task, AutomatonTask)
     automaton, names = task.automaton, task.token_names
-    found = {automaton.start: (0, 1, 2)}
+    found: dict[int, tuple[int, ...]] = {automaton.start: (0, 1, 2)}
     waiting = [automaton.start]
     while waiting:
         state = waiting.pop()
