@@ -2,8 +2,8 @@
 
 `python -m benchmarks.generation` on a CPU; `--device cuda` on a GPU. Models have the same width, depth and MLP. Each
 reads a context of the length, in pieces; then single tokens are decoded after it, models in turns. On a CPU the time is
-CPU time of one thread, on a GPU wall time between synchronizations; medians. Memory is the bytes of what is carried from
-token to token. transformers' Llama is used as it is, with its dynamic cache.
+CPU time of one thread, on a GPU wall time between synchronizations; medians. Memory is the bytes of what is carried
+from token to token. transformers' Llama is used as it is, with its dynamic cache.
 """
 
 from __future__ import annotations
