@@ -53,7 +53,15 @@ def test_models_are_judged_and_compared(place, capsys):
     page = place / "page.html"
     assert main(["report", str(place / "run"), str(place / "llama.json"), "--out", str(page)]) == 0
     text = page.read_text()
-    for words in ("DeltaNet [−1, 1]", "Llama", "Loss in training", "prose: by position", "Probe: s3", "</html>"):
+    for words in (
+        "DeltaNet [−1, 1]",
+        "DeltaNet\u00a0[−1,\u00a01]",
+        "Llama",
+        "Loss in training",
+        "prose: by position",
+        "Probe: s3",
+        "</html>",
+    ):
         assert words in text
     assert "http" not in text.replace("http://www.w3.org", "")
 

@@ -101,7 +101,7 @@ def write_language_report(
             level=100 * chance,
             limits=(0.0, 102.0),
         )
-        sections.append(_probe_rows(found))
+        sections[-1] |= _probe_rows(found)
     if provenance:
         sections.append({"title": "How it was made", "header": ("", ""), "rows": list(provenance.items())})
     title = f"{len(entries)} language model{'s' * (len(entries) > 1)}"
@@ -123,7 +123,7 @@ def _models(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[
         speeds = sorted(m["tokens_per_second"] for m in history if m.get("tokens_per_second"))
         rows.append(
             (
-                true_minus(name),
+                _unbroken(name),
                 entry["run"],
                 f"{entry['num_parameters'] / 1e6:.1f} M",
                 f"{last['tokens']:,}" if last.get("tokens") else "–",
@@ -148,7 +148,7 @@ def _perplexities(domain: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -
         last = d["by_length"][-1]
         change = "–" if last["change_stderr"] is None else f"{last['change']:+.4f} ± {last['change_stderr']:.4f}"
         rows.append(
-            (true_minus(name), *cells, f"{last['bits_per_byte']:.3f}", true_minus(change), f"{last['tokens']:,}")
+            (_unbroken(name), *cells, f"{last['bits_per_byte']:.3f}", true_minus(change), f"{last['tokens']:,}")
         )
     header = ("model", *(f"at {short_length(n)}" for n in lengths), "bits a byte", "nats, longest - shortest", "tokens")
     text = (
@@ -166,8 +166,13 @@ def _probe_rows(found: Sequence[tuple[str, Sequence[Mapping[str, Any]]]]) -> dic
         cells = [
             f"{100 * p['accuracy']:.0f}% ± {100 * p['stderr']:.0f}" if (p := by_length.get(n)) else "–" for n in lengths
         ]
-        rows.append((true_minus(name), *cells, str(answers[0]["questions"]) if answers else "–"))
-    return {"title": "", "header": ("model", *map(short_length, lengths), "questions"), "rows": rows}
+        rows.append((_unbroken(name), *map(_unbroken, cells), str(answers[0]["questions"]) if answers else "–"))
+    return {"header": ("model", *map(short_length, lengths), "questions"), "rows": rows}
+
+
+def _unbroken(text: str) -> str:
+    """Text with true minus signs that stays in one line of a table."""
+    return true_minus(text).replace(" ", "\u00a0")
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
