@@ -147,9 +147,8 @@ def _perplexities(domain: str, found: Sequence[tuple[str, Mapping[str, Any]]]) -
             cells.append("–" if loss is None else f"{loss['perplexity']:.2f}{error}")
         last = d["by_length"][-1]
         change = "–" if last["change_stderr"] is None else f"{last['change']:+.4f} ± {last['change_stderr']:.4f}"
-        rows.append(
-            (_unbroken(name), *cells, f"{last['bits_per_byte']:.3f}", true_minus(change), f"{last['tokens']:,}")
-        )
+        bits, tokens = f"{last['bits_per_byte']:.3f}", f"{last['tokens']:,}"
+        rows.append((_unbroken(name), *map(_unbroken, cells), bits, _unbroken(change), tokens))
     header = ("model", *(f"at {short_length(n)}" for n in lengths), "bits a byte", "nats, longest - shortest", "tokens")
     text = (
         "Perplexity on held-out text, ± its standard error over stretches of text; all lengths on the same tokens. "
