@@ -222,7 +222,9 @@ class Evaluate:
             tokens=self.tokens,
             documents=self.documents,
             probes=None if self.probes is None else [] if self.probes == "none" else self.probes.split(","),
-            probe_lengths=_integers(self.probe_lengths or "4,16,64,256", "probe_lengths", minimum=1),
+            probe_lengths=_integers(
+                "4,16,64,256" if self.probe_lengths is None else self.probe_lengths, "probe_lengths", minimum=1
+            ),
             questions=self.sequences,
             seed=self.seed,
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
@@ -240,7 +242,7 @@ class Evaluate:
         from statetrack.files import atomic_write
         from statetrack.progress import evaluation_progress
 
-        lengths = _integers(self.lengths or "40,256,1000,10000", "lengths", minimum=1)
+        lengths = _integers("40,256,1000,10000" if self.lengths is None else self.lengths, "lengths", minimum=1)
         directory, device = RunDirectory(self.run), _device(self.device)
         config = directory.read_config()
         model = directory.load_model(device)
