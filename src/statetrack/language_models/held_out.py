@@ -30,6 +30,9 @@ Text = Literal["concatenated", "documents"]
 _LOGITS = 2**26
 """Logits that are in memory at once, at most."""
 
+_TOKENS = 2**13
+"""Tokens whose activations are in memory at once, at most."""
+
 _PIECE = 512
 """Tokens of a row that are read at once, where several rows have room for so many."""
 
@@ -205,7 +208,7 @@ def _losses(
     model: CausalModel, source: PackedTokens, starts: Sequence[int], longest: int, length: int, edges: Sequence[int]
 ) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Sums of losses: which stretches they belong to, at which positions (a number of the edges), one for each."""
-    budget = max(1, _LOGITS // model.vocab_size)
+    budget = max(1, min(_TOKENS, _LOGITS // model.vocab_size))
     windows = [
         (stretch, start + offset) for stretch, start in enumerate(starts) for offset in range(0, longest, length)
     ]

@@ -257,7 +257,7 @@ def _score(model: CausalModel, batch: list[tuple[tuple[int, ...], list[tuple[int
     length = max(len(row) for row, _ in batch)
     ids = torch.tensor([row + (0,) * (length - len(row)) for row, _ in batch], device=model.device)
     asked = sorted({at for _, tokens in batch for _, at, _ in tokens})
-    piece = max(1, min(length, max(16, _LOGITS // model.vocab_size) // len(batch)))
+    piece = max(1, min(length, max(16, min(_BATCH_TOKENS, _LOGITS // model.vocab_size)) // len(batch)))
     state = None
     for begin in range(0, length, piece):
         here = [at for at in asked if begin <= at < begin + piece]
