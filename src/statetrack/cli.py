@@ -193,37 +193,89 @@ def _devices(names: str | None) -> list[str]:
 
 @dataclass
 class Evaluate:
-    """Judge a trained model on fresh sequences, at any length, in constant memory.
+    """Judge a trained model on fresh sequences, or a language model on held-out text and probes, in constant memory.
+
+    A language model is a run of `statetrack pretrain` or any directory that transformers loads. It is judged by its
+    perplexity at each length, always on the same tokens, and by state-tracking probes in words.
 
     Attributes:
-        run: a run directory.
-        lengths: positions of the labels that are judged, such as 256,10000.
-        sequences: how many sequences; if left out 512, and 32 at lengths from 10,000 on.
+        run: a run directory, or a directory with a language model.
+        lengths: positions of the labels that are judged, such as 256,10000; of a language model over how many tokens
+            the state is carried, each dividing the longest. 40,256,1000,10000 if left out, or 2048,8192,32768.
+        sequences: how many sequences; if left out 512, and 32 at lengths from 10,000 on; of a language model how many
+            questions for each probe and length, 64 if left out.
         seed: seed of the sequences.
         task: judge on another task with the same vocabulary and labels than the one it was trained on.
         dtype: of weights and activations, if other than that of the run; states are float32 in any case.
         stabilize: set the state back on one that short words lead to, every so many tokens: a number, or auto for one
             that suits the model. The run keeps its evaluation of the model as it is.
+        data: for a language model, what `statetrack data prepare` has written; without it there are the probes alone.
+        domains: its domains to judge on, such as code,math; all if left out.
+        tokens: tokens of each domain that are read at each length, at most; 262144 if left out.
+        documents: read the beginnings of documents that are longer than the longest length, not stretches of the stream
+            of all documents.
+        probes: which probes to ask, such as parity,s3,code, or none; all if left out.
+        probe_lengths: their lengths; 4,16,64,256 if left out.
         json: also write the result to this file.
         device: cpu or cuda; if left out, cuda where there is one.
     """
 
     run: tyro.conf.Positional[Path]
-    lengths: str = "40,256,1000,10000"
+    lengths: str | None = None
     sequences: int | None = None
     seed: int = 0
     task: str | None = None
     dtype: Literal["float32", "bfloat16"] | None = None
     stabilize: Interval | None = None
+    data: Path | None = None
+    domains: str | None = None
+    tokens: int | None = None
+    documents: bool = False
+    probes: str | None = None
+    probe_lengths: str | None = None
     json: Path | None = None
     device: str | None = None
 
     def __call__(self) -> int:
+        from statetrack.language_models.causal import is_language_model
+
+        return self._language_model() if is_language_model(self.run) else self._tracker()
+
+    def _language_model(self) -> int:
+        from statetrack.language_models.commands import evaluate_language_model
+
+        for name in ("task", "stabilize"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"--{name} is for runs of a task, and {self.run} is a language model")
+        return evaluate_language_model(
+            self.run,
+            data=self.data,
+            lengths=None if self.lengths is None else _integers(self.lengths, "lengths", minimum=1),
+            domains=None if self.domains is None else self.domains.split(","),
+            tokens=self.tokens,
+            documents=self.documents,
+            probes=None if self.probes is None else [] if self.probes == "none" else self.probes.split(","),
+            probe_lengths=_integers(
+                "4,16,64,256" if self.probe_lengths is None else self.probe_lengths, "probe_lengths", minimum=1
+            ),
+            questions=self.sequences,
+            seed=self.seed,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            device=_device(self.device),
+            json_file=self.json,
+        )
+
+    def _tracker(self) -> int:
+        for name in ("data", "domains", "tokens", "probes", "probe_lengths"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is for language models, and {self.run} is none")
+        if self.documents:
+            raise ValueError(f"--documents is for language models, and {self.run} is none")
         from statetrack.evaluation import evaluate, evaluation_data
         from statetrack.files import atomic_write
         from statetrack.progress import evaluation_progress
 
-        lengths = _integers(self.lengths, "lengths", minimum=1)
+        lengths = _integers("40,256,1000,10000" if self.lengths is None else self.lengths, "lengths", minimum=1)
         directory, device = RunDirectory(self.run), _device(self.device)
         config = directory.read_config()
         model = directory.load_model(device)
@@ -266,8 +318,10 @@ class Evaluate:
 class Report:
     """Compare trained models in a table and on one HTML page: accuracy by length, learning curves, eigenvalues.
 
+    Of language models the page has loss curves, perplexity by length and position, probes and speed.
+
     Attributes:
-        runs: run directories.
+        runs: run directories; of language models also files that `evaluate --json` has written.
         out: the page.
     """
 
@@ -280,6 +334,15 @@ class Report:
 
         if not self.runs:
             raise ValueError("report needs at least one run directory, for example: statetrack report runs/parity")
+        from statetrack.language_models.causal import is_language_model
+
+        language_models = [path.is_file() or is_language_model(path) for path in self.runs]
+        if all(language_models):
+            from statetrack.language_models.commands import report_language_models
+
+            return report_language_models(self.runs, self.out)
+        if any(language_models):
+            raise ValueError("a report compares language models or runs of tasks, not both; make a page for each")
         records = [record_of_run(RunDirectory(path)) for path in self.runs]
         Console().print(table(records))
         names = ", ".join(dict.fromkeys(record.task for record in records))
@@ -385,6 +448,41 @@ def _task_facts(info: TaskFamily) -> dict[str, Any]:
     return {"task": info.syntax, "example": info.example, **facts, "needs": info.needs, "description": info.description}
 
 
+@dataclass(kw_only=True)
+class Probes:
+    """Write the state-tracking probes in words as tasks of lm-eval, the same questions that `evaluate` asks.
+
+    Attributes:
+        out: the directory to write to.
+        probes: which probes, such as parity,s3,code; all if left out.
+        lengths: letters of their sequences.
+        questions: how many for each probe and length.
+        seed: seed of the questions.
+    """
+
+    out: Path
+    probes: str | None = None
+    lengths: str = "4,16,64,256"
+    questions: int = 64
+    seed: int = 0
+
+    def __call__(self) -> int:
+        from statetrack.language_models.probes import GROUP, write_lm_eval_tasks
+
+        names = write_lm_eval_tasks(
+            self.out,
+            _integers(self.lengths, "lengths", minimum=1),
+            probes=None if self.probes is None else self.probes.split(","),
+            questions=self.questions,
+            seed=self.seed,
+        )
+        print(
+            f"wrote {len(names)} tasks to {self.out}\nnext: python -m statetrack.lm_eval --model hf --model_args "
+            f"pretrained=DIR,add_bos_token=True,max_length=131072 --include_path {self.out} --tasks {GROUP}"
+        )
+        return 0
+
+
 @dataclass
 class Mixers:
     """List the token mixers, with their options and defaults."""
@@ -448,6 +546,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "pretrain": Pretrain,
             "data": tyro.conf.OmitArgPrefixes[tyro.conf.OmitSubcommandPrefixes[Data]],
             "tasks": Tasks,
+            "probes": Probes,
             "mixers": Mixers,
         }
         description = (statetrack.__doc__ or "") + "\n\nStart with: statetrack demo"

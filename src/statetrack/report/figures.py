@@ -100,7 +100,7 @@ def draw_accuracy(ax: Axes, groups: Sequence[Group], styles: Mapping[str, Style]
     ax.spines["left"].set_visible(False)
     ax.set_xlabel("sequence length (log scale)")
     if labels:
-        _label_ends(ax, ends)
+        label_ends(ax, ends)
 
 
 def _training_lengths(ax: Axes, records: Sequence[Record], lengths: Sequence[int]) -> float:
@@ -143,7 +143,7 @@ def _length_axis(ax: Axes, lengths: Sequence[int]) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Puts names at the right edge, moved apart where they would overlap, each with dots to where its line ends.
 
     Args:

@@ -97,7 +97,7 @@ def write_analysis(name: str, analysis: Analysis, path: Path | str) -> None:
                 "eggs": eggboxes(analysis.automaton),
             }
         )
-    _write(path, name, sections)
+    write_sections(path, name, sections)
 
 
 def write_certificate(name: str, certificate: Certificate, path: Path | str) -> None:
@@ -154,7 +154,7 @@ def write_certificate(name: str, certificate: Certificate, path: Path | str) -> 
             "discs": rows,
         },
     ]
-    _write(path, name, sections)
+    write_sections(path, name, sections)
 
 
 def heads(certificate: Certificate) -> dict[tuple[int, int], list[Spectrum]]:
@@ -318,7 +318,8 @@ def _circle(centre: tuple[float, float], radius: float, face: str, edge: str) ->
     return Circle(centre, radius, facecolor=face, edgecolor=edge, linewidth=1, zorder=2)
 
 
-def _write(path: Path | str, title: str, sections: list[dict[str, Any]]) -> None:
+def write_sections(path: Path | str, title: str, sections: list[dict[str, Any]]) -> None:
+    """Writes a page of sections, each with a title and any of a text, a drawing, a table; one file, no script."""
     from statetrack.report import canvas
 
     empty = dict.fromkeys(("text", "svg", "width", "header"), "") | dict.fromkeys(("rows", "eggs", "discs"), ())
