@@ -65,12 +65,17 @@ def pretrain(directory: Path, seed: int, steps: int) -> None:
 
     torch.manual_seed(seed)
     transformers.utils.logging.set_verbosity_error()  # its selective scan says that it is the slow one
-    tokens = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos")}
-    model = transformers.MambaForCausalLM(
-        transformers.MambaConfig(
-            vocab_size=4, hidden_size=64, num_hidden_layers=2, state_size=16, time_step_rank=64, **tokens
-        )
+    config = transformers.MambaConfig(
+        vocab_size=4,
+        hidden_size=64,
+        num_hidden_layers=2,
+        state_size=16,
+        time_step_rank=64,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
+    model = transformers.MambaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         ids, labels = get_task("even_pairs").sample(64, LONGEST, seeds.generator("widening pretraining", seed, step))

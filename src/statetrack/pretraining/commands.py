@@ -116,8 +116,9 @@ def _plan(config: PretrainConfig) -> int:
             sequence_length=config.data.sequence_length,
             micro_batch_size=config.execution.micro_batch_size or config.data.batch_size,
             optimizer=config.optimizer,
-            precision="bf16" if config.training.precision == "bfloat16" else "float32",
-            checkpointing=True if config.execution.activation_checkpointing == 1 else None,
+            precision=config.training.precision,
+            checkpointing=config.execution.activation_checkpointing,
+            parallelism=config.execution.parallelism,
         )
     )
     return 0
