@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,31 @@ def test_commands_run(tmp_path, monkeypatch, capsys):
         assert main(words) == 0, line
     assert (tmp_path / "runs" / "parity.json").exists()
     assert (tmp_path / "runs" / "parity.html").exists()
+
+
+def test_a_language_model_is_trained_judged_and_writes(tmp_path, monkeypatch, capsys):
+    """As the README has it, with fewer and shorter sequences."""
+    for package in ("tokenizers", "transformers"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    (config,) = blocks("toml")
+    (tmp_path / "config.toml").write_text(config)
+    (tmp_path / "src").mkdir()
+    for name in ("cli.py", "model.py", "transition.py"):
+        shutil.copy(ROOT / "src" / "statetrack" / name, tmp_path / "src")
+    sizes = ["training.steps=2", "data.sequence_length=64", "data.batch_size=2", "training.precision=float32"]
+    sizes += ["model.num_layers=1", "model.d_model=32", "schedule.warmup_steps=1"]
+    smaller = {
+        "pretrain": [word for size in sizes for word in ("--set", size)],
+        "data": ["--vocab-size", "300", "--held-out", "0.4"],
+        "evaluate": ["--lengths", "16,32", "--probes", "none"],
+    }
+    (commands,) = blocks("shell")
+    for line in commands.strip().splitlines():
+        program, command, *words = shlex.split(line, comments=True)
+        assert program == "statetrack"
+        assert main([command, *words, *smaller.get(command, [])]) == 0, line
+    assert capsys.readouterr().out
 
 
 def test_every_file_that_the_readme_names_exists():
