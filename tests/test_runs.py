@@ -140,6 +140,14 @@ def test_weights_that_are_not_finite_are_not_saved(directory):
     assert before == (directory.state_file.read_bytes(), directory.model_file.read_bytes())
 
 
+def test_moments_that_no_run_goes_on_from_are_not_saved(directory):
+    before = directory.state_file.read_bytes(), directory.model_file.read_bytes()
+    moments = {"norm.weight.exp_avg_sq": torch.full((8,), float("inf"))}
+    with pytest.raises(TrainingError, match=r"at step 2 the optimizer's tensors are no longer finite: norm\.weight\.exp"):
+        directory.save_checkpoint(directory.load_model(), moments, {"step": "2"})
+    assert before == (directory.state_file.read_bytes(), directory.model_file.read_bytes())
+
+
 def test_an_evaluation_is_of_the_weights_that_it_judged(directory):
     directory.write_evaluation({"accuracy": {"4": 1.0}})
     assert directory.read_evaluation() == {"accuracy": {"4": 1.0}, "step": 2}
