@@ -143,7 +143,7 @@ def test_weights_that_are_not_finite_are_not_saved(directory):
 def test_moments_that_no_run_goes_on_from_are_not_saved(directory):
     before = directory.state_file.read_bytes(), directory.model_file.read_bytes()
     moments = {"norm.weight.exp_avg_sq": torch.full((8,), float("inf"))}
-    with pytest.raises(TrainingError, match=r"at step 2 the optimizer's tensors are no longer finite: norm\.weight\.exp"):
+    with pytest.raises(TrainingError, match=r"the optimizer's tensors are no longer finite: norm\.weight\.exp"):
         directory.save_checkpoint(directory.load_model(), moments, {"step": "2"})
     assert before == (directory.state_file.read_bytes(), directory.model_file.read_bytes())
 
