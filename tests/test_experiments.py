@@ -1,5 +1,8 @@
 """Experiments: how their files are read, and that a grid runs on worker processes, stops and goes on."""
 
+import multiprocessing
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -123,6 +126,23 @@ def test_a_grid_runs_stops_and_goes_on(tmp_path):
     again = run_experiment(experiment, tmp_path, workers=1)
     assert again == records
     assert written == {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in written}
+
+
+def test_workers_leave_signals_to_the_process_that_started_them(tmp_path):
+    signalled = []
+
+    def signal_once():
+        for process in [] if signalled else multiprocessing.active_children():
+            signalled.append(process.pid)
+            os.kill(process.pid, signal.SIGINT)
+            os.kill(process.pid, signal.SIGUSR2)
+        return False
+
+    records = run_experiment(read_experiment(SMALL, [3]), tmp_path, workers=1, should_stop=signal_once)
+    assert signalled
+    assert records is not None
+    assert [record.seed for record in records] == [3, 3]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 def test_runs_trained_together_have_directories_and_records_of_their_own(tmp_path):

@@ -12,8 +12,9 @@ import queue
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -104,9 +105,10 @@ def run_experiment(
 
     with ProcessPoolExecutor(workers, context, _start_worker, (events, stop, places, os.getpid())) as pool:
         pending: dict[Future[list[Record | None]], list[int]] = {}
-        for group in groups:
-            runs = [experiment.runs[index] for index in group]
-            pending[pool.submit(_run, group, runs, [out / run.name for run in runs], evaluation_seed)] = group
+        with _signals_kept_from_workers():
+            for group in groups:
+                runs = [experiment.runs[index] for index in group]
+                pending[pool.submit(_run, group, runs, [out / run.name for run in runs], evaluation_seed)] = group
         try:
             while pending and not should_stop():
                 drain(timeout=0.1)
@@ -168,6 +170,23 @@ def _holds(directory: RunDirectory, run: ExperimentRun) -> bool:
         return False
 
 
+@contextmanager
+def _signals_kept_from_workers() -> Iterator[None]:
+    """Processes that are started inside never get the signals that are for this one, not even while they start.
+
+    Ctrl-C reaches the whole process group, and SLURM may send every process of a job the SIGUSR2 that announces its
+    end. Only this process acts on them, and tells the workers through `stop`.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows, where workers ignore ctrl-C once they have started
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR2})  # which processes inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _events: Queue[RunEvent]
 _stop: Event
 _device: str
@@ -177,7 +196,6 @@ def _start_worker(events: Queue[RunEvent], stop: Event, places: Queue[str], pare
     global _events, _stop, _device
     _events, _stop, _device = events, stop, places.get()
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group; only the parent acts on it, and tells the workers through `stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
 
