@@ -13,6 +13,8 @@ from statetrack import mixer_config
 from statetrack.config import TrainingConfig, run_config
 from statetrack.pretrained import from_pretrained
 from statetrack.records import record_of_run
+from statetrack.report.record import group
+from statetrack.report.tables import seconds
 from statetrack.runs import RunDirectory, RunError, TrainingError
 from statetrack.training import train
 
@@ -154,6 +156,13 @@ def test_an_evaluation_is_of_the_weights_that_it_judged(directory):
     save_file(load_file(directory.model_file), directory.model_file, {"step": "3", "seconds": "1"})
     assert directory.read_evaluation() == {}
     assert record_of_run(directory).accuracy == {}
+
+
+def test_weights_that_say_nothing_of_their_training_have_a_record(directory):
+    save_file(load_file(directory.model_file), directory.model_file)
+    record = record_of_run(directory)
+    assert (record.train_seconds, record.train_device) == (None, None)
+    assert seconds(group([record])[0]) == "–"
 
 
 def test_a_missing_directory_is_said_to_be_missing(tmp_path):

@@ -184,9 +184,10 @@ class RunDirectory:
             return None
         return int(read_tensors(self.model_file)[1].get("step", -1))
 
-    def train_seconds(self) -> float:
-        """How long the training of the weights in model.safetensors took."""
-        return float(read_tensors(self.model_file)[1].get("seconds", "nan"))
+    def train_seconds(self) -> float | None:
+        """How long the training of the weights in model.safetensors took; None if they don't say."""
+        seconds = read_tensors(self.model_file)[1].get("seconds")
+        return None if seconds is None else float(seconds)
 
     def train_device(self) -> str | None:
         """The kind of device that wrote the weights in model.safetensors, "cuda" or "cpu"; None if they don't say."""
