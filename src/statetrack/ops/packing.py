@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -61,6 +61,12 @@ Move = Callable[[Tensor], Tensor]
 """Takes an index tensor from the host to the device of the activations."""
 
 Made = TypeVar("Made")
+Function = TypeVar("Function", bound=Callable)
+
+
+def _untraced(function: Function) -> Function:
+    """Runs as it is where torch.compile traces the rest, which could neither read a tensor nor keep what it made."""
+    return cast(Function, torch.compiler.disable(function))
 
 
 class Packing:
@@ -81,7 +87,7 @@ class Packing:
         self.ordered = boundaries[0] == 0 and min(self.lengths) >= 0
         self._made: dict[tuple, Any] = {}
 
-    @torch.compiler.disable
+    @_untraced
     def make(self, function: Callable[..., Made], x: Tensor, *args: Any) -> Made:
         """`function(self, move, *args)` for activations on the device of `x`; a second call gets the same object.
 
@@ -105,12 +111,12 @@ class Packing:
 _PACKINGS = WeakTensorKeyDictionary()
 
 
-@torch.compiler.disable
+@_untraced
 def packing_of(cu_seqlens: Tensor) -> Packing:
     """The boundaries [S + 1] as a `Packing`. A tensor is read once, as reading one on a GPU waits for all its work."""
     if type(cu_seqlens) is not Tensor or cu_seqlens.is_inference():  # the latter don't tell when they are changed
         return Packing(cu_seqlens.tolist())
-    version, packing = _PACKINGS.get(cu_seqlens, (None, None))
+    version, packing = _PACKINGS.get(cu_seqlens) or (None, None)
     if packing is None or version != cu_seqlens._version:
         packing = Packing(cu_seqlens.tolist())
         _PACKINGS[cu_seqlens] = cu_seqlens._version, packing
