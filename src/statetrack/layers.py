@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from statetrack.ops import triton_convolution
 from statetrack.ops.backend import wants_gradient
 from statetrack.ops.chunking import CACHED_NUMBERS
+from statetrack.ops.packing import Move, Packing, packing_of, tokens_of
 from statetrack.ops.vmapped import is_vmapped, vmapped
 from statetrack.transition import accumulated
 
@@ -66,15 +68,11 @@ class ShortConvolution(nn.Module):
             return self._taps(extended, length), extended[:, length:]
         # Every packed sequence gets its own state in front of it, in one longer row; then nothing is special any more.
         past = self.size - 1
-        starts, lengths = cu_seqlens[:-1], cu_seqlens.diff()
-        sequence = torch.repeat_interleave(torch.arange(len(starts), device=x.device), lengths)
-        tokens = torch.arange(length, device=x.device) + past * (sequence + 1)
-        offsets = past * torch.arange(len(starts), device=x.device)[:, None] + torch.arange(past, device=x.device)
-        before, after = starts[:, None] + offsets, cu_seqlens[1:, None] + offsets
-        extended = x.new_zeros(length + past * len(starts), x.shape[2])
-        extended = extended.index_copy(0, before.flatten(), state.flatten(0, 1)).index_copy(0, tokens, x[0])
+        places = packing_of(cu_seqlens).make(_convolution_places, x, past)
+        extended = x.new_zeros(length + len(places.before), x.shape[2])
+        extended = extended.index_copy(0, places.before, state.flatten(0, 1)).index_copy(0, places.tokens, x[0])
         outputs = self._taps(extended[None], len(extended) - past)
-        return outputs[:, tokens - past], extended[after]
+        return outputs.index_select(1, places.outputs), extended.index_select(0, places.after).view_as(state)
 
     def _taps(self, extended: Tensor, length: int) -> Tensor:
         weight = self.weight.to(extended.dtype)
@@ -85,6 +83,26 @@ class ShortConvolution(nn.Module):
             for i in range(1, self.size):
                 y = y.addcmul(extended[:, i : i + length], weight[:, 0, i])
         return y if self.bias is None else y + self.bias.to(extended.dtype)
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where everything lies in the longer row: the tokens [T] and their outputs, and what is before [S (size - 1)] and
+    after each sequence."""
+
+    tokens: Tensor
+    outputs: Tensor
+    before: Tensor
+    after: Tensor
+
+
+def _convolution_places(packing: Packing, move: Move, past: int) -> _Places:
+    boundaries, sequences = torch.tensor(packing.boundaries), torch.arange(len(packing.lengths))
+    sequence = torch.repeat_interleave(torch.tensor(packing.lengths))
+    outputs = torch.arange(len(sequence)) + past * sequence
+    offsets = past * sequences[:, None] + torch.arange(past)
+    before, after = boundaries[:-1, None] + offsets, boundaries[1:, None] + offsets
+    return _Places(move(outputs + past), move(outputs), move(before.flatten()), move(after.flatten()))
 
 
 class _Taps(torch.autograd.Function):
@@ -232,10 +250,10 @@ def token_shift(x: Tensor, state: Tensor, cu_seqlens: Tensor | None = None) -> t
     if cu_seqlens is None:
         return torch.cat([state.unsqueeze(1), x[:, :-1]], 1), x[:, -1]
     shifted = F.pad(x[:, :-1], (0, 0, 1, 0))
-    filled = cu_seqlens.diff() > 0  # an empty sequence keeps its state
-    shifted = shifted.index_copy(1, cu_seqlens[:-1][filled].long(), state[filled].unsqueeze(0))
-    last = x[0].index_select(0, (cu_seqlens[1:] - 1).clamp(min=0))
-    return shifted, torch.where(filled.unsqueeze(1), last, state)
+    places = tokens_of(cu_seqlens, x)
+    shifted = shifted.index_copy(1, places.starts, state.index_select(0, places.filled).unsqueeze(0))
+    # An empty sequence keeps its state.
+    return shifted, torch.where(places.occupied.unsqueeze(1), x[0].index_select(0, places.last), state)
 
 
 class LowRankMap(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from statetrack.layers import GatedMLP, ReLUMLP, RMSNorm
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.mixers.mixer import Mixer, MixerConfig, State, overwrite
-from statetrack.ops.packing import pack, unpack
+from statetrack.ops.packing import on_host, pack, unpack
 from statetrack.ops.step import in_place_steps
 from statetrack.transition import Transition, accumulated
 
@@ -278,6 +278,7 @@ class LanguageModel(nn.Module):
             ids: token ids [B, T], or the embeddings [B, T, D] of tokens in their place, floating-point.
             state: the state after the tokens before; None at the start of a sequence.
             cu_seqlens: integer boundaries [S + 1] of S sequences packed along T; then B = 1 and states have S rows.
+                Best on the CPU wherever the model is: one on a GPU is read once a call, which waits for the GPU.
             positions: compute the logits at these positions [P] only (integers in 0..T-1); None for all of them.
             mask: bool [B, T], True at tokens and False at padding, which may be anywhere and hold any integers. Padding
                 has the logits 0, no token sees it, and the state is the one after the last token of each row.
@@ -297,6 +298,8 @@ class LanguageModel(nn.Module):
             if cu_seqlens is not None:
                 raise ValueError("give cu_seqlens for packed sequences or a mask for padded ones, not both")
             ids, cu_seqlens = pack(ids, mask)
+        if cu_seqlens is not None:
+            cu_seqlens = on_host(cu_seqlens)  # all layers read it
         if embedded:
             x = ids
         else:

@@ -100,7 +100,7 @@ class PackedBatch:
     Attributes:
         ids: [1, N], int64.
         labels: the next token of each, [1, N]; after the last token of a document the separator.
-        cu_seqlens: the boundaries [S + 1] of windows and documents, int64.
+        cu_seqlens: the boundaries [S + 1] of windows and documents, int64, on the CPU.
     """
 
     ids: Tensor
@@ -108,10 +108,12 @@ class PackedBatch:
     cu_seqlens: Tensor
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        return replace(self, **{name: x.to(device, non_blocking=non_blocking) for name, x in vars(self).items()})
+        """The batch with its tokens on a device. The boundaries stay on the CPU, where models read them."""
+        ids, labels = (x.to(device, non_blocking=non_blocking) for x in (self.ids, self.labels))
+        return replace(self, ids=ids, labels=labels)
 
     def pin_memory(self) -> PackedBatch:
-        return replace(self, **{name: x.pin_memory() for name, x in vars(self).items()})
+        return replace(self, ids=self.ids.pin_memory(), labels=self.labels.pin_memory())
 
     def split(self, parts: int) -> list[PackedBatch]:
         """The batch in parts of equal length, one after the other.

@@ -27,7 +27,7 @@ from statetrack.mixers.mixer import (
     with_options,
 )
 from statetrack.ops import check_packing
-from statetrack.ops.packing import pack, sequence_mask, unpack
+from statetrack.ops.packing import padded_rows
 from statetrack.ops.vmapped import is_vmapped, vmapped_over_heads
 from statetrack.transition import accumulation_dtype
 
@@ -112,9 +112,9 @@ class Attention(Mixer):
         if cu_seqlens is None:
             return self._rows(x, state, None)
         check_packing(x.shape[0], x.shape[1], cu_seqlens)
-        mask = sequence_mask(cu_seqlens)
-        y, state = self._rows(unpack(x, mask), state, cu_seqlens.diff())
-        return pack(y, mask)[0], state
+        packed = padded_rows(cu_seqlens, x)
+        y, state = self._rows(packed.unpack(x), state, packed.lengths)
+        return packed.pack(y), state
 
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> None:
         return None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from statetrack.mixers.bounds import FactorBounds, gate_interval, linear_interval
 from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
 from statetrack.ops import check_packing, linear_recurrence
+from statetrack.ops.packing import tokens_of
 from statetrack.transition import EigenvalueRange, Householder, accumulated, accumulation_dtype
 
 
@@ -142,8 +143,8 @@ def _before(o: Tensor, first: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if cu_seqlens is None:
         return torch.cat([first.unsqueeze(1), o[:, :-1]], 1)
     shifted = torch.cat([o[:, :1], o[:, :-1]], 1)
-    occupied = cu_seqlens.diff() > 0
-    return shifted.index_copy(1, cu_seqlens[:-1][occupied].long(), first[occupied].unsqueeze(0))
+    places = tokens_of(cu_seqlens, o)
+    return shifted.index_copy(1, places.starts, first.index_select(0, places.filled).unsqueeze(0))
 
 
 MIXERS = (ExactDeltaProductConfig,)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
 from statetrack.ops import check_packing
-from statetrack.ops.packing import pack, sequence_mask, unpack
+from statetrack.ops.packing import groups_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,18 +75,16 @@ class LSTM(Mixer):
             return self.o_proj(h), state
         check_packing(x.shape[0], x.shape[1], cu_seqlens)
         state = self.init_state(len(cu_seqlens) - 1) if state is None else state
-        mask = sequence_mask(cu_seqlens)
-        rows, outputs, after = unpack(x, mask), x.new_zeros(*mask.shape, self.hidden_size), dict(state)
-        lengths = mask.sum(1)
         # Rows of one length at a time: the state after each row's last token is then the state after the whole batch.
-        for length in lengths.unique().tolist():
-            if length:
-                chosen = (lengths == length).nonzero().squeeze(1)
-                h, end = self._rows(rows[chosen, :length], {name: value[chosen] for name, value in state.items()})
-                outputs = outputs.to(h.dtype)
-                outputs = outputs.index_put((chosen,), nn.functional.pad(h, (0, 0, 0, mask.shape[1] - length)))
-                after = {name: after[name].to(value.dtype).index_put((chosen,), value) for name, value in end.items()}
-        return self.o_proj(pack(outputs, mask)[0]), after
+        groups = groups_of(cu_seqlens, x, alike=True)
+        outputs, ends = [], []
+        for take in groups.groups:
+            before = {name: value.index_select(0, take.sequences) for name, value in state.items()}
+            h, end = self._rows(take(x), before)
+            outputs.append(h)
+            ends.append(end)
+        after = {name: groups.join_states([end[name] for end in ends], value) for name, value in state.items()}
+        return self.o_proj(groups.join_tokens(outputs)), after
 
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> None:
         return None

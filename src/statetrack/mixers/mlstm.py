@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +31,7 @@ from statetrack.mixers.mixer import (
     with_options,
 )
 from statetrack.ops import check_packing, linear_recurrence
+from statetrack.ops.packing import groups_of
 from statetrack.transition import Diagonal, EigenvalueRange, accumulated, accumulation_dtype
 
 # The stabilizer takes |f| for at least this; it need not be exact, as no output depends on it.
@@ -221,12 +221,14 @@ def _stabilizers(
         candidates = torch.cat([start.unsqueeze(1), log_input - total], 1)
         m = candidates.cummax(1).values + F.pad(total, (0, 0, 1, 0))
         return m[:, :-1], m[:, 1:], m[:, -1]
+    groups = groups_of(cu_seqlens, forget)
+    # With f = 1 and i = 0 padding leaves m alone.
     rows = [
-        _stabilizers(forget[:, begin:end], log_input[:, begin:end], start[row : row + 1], None)
-        for row, (begin, end) in enumerate(pairwise(cu_seqlens.tolist()))
+        _stabilizers(take(forget, 1.0), take(log_input, -math.inf), start.index_select(0, take.sequences), None)
+        for take in groups.groups
     ]
     before, after, last = zip(*rows, strict=True)
-    return torch.cat(before, 1), torch.cat(after, 1), torch.cat(last)
+    return groups.join_tokens(before), groups.join_tokens(after), groups.join_states(last, start)
 
 
 MIXERS = (MLSTMConfig,)

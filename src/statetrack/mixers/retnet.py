@@ -28,6 +28,7 @@ from statetrack.mixers.mixer import (
     with_options,
 )
 from statetrack.ops import check_packing, linear_recurrence
+from statetrack.ops.packing import tokens_of
 from statetrack.transition import Diagonal, EigenvalueRange, accumulated, accumulation_dtype
 
 _NO_RANGE = (
@@ -159,12 +160,10 @@ class RetNet(Mixer):
 
 def _positions(x: Tensor, start: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """The positions of tokens [B, T], and of the token after the last of each sequence."""
-    tokens = torch.arange(x.shape[1], device=x.device)
     if cu_seqlens is None:
-        return start[:, None] + tokens, start + x.shape[1]
-    lengths = cu_seqlens.diff()
-    first = torch.repeat_interleave(start - cu_seqlens[:-1], lengths)
-    return (first + tokens)[None], start + lengths
+        return start[:, None] + torch.arange(x.shape[1], device=x.device), start + x.shape[1]
+    places = tokens_of(cu_seqlens, x)
+    return (start.index_select(0, places.sequence) + places.offset)[None], start + places.lengths
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from statetrack.mixers.mixer import (
     with_options,
 )
 from statetrack.ops import check_packing, linear_recurrence
+from statetrack.ops.packing import Move, Packing, packing_of
 from statetrack.transition import Diagonal, EigenvalueRange, accumulation_dtype
 
 _NORM_EPS = 64e-5  # of the published layer, whatever the size of a head
@@ -216,8 +217,7 @@ def _read_before_update(
         )
         return o[:, :-1], state
     sequences, length = len(cu_seqlens) - 1, q.shape[1]
-    sequence = torch.repeat_interleave(torch.arange(sequences, device=q.device), cu_seqlens.diff())
-    reads = torch.arange(length, device=q.device) + sequence  # every sequence before adds one token
+    reads, longer = packing_of(cu_seqlens).make(_delayed, q)
 
     def place(x: Tensor, places: Tensor, fill: float = 0.0) -> Tensor:
         return x.new_full((1, length + sequences, *x.shape[2:]), fill).index_copy(1, places, x)
@@ -228,10 +228,17 @@ def _read_before_update(
         place(v, reads + 1),
         write=place(k, reads + 1),
         initial_state=initial_state,
-        cu_seqlens=cu_seqlens + torch.arange(sequences + 1, device=cu_seqlens.device),
+        cu_seqlens=longer,
         backend=backend,
     )
-    return o[:, reads], state
+    return o.index_select(1, reads), state
+
+
+def _delayed(packing: Packing, move: Move) -> tuple[Tensor, Tensor]:
+    """Where the tokens read, [T], and the boundaries of sequences with one token more, on the host."""
+    sequence = torch.repeat_interleave(torch.tensor(packing.lengths))
+    longer = torch.tensor(packing.boundaries) + torch.arange(len(packing.boundaries))
+    return move(torch.arange(len(sequence)) + sequence), longer  # every sequence before adds one token
 
 
 MIXERS = (RWKV6Config,)

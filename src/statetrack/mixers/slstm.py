@@ -27,7 +27,7 @@ from statetrack.mixers.mixer import (
     with_options,
 )
 from statetrack.ops import check_packing
-from statetrack.ops.packing import pack, sequence_mask, unpack
+from statetrack.ops.packing import padded_rows
 from statetrack.ops.slstm import slstm
 from statetrack.transition import accumulated, accumulation_dtype
 
@@ -104,19 +104,19 @@ class SLSTM(Mixer):
         if state is None:
             state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         gates, after = self._gates(x, state, cu_seqlens)
-        mask = None if cu_seqlens is None else sequence_mask(cu_seqlens)
-        rows = gates if mask is None else unpack(gates, mask)
+        packed = None if cu_seqlens is None else padded_rows(cu_seqlens, gates)
+        rows = gates if packed is None else packed.unpack(gates)
         names = ("h", "c", "n", "m")
         before = [state[name].to(rows.dtype).transpose(0, 1) for name in names]
         tokens = rows.permute(1, 2, 0, 3)  # [B, T, H, 4 N] -> [T, H, B, 4 N]
         states = slstm(tokens, self.recurrent.to(rows.dtype), (before[0], before[1], before[2], before[3]))
         h = states[0].permute(2, 0, 1, 3)
-        if mask is None:
+        if packed is None:
             after |= {name: values[-1].transpose(0, 1) for name, values in zip(names, states, strict=True)}
         else:
-            h, lengths, row = pack(h, mask)[0], mask.sum(1), torch.arange(len(mask), device=x.device)
+            h, row = packed.pack(h), torch.arange(len(packed.lengths), device=x.device)
             for name, start, values in zip(names, before, states, strict=True):
-                after[name] = torch.cat([start.unsqueeze(0), values])[lengths, :, row]
+                after[name] = torch.cat([start.unsqueeze(0), values])[packed.lengths, :, row]
         h = h.flatten(2) if self.o_norm is None else self.o_norm(h)
         return self.o_proj(h.to(x.dtype)), after
 

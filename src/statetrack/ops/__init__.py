@@ -6,7 +6,6 @@ A backend is a file in this folder with a `BACKEND`; `linear_recurrence` finds i
 from __future__ import annotations
 
 import importlib
-import itertools
 import logging
 import pkgutil
 from functools import cache
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from statetrack.ops import triton_step
 from statetrack.ops.backend import Backend
+from statetrack.ops.packing import packing_of
 from statetrack.ops.step import Step, one_token, overwrites
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD
 from statetrack.ops.vmapped import Recurrence, is_vmapped, vmapped_recurrence
@@ -54,7 +54,7 @@ def linear_recurrence(
         write: keys [B, T, H, K] along which the values are written, see above.
         initial_state: [B, H, K, V], or [S, H, K, V] with `cu_seqlens`; None is zero.
         cu_seqlens: the boundaries [S + 1] (integer, from 0 to T, not decreasing) of S sequences packed along T; then B
-            is 1.
+            is 1. Best on the CPU wherever the rest is: one on a GPU is read once, which waits for the GPU.
         backend: a name from `available_backends()`, or "auto" for the fastest that supports the transition
             (a single token has code of its own).
         precision: "default", or "high" for no rounding to less than 16 bits between inputs and results. It concerns
@@ -207,9 +207,9 @@ def check_packing(b: int, t: int, cu_seqlens: Tensor) -> None:
         raise ValueError(
             f"cu_seqlens must be a vector of at least two integers, got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
         )
-    boundaries = cu_seqlens.tolist()
-    if boundaries[0] != 0 or boundaries[-1] != t or any(a > b for a, b in itertools.pairwise(boundaries)):
-        raise ValueError(f"cu_seqlens must run from 0 to T = {t} without decreasing, got {boundaries[:8]}")
+    packing = packing_of(cu_seqlens)
+    if not packing.ordered or packing.boundaries[-1] != t:
+        raise ValueError(f"cu_seqlens must run from 0 to T = {t} without decreasing, got {packing.boundaries[:8]}")
 
 
 def _find_backends() -> tuple[Backend, ...]:

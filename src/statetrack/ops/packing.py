@@ -6,12 +6,14 @@ alone, so a batch's final states are those of its sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from statetrack.ops.backend import Run
 from statetrack.transition import Transition
@@ -55,11 +57,163 @@ def unpack(x: Tensor, mask: Tensor) -> Tensor:
     return x.new_zeros(*mask.shape, *x.shape[2:]).index_put((mask,), x[0])
 
 
-def sequence_mask(cu_seqlens: Tensor) -> Tensor:
-    """The mask [S, L] of packed sequences as rows with padding at their end, where L is the longest: `unpack(x, mask)`
-    makes such rows, and `pack` packs them again."""
-    lengths = cu_seqlens.diff()
-    return torch.arange(int(lengths.max()), device=lengths.device) < lengths.unsqueeze(1)
+Move = Callable[[Tensor], Tensor]
+"""Takes an index tensor from the host to the device of the activations."""
+
+Made = TypeVar("Made")
+Function = TypeVar("Function", bound=Callable)
+
+
+def _untraced(function: Function) -> Function:
+    """Runs as it is where torch.compile traces the rest, which could neither read a tensor nor keep what it made."""
+    return cast(Function, torch.compiler.disable(function))
+
+
+class Packing:
+    """The boundaries of packed sequences on the host, and what devices index with, made once for all layers.
+
+    Attributes:
+        boundaries: those of `cu_seqlens`.
+        lengths: of the sequences.
+        ordered: whether the boundaries begin at 0 and don't decrease.
+
+    Args:
+        boundaries: from 0 to T.
+    """
+
+    def __init__(self, boundaries: list[int]) -> None:
+        self.boundaries = boundaries
+        self.lengths = [stop - start for start, stop in pairwise(boundaries)]
+        self.ordered = boundaries[0] == 0 and min(self.lengths) >= 0
+        self._made: dict[tuple, Any] = {}
+
+    @_untraced
+    def make(self, function: Callable[..., Made], x: Tensor, *args: Any) -> Made:
+        """`function(self, move, *args)` for activations on the device of `x`; a second call gets the same object.
+
+        Args:
+            function: makes its index tensors on the host, and gives them to `move`.
+            x: the activations.
+            args: further arguments, hashable.
+        """
+        if type(x) not in (Tensor, torch.nn.Parameter):  # tensors made under FakeTensorMode are good for it alone
+            return function(self, lambda indices: indices.to(x.device), *args)
+        # Another stream would not wait for the copies.
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+        key = (function, x.device, stream, *args)
+        if key not in self._made:
+            # Tensors of inference mode could not be saved for a later backward.
+            with torch.inference_mode(False):
+                self._made[key] = function(self, lambda indices: _move(indices, x.device), *args)
+        return self._made[key]
+
+
+_PACKINGS = WeakTensorKeyDictionary()
+
+
+@_untraced
+def packing_of(cu_seqlens: Tensor) -> Packing:
+    """The boundaries [S + 1] as a `Packing`. A tensor is read once, as reading one on a GPU waits for all its work."""
+    if type(cu_seqlens) is not Tensor or cu_seqlens.is_inference():  # the latter don't tell when they are changed
+        return Packing(cu_seqlens.tolist())
+    version, packing = _PACKINGS.get(cu_seqlens) or (None, None)
+    if packing is None or version != cu_seqlens._version:
+        packing = Packing(cu_seqlens.tolist())
+        _PACKINGS[cu_seqlens] = cu_seqlens._version, packing
+    return packing
+
+
+def on_host(cu_seqlens: Tensor) -> Tensor:
+    """Boundaries that all layers can read without waiting for a GPU, and without making their indices again."""
+    if torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor:
+        return cu_seqlens
+    with torch.inference_mode(False):  # tensors of inference mode don't tell when they are changed
+        host = cu_seqlens.cpu()
+        return host.clone() if host.is_inference() else host
+
+
+def _move(indices: Tensor, device: torch.device) -> Tensor:
+    # A copy from memory that is not pinned would wait for all work of the GPU.
+    return indices.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else indices.to(device)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Where the tokens of packed sequences belong.
+
+    Attributes:
+        sequence: the sequence of each token, [T].
+        offset: its place in it, [T].
+        lengths: of the sequences, [S].
+        starts: the first tokens of the sequences that have one, [S'].
+        filled: which sequences those are, [S'].
+        last: the last token of each sequence, [S]; of an empty one any.
+        occupied: bool [S], whether a sequence has a token.
+    """
+
+    sequence: Tensor
+    offset: Tensor
+    lengths: Tensor
+    starts: Tensor
+    filled: Tensor
+    last: Tensor
+    occupied: Tensor
+
+
+def tokens_of(cu_seqlens: Tensor, x: Tensor) -> Tokens:
+    """Where the tokens `x` [1, T, ...] belong."""
+    return packing_of(cu_seqlens).make(_tokens, x)
+
+
+def _tokens(packing: Packing, move: Move) -> Tokens:
+    lengths, boundaries = torch.tensor(packing.lengths), torch.tensor(packing.boundaries)
+    sequence = torch.repeat_interleave(lengths)
+    occupied = lengths > 0
+    return Tokens(
+        move(sequence),
+        move(torch.arange(packing.boundaries[-1]) - boundaries[sequence]),
+        move(lengths),
+        move(boundaries[:-1][occupied]),
+        move(occupied.nonzero().squeeze(1)),
+        move((boundaries[1:] - 1).clamp(min=0)),
+        move(occupied),
+    )
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Packed sequences as rows with padding at their end, as long as the longest.
+
+    Attributes:
+        places: of the tokens in the rows laid end to end, [T].
+        lengths: of the sequences, [S].
+        longest: L.
+    """
+
+    places: Tensor
+    lengths: Tensor
+    longest: int
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[1, T, ...] -> [S, L, ...], 0 at padding."""
+        rows = x.new_zeros(len(self.lengths) * self.longest, *x.shape[2:]).index_copy(0, self.places, x[0])
+        return rows.unflatten(0, (len(self.lengths), self.longest))
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """[S, L, ...] -> [1, T, ...]."""
+        return rows.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
+
+
+def padded_rows(cu_seqlens: Tensor, x: Tensor) -> PaddedRows:
+    """Rows for the tokens `x` [1, T, ...]."""
+    return packing_of(cu_seqlens).make(_padded_rows, x)
+
+
+def _padded_rows(packing: Packing, move: Move) -> PaddedRows:
+    lengths, longest = torch.tensor(packing.lengths), max(packing.lengths)
+    sequence = torch.repeat_interleave(lengths)
+    offset = torch.arange(packing.boundaries[-1]) - torch.tensor(packing.boundaries)[sequence]
+    return PaddedRows(move(sequence * longest + offset), move(lengths), longest)
 
 
 def by_rows(run_dense: RunDense, check: Check | None = None) -> Run:
@@ -103,46 +257,18 @@ def run_packed(
     Args:
         run_dense: computes a dense batch.
     """
-    boundaries = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in pairwise(boundaries)]
-    if len(set(lengths)) == 1:
-        return _run_equal(run_dense, transition, q, v, write, initial_state, len(lengths))
-
-    # Where every token and every sequence will be found in the concatenated results of the dense calls.
-    token_places = torch.empty(boundaries[-1], dtype=torch.long)
-    sequence_places = [0] * len(lengths)
-    outputs: list[Tensor] = []
-    states: list[Tensor] = []
-    tokens_done = sequences_done = 0
-    for batch in _batches(lengths, _LENGTH_RATIO if transition.has_identity else 1.0):
-        longest = lengths[batch[0]]
-        tokens = torch.zeros(len(batch), longest, dtype=torch.long)
-        real = torch.zeros(len(batch), longest, dtype=torch.bool)
-        for row, sequence in enumerate(batch):
-            start, length = boundaries[sequence], lengths[sequence]
-            tokens[row, :length] = torch.arange(start, start + length)
-            real[row, :length] = True
-            first = tokens_done + row * longest
-            token_places[start : start + length] = torch.arange(first, first + length)
-            sequence_places[sequence] = sequences_done + row
-        tokens_done += tokens.numel()
-        sequences_done += len(batch)
-
-        take = _Take(tokens.to(q.device), None if real.all() else real.to(q.device))
-        states_in = None if initial_state is None else initial_state[batch]
+    packing = packing_of(cu_seqlens)
+    if len(set(packing.lengths)) == 1:
+        return _run_equal(run_dense, transition, q, v, write, initial_state, len(packing.lengths))
+    groups = groups_of(cu_seqlens, q, alike=not transition.has_identity)
+    outputs, states = [], []
+    for take in groups.groups:
+        states_in = None if initial_state is None else initial_state.index_select(0, take.sequences)
         written = None if write is None else take(write)
         o, state = run_dense(_take_transition(transition, take), take(q), take(v), written, states_in)
-        outputs.append(o.flatten(0, 1))
+        outputs.append(o)
         states.append(state)
-
-    empty = [sequence for sequence, length in enumerate(lengths) if length == 0]
-    if empty:
-        unchanged = states[0].new_zeros(len(empty), *states[0].shape[1:])
-        states.append(unchanged if initial_state is None else initial_state[empty].to(unchanged.dtype))
-        for row, sequence in enumerate(empty):
-            sequence_places[sequence] = sequences_done + row
-    o = torch.cat(outputs).index_select(0, token_places.to(q.device)).unsqueeze(0)
-    return o, torch.cat(states)[sequence_places]
+    return groups.join_tokens(outputs), groups.join_states(states, initial_state)
 
 
 def _run_equal(
@@ -175,14 +301,22 @@ def _batches(lengths: list[int], ratio: float) -> list[list[int]]:
     return batches
 
 
-class _Take:
-    """Takes tokens [S, L] out of a packed tensor [1, T, ...] and fills the places that are not real."""
+class Group:
+    """Sequences of similar length as rows: takes their tokens [S, L] out of a packed tensor [1, T, ...].
 
-    def __init__(self, tokens: Tensor, real: Tensor | None) -> None:
+    Args:
+        tokens: the places in the packed tensor, [S, L].
+        real: bool [S, L], False at padding; None where there is none.
+        sequences: which sequences they are, [S].
+    """
+
+    def __init__(self, tokens: Tensor, real: Tensor | None, sequences: Tensor) -> None:
         self.tokens = tokens
         self.real = real
+        self.sequences = sequences
 
     def __call__(self, x: Tensor, fill: float = 0.0) -> Tensor:
+        """[1, T, ...] -> [S, L, ...], `fill` at padding."""
         # `index_select`, not `x[0, tokens]`: the backward of the latter sorts its indices.
         taken = x[0].index_select(0, self.tokens.flatten()).unflatten(0, self.tokens.shape)
         if self.real is None:
@@ -190,7 +324,63 @@ class _Take:
         return torch.where(self.real.reshape(*self.real.shape, *[1] * (x.ndim - 2)), taken, fill)
 
 
-def _take_transition(transition: Transition, take: _Take) -> Transition:
+@dataclass(frozen=True)
+class Groups:
+    """Packed sequences in groups of similar length, and how to join what is computed of each.
+
+    Attributes:
+        groups: all sequences that have a token.
+        token_places: where the tokens lie in the groups' rows laid end to end, [T].
+        sequence_places: where the sequences lie in the groups one after the other, the empty ones at the end, [S].
+        empty: the sequences without a token.
+    """
+
+    groups: list[Group]
+    token_places: Tensor
+    sequence_places: Tensor
+    empty: Tensor
+
+    def join_tokens(self, rows: Sequence[Tensor]) -> Tensor:
+        """[S', L', ...] of each group -> [1, T, ...]."""
+        return torch.cat([x.flatten(0, 1) for x in rows]).index_select(0, self.token_places).unsqueeze(0)
+
+    def join_states(self, states: Sequence[Tensor], before: Tensor | None) -> Tensor:
+        """[S', ...] of each group -> [S, ...]; empty sequences keep those of `before` [S, ...], None for zeros."""
+        if len(self.empty):
+            unchanged = states[0].new_zeros(len(self.empty), *states[0].shape[1:])
+            states = [*states, unchanged if before is None else before.index_select(0, self.empty).to(unchanged.dtype)]
+        return torch.cat(list(states)).index_select(0, self.sequence_places)
+
+
+def groups_of(cu_seqlens: Tensor, x: Tensor, *, alike: bool = False) -> Groups:
+    """The sequences of a packed `x` [1, T, ...] in groups.
+
+    Args:
+        cu_seqlens: their boundaries [S + 1].
+        x: tells the device.
+        alike: only sequences of one length share a group, and there is no padding.
+    """
+    return packing_of(cu_seqlens).make(_groups, x, 1.0 if alike else _LENGTH_RATIO)
+
+
+def _groups(packing: Packing, move: Move, ratio: float) -> Groups:
+    boundaries, lengths = torch.tensor(packing.boundaries), torch.tensor(packing.lengths)
+    batches = _batches(packing.lengths, ratio)
+    sizes = [len(batch) * packing.lengths[batch[0]] for batch in batches]
+    groups, token_places = [], torch.empty(packing.boundaries[-1], dtype=torch.long)
+    for batch, first in zip(batches, accumulate(sizes, initial=0), strict=False):
+        offsets = torch.arange(packing.lengths[batch[0]])
+        sequences = torch.tensor(batch)
+        real = offsets < lengths[sequences].unsqueeze(1)
+        tokens = torch.where(real, boundaries[sequences].unsqueeze(1) + offsets, 0)
+        token_places[tokens[real]] = first + real.flatten().nonzero().squeeze(1)
+        groups.append(Group(move(tokens), None if real.all() else move(real), move(sequences)))
+    empty = [sequence for sequence, length in enumerate(packing.lengths) if length == 0]
+    order = torch.tensor([sequence for batch in batches for sequence in batch] + empty)
+    return Groups(groups, move(token_places), move(order.argsort()), move(torch.tensor(empty, dtype=torch.long)))
+
+
+def _take_transition(transition: Transition, take: Group) -> Transition:
     tensors = transition.tensors()
     return replace(
         transition,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from statetrack.ops.backend import Backend
+from statetrack.ops.packing import packing_of
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition, accumulation_dtype
 
 
@@ -28,8 +29,7 @@ def run(
     if cu_seqlens is None:
         return _sequences(transition, q, v, write, initial_state)
     outputs, states = [], []
-    boundaries = cu_seqlens.tolist()
-    for index, (start, stop) in enumerate(itertools.pairwise(boundaries)):
+    for index, (start, stop) in enumerate(itertools.pairwise(packing_of(cu_seqlens).boundaries)):
         o, state = _sequences(
             transition.map_tokens(lambda x, start=start, stop=stop: x[:, start:stop]),
             q[:, start:stop],

@@ -58,8 +58,8 @@ class ParallelModel:
         self.parameters = dict(model.named_parameters())
         self._module: nn.Module = model
         if self.parallelism == "ddp":
-            ids = [processes.device.index] if processes.device.type == "cuda" else None
-            self._module = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            # Without device_ids, with which it would move the boundaries of packed sequences to the GPU.
+            self._module = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def __call__(self, ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Logits [B, T, vocab_size]."""
