@@ -1,10 +1,17 @@
 """Experiments: how their files are read, and that a grid runs on worker processes, stops and goes on."""
 
+import multiprocessing
+import os
+import signal
+from dataclasses import replace
+
 import pytest
 
 from statetrack import EigenvalueRange
+from statetrack.cli import main
 from statetrack.experiments import load_experiment, run_experiment
 from statetrack.experiments.experiment import read_experiment
+from statetrack.experiments.runner import finished_records
 from statetrack.report.record import group
 from statetrack.runs import RunDirectory
 from statetrack.training import train
@@ -121,6 +128,23 @@ def test_a_grid_runs_stops_and_goes_on(tmp_path):
     assert written == {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in written}
 
 
+def test_workers_leave_signals_to_the_process_that_started_them(tmp_path):
+    signalled = []
+
+    def signal_once():
+        for process in [] if signalled else multiprocessing.active_children():
+            signalled.append(process.pid)
+            os.kill(process.pid, signal.SIGINT)
+            os.kill(process.pid, signal.SIGUSR2)
+        return False
+
+    records = run_experiment(read_experiment(SMALL, [3]), tmp_path, workers=1, should_stop=signal_once)
+    assert signalled
+    assert records is not None
+    assert [record.seed for record in records] == [3, 3]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
 def test_runs_trained_together_have_directories_and_records_of_their_own(tmp_path):
     experiment, events = read_experiment(SMALL), []
     records = run_experiment(experiment, tmp_path / "grid", workers=1, together=3, on_event=events.append)
@@ -136,6 +160,23 @@ def test_runs_trained_together_have_directories_and_records_of_their_own(tmp_pat
         assert files == {file.name for file in alone.path.iterdir()} | {"evaluation.json"}
     # Nothing is left to do, together or one by one.
     assert run_experiment(experiment, tmp_path / "grid", workers=1) == records
+
+
+def test_an_evaluation_that_the_experiment_did_not_ask_for_is_not_taken_for_its_own(tmp_path):
+    experiment = read_experiment({**SMALL, "run": [{**SMALL["run"][0], "sequences": 16}]}, [3])
+    records = run_experiment(experiment, tmp_path, workers=1)
+    done = finished_records(experiment, tmp_path, range(2))
+    assert [done[0], done[1]] == records
+    for index, options in enumerate((["--lengths", "5"], ["--lengths", "5,256", "--sequences", "8"])):
+        assert main(["evaluate", str(tmp_path / experiment.runs[index].name), *options]) == 0
+    assert finished_records(experiment, tmp_path, range(2)) == {}
+    # Nor is one of labels where whole sequences are asked for.
+    whole = replace(experiment, runs=tuple(replace(run, whole=True) for run in experiment.runs))
+    assert main(["evaluate", str(tmp_path / experiment.runs[0].name), "--lengths", "5,256", "--sequences", "16"]) == 0
+    assert (list(finished_records(experiment, tmp_path, [0])), finished_records(whole, tmp_path, [0])) == ([0], {})
+    assert run_experiment(experiment, tmp_path, workers=1) == records
+    (tmp_path / experiment.runs[1].name / "evaluation.json").write_text("{")
+    assert list(finished_records(experiment, tmp_path, range(2))) == [0]
 
 
 def test_a_run_that_breaks_down_is_reported_not_dropped(tmp_path):

@@ -113,6 +113,8 @@ def test_a_grid_runs_stops_at_its_budget_and_goes_on(tmp_path):
     assert len(weights) == 2
     assert weights == {path: path.stat().st_mtime_ns for path in weights}
     assert [outcome.record for outcome in again] == [outcome.record for outcome in first]
+    hurried = run_reproduction(experiment, tmp_path, workers=1, budget_minutes=1e-9)
+    assert [outcome.record for outcome in hurried] == [outcome.record for outcome in first]
 
     summary = json.loads((tmp_path / "summary.json").read_text())
     lines = summary["runs"]

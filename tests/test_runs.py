@@ -13,6 +13,8 @@ from statetrack import mixer_config
 from statetrack.config import TrainingConfig, run_config
 from statetrack.pretrained import from_pretrained
 from statetrack.records import record_of_run
+from statetrack.report.record import group
+from statetrack.report.tables import seconds
 from statetrack.runs import RunDirectory, RunError, TrainingError
 from statetrack.training import train
 
@@ -140,12 +142,27 @@ def test_weights_that_are_not_finite_are_not_saved(directory):
     assert before == (directory.state_file.read_bytes(), directory.model_file.read_bytes())
 
 
+def test_moments_that_no_run_goes_on_from_are_not_saved(directory):
+    before = directory.state_file.read_bytes(), directory.model_file.read_bytes()
+    moments = {"norm.weight.exp_avg_sq": torch.full((8,), float("inf"))}
+    with pytest.raises(TrainingError, match=r"the optimizer's tensors are no longer finite: norm\.weight\.exp"):
+        directory.save_checkpoint(directory.load_model(), moments, {"step": "2"})
+    assert before == (directory.state_file.read_bytes(), directory.model_file.read_bytes())
+
+
 def test_an_evaluation_is_of_the_weights_that_it_judged(directory):
     directory.write_evaluation({"accuracy": {"4": 1.0}})
     assert directory.read_evaluation() == {"accuracy": {"4": 1.0}, "step": 2}
     save_file(load_file(directory.model_file), directory.model_file, {"step": "3", "seconds": "1"})
     assert directory.read_evaluation() == {}
     assert record_of_run(directory).accuracy == {}
+
+
+def test_weights_that_say_nothing_of_their_training_have_a_record(directory):
+    save_file(load_file(directory.model_file), directory.model_file)
+    record = record_of_run(directory)
+    assert (record.train_seconds, record.train_device) == (None, None)
+    assert seconds(group([record])[0]) == "–"
 
 
 def test_a_missing_directory_is_said_to_be_missing(tmp_path):

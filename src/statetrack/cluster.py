@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from statetrack.experiments import Experiment
-from statetrack.experiments.runner import RunEvent, finished_record, run_experiment
+from statetrack.experiments.runner import RunEvent, finished_records, run_experiment
 from statetrack.machine import available_devices
 from statetrack.report import Record
 from statetrack.reproduce import Outcome, publication_of, write_results
@@ -79,11 +79,7 @@ def reproduce_on_cluster(
     """
     publication_of(experiment)
     executor = _executor(out / "jobs", cluster, workers)
-    records = {
-        index: record
-        for index, run in enumerate(experiment.runs)
-        if (record := finished_record(run, out / "runs" / run.name)) is not None
-    }
+    records = finished_records(experiment, out / "runs", range(len(experiment.runs)))
     left = [index for index in range(len(experiment.runs)) if index not in records]
     size = cluster.runs_per_job or workers or cluster.gpus or cluster.cpus or 1
     chunks = [left[start : start + size] for start in range(0, len(left), size)]
@@ -110,10 +106,7 @@ def reproduce_on_cluster(
             elif not stopping:
                 failures.append(f"job {job.job_id} failed: {_reason(error)}; its log is {job.paths.stderr}")
             # Of a job that broke down, some runs may be done all the same.
-            for index in jobs[job]:
-                run = experiment.runs[index]
-                if index not in records and (record := finished_record(run, out / "runs" / run.name)) is not None:
-                    records[index] = record
+            records |= finished_records(experiment, out / "runs", set(jobs[job]) - records.keys())
             state = "done" if error is None else "cancelled" if stopping else "failed"
             console.print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] job {job.job_id}  {state}", highlight=False)
         if waiting:

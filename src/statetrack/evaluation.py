@@ -85,7 +85,7 @@ def evaluate(
         raise ValueError(f"the task {task.name} has no label at length {', '.join(map(str, unfit))}{advice}")
     groups: dict[tuple[int, int], list[int]] = {}
     for length in wanted:
-        count = sequences or (32 if length >= LONG else 512)
+        count = sequences or default_sequences(length)
         groups.setdefault((count, 0 if isinstance(task, EndlessTask) else length), []).append(length)
     total = sum(count * group[-1] for (count, _), group in groups.items())
     done = 0
@@ -135,17 +135,23 @@ def _segments(task: Task, count: int, length: int, generator: torch.Generator) -
         yield from map(Batch, batch.ids.split(size, 1), batch.labels.split(size, 1))
 
 
+def default_sequences(length: int) -> int:
+    """How many sequences are judged at a length where nobody says how many."""
+    return 32 if length >= LONG else 512
+
+
 def solved(accuracy: Mapping[int, float]) -> bool:
     """Whether accuracies by length are those of a model that has solved its task; False if it was not judged there."""
     return accuracy.get(SOLVED_LENGTH, 0.0) >= SOLVED_ACCURACY
 
 
-def evaluation_data(results: Iterable[Accuracy], task: Task, seed: int) -> dict[str, Any]:
+def evaluation_data(results: Iterable[Accuracy], task: Task, seed: int, *, whole: bool = False) -> dict[str, Any]:
     """The results as JSON has them: what evaluation.json holds."""
     results = list(results)
     return {
         "task": task.name,
         "seed": seed,
+        "whole": whole,
         "chance": task.chance,
         "accuracy": {str(result.length): result.accuracy for result in results},
         "sequences": {str(result.length): result.sequences for result in results},

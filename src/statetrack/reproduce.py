@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from statetrack.experiments import Experiment, ExperimentRun, Publication, RunEvent, list_experiments, run_experiment
+from statetrack.experiments.runner import finished_records
 from statetrack.files import atomic_write
 from statetrack.mixers import mixer_configs
 from statetrack.progress import describe
@@ -158,6 +159,8 @@ def run_reproduction(
             console.print(f"{name}  {describe(event.progress)}", highlight=False, markup=False)
 
     run_experiment(experiment, out / "runs", workers=workers, devices=devices, on_event=show, should_stop=stop)
+    # A call that stops before it gets to them still knows of the runs that earlier ones have finished.
+    records |= finished_records(experiment, out / "runs", set(range(len(experiment.runs))) - records.keys())
     return write_results(experiment, records, out)
 
 

@@ -110,17 +110,23 @@ class RunDirectory:
         """Replaces the training state, then the weights, each atomically.
 
         Raises:
-            TrainingError: naming the weights that are not finite; the last checkpoint is intact.
+            TrainingError: naming the weights, or the optimizer's tensors, that are not finite; the last checkpoint is
+                intact.
         """
-        if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-            raise TrainingError(
-                f"at step {progress['step']} weights are no longer finite: {', '.join(broken)}; they are not saved, "
-                f"and what {self.path} has of earlier steps is kept; a lower learning rate or a stricter gradient clip "
-                "may help"
-            )
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        tensors, moments = (
+            {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+            for named in (model.state_dict(), optimizer)
+        )
+        # Moments may be infinite before any weight is, and training does not go on from such a state.
+        for what, named in (("weights", tensors), ("the optimizer's tensors", moments)):
+            if broken := [name for name, tensor in named.items() if not tensor.isfinite().all()]:
+                raise TrainingError(
+                    f"at step {progress['step']} {what} are no longer finite: {', '.join(broken)}; they are not saved, "
+                    f"and what {self.path} has of earlier steps is kept; a lower learning rate or a stricter gradient "
+                    "clip may help"
+                )
         state = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        state |= {f"optimizer.{name}": tensor.detach().cpu().contiguous() for name, tensor in optimizer.items()}
+        state |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
         facts = {**progress, "device": next(iter(model.state_dict().values())).device.type}
         atomic_write(self.state_file, save(state, facts))
         atomic_write(self.model_file, save(tensors, facts))
@@ -178,9 +184,10 @@ class RunDirectory:
             return None
         return int(read_tensors(self.model_file)[1].get("step", -1))
 
-    def train_seconds(self) -> float:
-        """How long the training of the weights in model.safetensors took."""
-        return float(read_tensors(self.model_file)[1].get("seconds", "nan"))
+    def train_seconds(self) -> float | None:
+        """How long the training of the weights in model.safetensors took; None if they don't say."""
+        seconds = read_tensors(self.model_file)[1].get("seconds")
+        return None if seconds is None else float(seconds)
 
     def train_device(self) -> str | None:
         """The kind of device that wrote the weights in model.safetensors, "cuda" or "cpu"; None if they don't say."""

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.func import grad, vmap
 
-from statetrack.ops import linear_recurrence
+from statetrack import ops
+from statetrack.ops import Backend, linear_recurrence
 from statetrack.ops.slstm import slstm
+from statetrack.ops.step import in_place_steps
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank
 
 R, B, T, N, H, K, V = 3, 2, 7, 2, 2, 3, 4
@@ -88,3 +90,42 @@ def test_what_vmap_can_not_do_is_said():
         vmap(packed)(decay, q, v)
     with pytest.raises(NotImplementedError, match="vmap alone"):
         grad(lambda q: linear_recurrence(Diagonal(decay[0]), q, v[0], write=q)[0].sum())(q[0])
+
+
+def test_replicas_are_computed_in_the_precision_that_is_asked_for(monkeypatch):
+    def rounded(transition, q, v, *others):
+        return v, torch.zeros(len(v), H, K, V)
+
+    def exact(transition, q, v, *others):
+        return v + 1, torch.zeros(len(v), H, K, V)
+
+    backend = Backend("two_precisions", lambda transition: None, rounded, run_high=exact)
+    monkeypatch.setattr(ops, "_BACKENDS", (backend,))
+    decay, q, v = randn(R, B, T, H, K), randn(R, B, T, H, K), randn(R, B, T, H, V)
+    for precision, more in (("default", 0), ("high", 1)):
+
+        def recur(decay, q, v, precision=precision):
+            return linear_recurrence(Diagonal(decay), q, v, write=q, backend="two_precisions", precision=precision)[0]
+
+        assert torch.equal(vmap(recur)(decay, q, v), v + more)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_tokens_of_replicas_may_be_computed_in_place(kind):
+    make, shapes = KINDS[kind]
+    tensors = [randn(R, *(1 if size == T else size for size in shape)) for shape in shapes]
+    v = randn(R, B, 1, *((N,) if kind == "householder" else ()), H, V)
+    q, start = randn(R, B, 1, H, K), randn(R, B, H, K, V)
+    write = () if kind == "householder" else (randn(R, B, 1, H, K),)
+
+    def function(q, v, start, *others):
+        rest = others[len(shapes) :]
+        transition = make(*others[: len(shapes)])
+        return linear_recurrence(transition, q, v, write=rest[0] if rest else None, initial_state=start)
+
+    expected = vmap(function)(q, v, start, *tensors, *write)
+    with in_place_steps():
+        in_place = vmap(function)(q, v, start.clone(), *tensors, *write)
+    for a, b in zip(in_place, expected, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert_vmaps(function, [q, v, start, *tensors, *write], (0,) * (3 + len((*tensors, *write))))

@@ -1,9 +1,12 @@
 """The presets have the sizes that they say."""
 
+import math
+
 import pytest
 import torch
 
 from statetrack.model import LanguageModel
+from statetrack.pretraining.loop import initial_model
 from statetrack.pretraining.presets import REFERENCE_VOCABULARY, preset, presets
 from statetrack.transition import EigenvalueRange
 
@@ -55,3 +58,10 @@ def test_unknown_names_are_refused_with_the_list(name):
 def test_a_range_that_the_mixer_can_not_have_is_refused():
     with pytest.raises(ValueError, match="range"):
         preset("deltanet-10m", vocab_size=99, eigenvalue_range=(-1, 0.5))
+
+
+@torch.no_grad()
+def test_the_first_loss_is_near_that_of_a_uniform_guess():
+    ids = torch.randint(257, (1, 65))
+    logits = initial_model(preset("deltanet-10m", vocab_size=257))(ids[:, :-1])
+    assert torch.nn.functional.cross_entropy(logits[0], ids[0, 1:]).item() == pytest.approx(math.log(257), rel=0.05)

@@ -40,10 +40,6 @@ def letters_of(expression: str) -> set[str]:
             if before in ("", "(", *_INFIX):
                 raise ExpressionError(f"{at} has nothing before it to repeat; write '\\{character}' for the letter")
             sizes[-1][-1] *= max(1, most)
-            if sum(map(sum, sizes)) > MAX_LETTERS:
-                raise ExpressionError(
-                    f"with its repetitions written out it has more than {MAX_LETTERS:,} letters; repeat less often"
-                )
         elif character in _INFIX:
             if before in ("", "(", *_INFIX):
                 raise ExpressionError(f"{at} has nothing on its left; write () for the empty word")
@@ -68,6 +64,10 @@ def letters_of(expression: str) -> set[str]:
         raise ExpressionError(f"'(' at place {opened[-1] + 1} is not closed; add ')', or write '\\(' for the letter")
     if before and before in _INFIX:
         raise ExpressionError(f"{before!r} at its end has nothing on its right; write () for the empty word")
+    if sum(sizes[0]) > MAX_LETTERS:
+        raise ExpressionError(
+            f"with its repetitions written out it has more than {MAX_LETTERS:,} letters; write a shorter one"
+        )
     return letters
 
 

@@ -12,8 +12,9 @@ import queue
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -21,12 +22,12 @@ from pathlib import Path
 
 import torch
 
-from statetrack.evaluation import Accuracy, evaluate, evaluation_data, solved
+from statetrack.evaluation import Accuracy, default_sequences, evaluate, evaluation_data, solved
 from statetrack.experiments.experiment import Experiment, ExperimentRun
 from statetrack.machine import available_cores
 from statetrack.records import record_of_failure, record_of_run
 from statetrack.report import Record
-from statetrack.runs import RunDirectory
+from statetrack.runs import RunDirectory, RunError
 from statetrack.tasks import get_task
 from statetrack.training import Progress, TrainingError, TrainingResult, train_together, why_apart
 
@@ -80,7 +81,7 @@ def run_experiment(
     Returns:
         A record for each run, in the experiment's order, those that failed included; None if it was told to stop.
     """
-    on_cpu = list(devices) == ["cpu"]
+    on_cpu = set(devices) == {"cpu"}
     workers = workers or (available_cores() if on_cpu else len(devices))
     if together is None:
         together = 1 if on_cpu else min(MOST_TOGETHER, -(-len(experiment.runs) // workers))
@@ -104,9 +105,10 @@ def run_experiment(
 
     with ProcessPoolExecutor(workers, context, _start_worker, (events, stop, places, os.getpid())) as pool:
         pending: dict[Future[list[Record | None]], list[int]] = {}
-        for group in groups:
-            runs = [experiment.runs[index] for index in group]
-            pending[pool.submit(_run, group, runs, [out / run.name for run in runs], evaluation_seed)] = group
+        with _signals_kept_from_workers():
+            for group in groups:
+                runs = [experiment.runs[index] for index in group]
+                pending[pool.submit(_run, group, runs, [out / run.name for run in runs], evaluation_seed)] = group
         try:
             while pending and not should_stop():
                 drain(timeout=0.1)
@@ -124,14 +126,40 @@ def run_experiment(
     return [records[index] for index in sorted(records)]
 
 
-def finished_record(run: ExperimentRun, path: Path) -> Record | None:
-    """The record of a run that was trained and judged in the directory `path`; None if it was not, or not this run."""
-    directory = RunDirectory(path)
-    if not _holds(directory, run) or not directory.read_evaluation():
-        return None
-    if directory.weights_step() != run.config.training.steps:
-        return None
-    return record_of_run(directory, explanation=run.explanation)
+def finished_records(
+    experiment: Experiment, out: Path, indices: Iterable[int], *, evaluation_seed: int = 0
+) -> dict[int, Record]:
+    """The records of those runs that `run_experiment` has trained and judged below `out`, by index.
+
+    Runs with damaged files are left out: whoever goes on with one is told what is wrong with it.
+    """
+    records = {}
+    for index in indices:
+        run = experiment.runs[index]
+        directory = RunDirectory(out / run.name)
+        try:
+            if _holds(directory, run) and _is_done(directory, run, evaluation_seed):
+                records[index] = record_of_run(directory, explanation=run.explanation)
+        except RunError:
+            continue
+    return records
+
+
+def _is_done(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int) -> bool:
+    return directory.weights_step() == run.config.training.steps and _is_judged(directory, run, evaluation_seed)
+
+
+def _is_judged(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int) -> bool:
+    """Whether the evaluation in a directory is the experiment's: `statetrack evaluate` may have written another."""
+    evaluation = directory.read_evaluation()
+    judged = {int(length): count for length, count in evaluation.get("sequences", {}).items()}
+    return (
+        set(run.lengths) <= judged.keys() <= {*run.lengths, *run.winner_lengths}
+        and all(count == (run.sequences or default_sequences(length)) for length, count in judged.items())
+        and evaluation.get("seed") == evaluation_seed
+        and evaluation.get("task") == get_task(run.config.task).name
+        and evaluation.get("whole", run.whole) == run.whole  # files of before it was written down are the grid's
+    )
 
 
 def _holds(directory: RunDirectory, run: ExperimentRun) -> bool:
@@ -140,6 +168,23 @@ def _holds(directory: RunDirectory, run: ExperimentRun) -> bool:
         return directory.exists() and directory.read_config() == run.config
     except ValueError:
         return False
+
+
+@contextmanager
+def _signals_kept_from_workers() -> Iterator[None]:
+    """Processes that are started inside never get the signals that are for this one, not even while they start.
+
+    Ctrl-C reaches the whole process group, and SLURM may send every process of a job the SIGUSR2 that announces its
+    end. Only this process acts on them, and tells the workers through `stop`.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows, where workers ignore ctrl-C once they have started
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR2})  # which processes inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _events: Queue[RunEvent]
@@ -151,7 +196,6 @@ def _start_worker(events: Queue[RunEvent], stop: Event, places: Queue[str], pare
     global _events, _stop, _device
     _events, _stop, _device = events, stop, places.get()
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group; only the parent acts on it, and tells the workers through `stop`.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
 
@@ -213,7 +257,7 @@ def _judge(
         return record_of_failure(directory, str(outcome), explanation=run.explanation)
     if outcome.step < run.config.training.steps:
         return None
-    if not directory.read_evaluation():
+    if not _is_judged(directory, run, evaluation_seed):
         task = get_task(run.config.task)
 
         def judge(lengths: tuple[int, ...]) -> list[Accuracy]:
@@ -239,7 +283,7 @@ def _judge(
                 results += judge(run.winner_lengths)
         except _Stopped:
             return None
-        directory.write_evaluation(evaluation_data(results, task, evaluation_seed))
+        directory.write_evaluation(evaluation_data(results, task, evaluation_seed, whole=run.whole))
     return record_of_run(directory, explanation=run.explanation)
 
 

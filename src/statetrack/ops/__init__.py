@@ -78,7 +78,7 @@ def linear_recurrence(
     if is_vmapped():
         if cu_seqlens is not None:
             raise ValueError("packed sequences can't be vmapped: give every replica rows of one length, or pad them")
-        return vmapped_recurrence(_positional(backend), transition, q, v, write, initial_state)
+        return vmapped_recurrence(_positional(backend, precision), transition, q, v, write, initial_state)
     if q.shape[1] == 1 and cu_seqlens is None:
         step = _choose_step(backend, transition, q, v, write, initial_state)
         if step is not None:
@@ -126,9 +126,9 @@ def _choose(transition: Transition, length: int, name: str) -> Backend:
     raise ValueError(f"backend {name!r} can't serve {type(transition).__name__}: {'; '.join(reasons)}")
 
 
-def _positional(backend: str) -> Recurrence:
+def _positional(backend: str, precision: Precision) -> Recurrence:
     return lambda transition, q, v, write, initial_state: linear_recurrence(
-        transition, q, v, write=write, initial_state=initial_state, backend=backend
+        transition, q, v, write=write, initial_state=initial_state, backend=backend, precision=precision
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from statetrack import seeds
 from statetrack.data import PackedBatch, PackedBatches, PackedTokens
-from statetrack.model import LanguageModel
+from statetrack.model import LanguageModel, ModelConfig
 from statetrack.pretraining.config import PretrainConfig
 from statetrack.pretraining.flops import peak_flops, training_flops_per_token
 from statetrack.pretraining.guard import StepGuard, guarded_step
@@ -127,7 +127,7 @@ class _Training:
         self._batches(0)  # refuses data that is too short
         run.check(config)
         torch.manual_seed(int(seeds.generator("initial weights", config.training.seed).initial_seed()))
-        model = LanguageModel(config.model)
+        model = initial_model(config.model)
         self.parallel = ParallelModel(model, processes, config.execution, config.training.precision)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.guard = StepGuard(config.training, processes.device)
@@ -310,3 +310,13 @@ class _Clock:
         before = time.perf_counter()
         yield
         self._pause += time.perf_counter() - before
+
+
+def initial_model(config: ModelConfig) -> LanguageModel:
+    """A model with the weights that pre-training begins with: tied embeddings are normal with deviation 0.02."""
+    model = LanguageModel(config)
+    if config.tie_embeddings:
+        # Logits of normalized activations and embeddings of deviation 1 have a deviation of sqrt(D): the first loss
+        # would be far above that of a uniform guess, ln(vocab_size).
+        torch.nn.init.normal_(model.embedding.weight, std=0.02)
+    return model

@@ -42,7 +42,7 @@ class Record:
         num_parameters: of the model.
         chance: accuracy of guessing.
         train_lengths: shortest and longest training sequence.
-        train_seconds: training time; None if the run failed before it could be told.
+        train_seconds: training time; None if the run failed before it could be told, or does not say.
         train_device: the kind of device that it was trained on, "cuda" or "cpu"; None if that is not known.
         solved: whether the run counts as having solved its task.
         accuracy: length -> accuracy on fresh sequences, NaN where it could not be computed.
