@@ -173,3 +173,10 @@ def test_what_is_not_there_is_named(directory, tokens):
         PackedTokens(directory, domains=["c"])
     with pytest.raises(ValueError, match=r"sequence_length must lie in 1\.\."):
         PackedRows(tokens, tokens.num_tokens + 1)
+
+
+def test_the_boundaries_of_a_batch_stay_on_the_host(tokens):
+    batch = next(iter(PackedBatches(tokens, sequence_length=T, batch_size=2)))
+    moved = batch.to("meta")
+    assert moved.ids.device.type == moved.labels.device.type == "meta"
+    assert moved.cu_seqlens is batch.cu_seqlens

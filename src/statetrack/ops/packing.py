@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar, cast
 
@@ -66,7 +67,13 @@ Function = TypeVar("Function", bound=Callable)
 
 def _untraced(function: Function) -> Function:
     """Runs as it is where torch.compile traces the rest, which could neither read a tensor nor keep what it made."""
-    return cast(Function, torch.compiler.disable(function))
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        # `disable` imports torch.compile, and Triton with it, which takes long.
+        return torch.compiler.disable(function)(*args) if torch.compiler.is_compiling() else function(*args)
+
+    return cast(Function, call)
 
 
 class Packing:
