@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 from metrics_of_runs import losses
 from torch.nn import functional as F
 
@@ -252,3 +253,9 @@ def test_documents_may_share_a_state(tables, tmp_path):
     result = train(tables, tmp_path / "run")
     assert result.step == 6
     assert losses(tmp_path / "run")[6][0] < losses(tmp_path / "run")[1][0]
+
+
+def test_a_process_that_stands_alone_leaves_no_group_behind_after_an_error():
+    with pytest.raises(KeyError), processes("cpu"):
+        raise KeyError
+    assert not dist.is_initialized()

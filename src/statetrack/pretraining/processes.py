@@ -123,10 +123,15 @@ def processes(device: str | None = None) -> Iterator[Processes]:
     storage, control = groups
     assert isinstance(storage, dist.ProcessGroup)
     assert isinstance(control, dist.ProcessGroup)
-    yield Processes(dist.get_rank(), dist.get_world_size(), place, storage, control)
-    # After an error others may wait in a collective that this process will never join, and so would this call.
-    if joined:
-        dist.destroy_process_group()
+    own = Processes(dist.get_rank(), dist.get_world_size(), place, storage, control)
+    ended = False
+    try:
+        yield own
+        ended = True
+    finally:
+        # After an error others may wait in a collective that this process will never join, and so would this call.
+        if joined and (ended or own.size == 1):
+            dist.destroy_process_group()
 
 
 def _device(name: str | None, local_rank: int | None) -> torch.device:
