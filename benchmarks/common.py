@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -12,9 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -71,6 +74,28 @@ def peak_memory_mb(prepare: Callable[..., Callable[[], object]], *args: Any) -> 
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_raise_of_peak, prepare, args).result()
+
+
+@cache
+def fla(path: str) -> ModuleType:
+    """A module of flash-linear-attention's `fla/ops`, such as "gla/naive"; without the package the benchmark ends."""
+    if (module := fla_if_installed(path)) is None:
+        sys.exit("this compares with flash-linear-attention: pip install '.[benchmark]', or make benchmark")
+    return module
+
+
+def fla_if_installed(path: str) -> ModuleType | None:
+    """The same from its file alone, as the package as a whole needs Triton; None where it is not installed."""
+    package = importlib.util.find_spec("fla")
+    if package is None or not package.submodule_search_locations:
+        return None
+    file = Path(package.submodule_search_locations[0], "ops", f"{path}.py")
+    spec = importlib.util.spec_from_file_location(f"fla_{path.replace('/', '_')}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

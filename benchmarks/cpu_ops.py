@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.common import ROOT, environment, interleaved_cpu_times, peak_memory_mb, write_results
+from benchmarks.common import ROOT, environment, fla, interleaved_cpu_times, peak_memory_mb, write_results
 from statetrack import Mamba, Mamba2
 from statetrack.ops import linear_recurrence
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank
@@ -149,22 +146,6 @@ def selective_scan(range_: tuple[float, float], i: Inputs) -> Tensor:
 
 
 # Theirs.
-
-
-@cache
-def fla(path: str) -> ModuleType:
-    """A module of flash-linear-attention from its file alone, as the package needs Triton."""
-    package = importlib.util.find_spec("fla")
-    if package is None or not package.submodule_search_locations:
-        sys.exit("this compares with flash-linear-attention: pip install '.[benchmark]', or make benchmark")
-    spec = importlib.util.spec_from_file_location(
-        path.replace("/", "_"), f"{package.submodule_search_locations[0]}/ops/{path}.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _transposed(*tensors: Tensor) -> list[Tensor]:

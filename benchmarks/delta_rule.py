@@ -12,18 +12,15 @@ matrix product. Peak memory is what the process needs at most beyond inputs and 
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache, partial
-from types import ModuleType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import ROOT, environment, interleaved_cpu_times, peak_memory_mb, write_results
+from benchmarks.common import ROOT, environment, fla, interleaved_cpu_times, peak_memory_mb, write_results
 from statetrack.ops import linear_recurrence
 from statetrack.transition import Householder
 
@@ -67,23 +64,11 @@ def step_loop(q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     return torch.cat(outputs, 1).view(b, h, t, dim).transpose(1, 2)
 
 
-@cache
-def _peer() -> ModuleType:
-    package = importlib.util.find_spec("fla")
-    if package is None or not package.submodule_search_locations:
-        sys.exit("delta_rule compares with flash-linear-attention: pip install '.[benchmark]', or make benchmark")
-    path = f"{package.submodule_search_locations[0]}/ops/delta_rule/naive.py"
-    spec = importlib.util.spec_from_file_location("fla_delta_rule_naive", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def peer(chunk: int, q: Tensor, k: Tensor, v: Tensor, beta: Tensor) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return _peer().delta_rule_chunkwise(q, k, v, beta.transpose(1, 2), chunk_size=chunk)[0].transpose(1, 2)
+    return (
+        fla("delta_rule/naive").delta_rule_chunkwise(q, k, v, beta.transpose(1, 2), chunk_size=chunk)[0].transpose(1, 2)
+    )
 
 
 def rules(shape: Shape) -> dict[str, Rule]:

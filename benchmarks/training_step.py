@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import plain_models
-from benchmarks.common import ROOT, environment, interleaved_cpu_times, write_results
-from benchmarks.cpu_ops import fla
+from benchmarks.common import ROOT, environment, fla, interleaved_cpu_times, write_results
 from benchmarks.plain_models import PlainDeltaNet, PlainModel
 from statetrack import LanguageModel, mixer_config
 from statetrack.config import RunConfig, TrainingConfig, run_config

@@ -1,6 +1,5 @@
 """docs/coming-from-fla.md: its names exist, and its operations are those of FLA's own torch functions."""
 
-import importlib.util
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -9,21 +8,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.common import fla_if_installed
 from statetrack import Diagonal, Householder, LowRank, ModelConfig, linear_recurrence, mixer_configs
 
 TEXT = (Path(__file__).parents[1] / "docs" / "coming-from-fla.md").read_text(encoding="utf-8")
-ROOT = importlib.util.find_spec("fla")
 
 
 def naive(path, name):
-    """A function of FLA, from its file alone: the rest of that package needs triton."""
-    if ROOT is None:
-        pytest.skip("flash-linear-attention is not installed")
+    """A function of FLA's `fla/ops`."""
     pytest.importorskip("einops")
-    file = Path(ROOT.submodule_search_locations[0]) / "ops" / f"{path}.py"
-    spec = importlib.util.spec_from_file_location("naive_" + path.replace("/", "_"), file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    if (module := fla_if_installed(path)) is None:
+        pytest.skip("flash-linear-attention is not installed")
     return getattr(module, name)
 
 

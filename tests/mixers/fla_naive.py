@@ -1,23 +1,15 @@
 """flash-linear-attention's pure-torch functions, each from its file alone: the rest of that package needs Triton."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+
+from benchmarks.common import fla_if_installed
 
 
 def naive(operation):
     """The module `fla/ops/<operation>/naive.py`; skips the test where the package is not installed."""
-    package = importlib.util.find_spec("fla")
-    if package is None or not package.submodule_search_locations:
+    if (module := fla_if_installed(f"{operation}/naive")) is None:
         pytest.skip("compares with flash-linear-attention: pip install fla-core")
-    path = Path(package.submodule_search_locations[0], "ops", operation, "naive.py")
-    spec = importlib.util.spec_from_file_location(f"fla_{operation}_naive", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     return module
 
 
