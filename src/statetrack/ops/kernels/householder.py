@@ -16,11 +16,9 @@ import triton
 import triton.language as tl
 
 from statetrack.ops.kernels.products import halves, unit_triangular_inverse
+from statetrack.ops.kernels.tiles import TINY, not_below
 from statetrack.transition import SHORTEST_KEY
 
-# Stands for a beta or, in the backward, a decay of exactly 0: it moves no result by more than the rounding, and lets
-# the gradient divide. The square is still a normal float32.
-TINY = tl.constexpr(2.0**-40)
 # Up to this |k|^2 a normalized key counts as 0.
 SHORTEST = tl.constexpr(SHORTEST_KEY**2)
 
@@ -45,7 +43,7 @@ def decays(decay, tokens_left, H, N: tl.constexpr, BM: tl.constexpr, BC: tl.cons
 
     Returns, with D(i, j) the product of the decays after micro-step j up to micro-step i: the decays of the micro-steps
     [BM], D(i, j) [BM, BM] (1 for i <= j), D(end of token t, j) [BC, BM], D(i, start) [BM], D(end of t, start) [BC],
-    and D(end, j) [BM]. Decays of less than LEAST are taken to be LEAST in size.
+    and D(end, j) [BM]. LEAST as in `not_below`.
     """
     row, token = tl.arange(0, BM), tl.arange(0, BC)
     a = _decays_of_rows(decay, row, tokens_left, H, N, LEAST)
@@ -54,7 +52,7 @@ def decays(decay, tokens_left, H, N: tl.constexpr, BM: tl.constexpr, BC: tl.cons
     if N == 1:
         to_token, into_token = pairs, into
     else:
-        of_token = _not_below(tl.load(decay + token * H, mask=token < tokens_left, other=1.0).to(tl.float32), LEAST)
+        of_token = not_below(tl.load(decay + token * H, mask=token < tokens_left, other=1.0).to(tl.float32), LEAST)
         to_token = tl.cumprod(tl.where((token * N)[:, None] > row[None, :], of_token[:, None], 1.0), axis=0)
         into_token = tl.cumprod(of_token, axis=0)
     out_of = tl.cumprod(_decays_of_rows(decay, row + 1, tokens_left, H, N, LEAST), axis=0, reverse=True)
@@ -65,14 +63,7 @@ def decays(decay, tokens_left, H, N: tl.constexpr, BM: tl.constexpr, BC: tl.cons
 def _decays_of_rows(decay, row, tokens_left, H, N: tl.constexpr, LEAST: tl.constexpr):
     """Each token's decay at its first micro-step, and 1 elsewhere."""
     starts = (row % N == 0) & (row // N < tokens_left)
-    return _not_below(tl.load(decay + (row // N) * H, mask=starts, other=1.0).to(tl.float32), LEAST)
-
-
-@triton.jit
-def _not_below(x, LEAST: tl.constexpr):
-    if LEAST == 0:
-        return x
-    return tl.where(tl.abs(x) < LEAST, tl.where(x < 0, -LEAST, LEAST), x)
+    return not_below(tl.load(decay + (row // N) * H, mask=starts, other=1.0).to(tl.float32), LEAST)
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])

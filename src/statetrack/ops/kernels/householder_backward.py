@@ -8,9 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import SHORTEST, TINY, clamped_beta, decays, load_rows
+from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays, load_rows
 from statetrack.ops.kernels.products import dot_masks, halves
-from statetrack.ops.kernels.tiles import load_tile, store_tile
+from statetrack.ops.kernels.tiles import TINY, load_tile, overlap, store_tile
 
 # The least size of a decay in the gradients where results are rounded to bfloat16 anyway: what an accumulator has
 # gained is then its difference.
@@ -25,23 +25,6 @@ def _load_keys(
     if BD == BK:
         return load_rows(pointer, rows_ok, row_stride, ROWS, K, BK)
     return load_tile(pointer, rows_ok, row_stride, start, K, ROWS, BD)
-
-
-@triton.jit
-def _overlap(x, x_low, y, y_low, first, SIZE: tl.constexpr, HIGH: tl.constexpr):
-    """The sum of the products of SIZE numbers from `first` on, which with HIGH are given in halves."""
-    BLOCK: tl.constexpr = 2048
-    sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, SIZE, BLOCK):
-        ok = start + tl.arange(0, BLOCK) < SIZE
-        place = first + start + tl.arange(0, BLOCK)
-        left = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
-        right = tl.load(y + place, mask=ok, other=0.0).to(tl.float32)
-        if HIGH:
-            left += tl.load(x_low + place, mask=ok, other=0.0).to(tl.float32)
-            right += tl.load(y_low + place, mask=ok, other=0.0).to(tl.float32)
-        sums += left * right
-    return tl.sum(sums, axis=0)
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
@@ -169,7 +152,7 @@ def gradients(
     first = b * T + chunk * C
     place = head * chunks + chunk
     if DECAY:  # here, where registers are free
-        overlap = _overlap(starts, starts_low, d_ends, d_ends_low, place * K * V, K * V, HIGH)
+        both_ends = overlap(starts, starts_low, d_ends, d_ends_low, place * K * V, K * V, HIGH)
     key_rows = (first * N * H + h) * K
     query_rows = (first * H + h) * K
     squared_norm = tl.zeros([BM], tl.float32)
@@ -234,7 +217,7 @@ def gradients(
             spanning = dot_masks(i <= j, of_pairs, OPERAND, SPLIT, PRECISION)
             spanning += dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
         total = tl.sum(tl.where(i > j, spanning, 0.0), axis=1)
-        total += tl.sum(tl.where(row == BM - 1, d_into, 0.0), axis=0) * overlap
+        total += tl.sum(tl.where(row == BM - 1, d_into, 0.0), axis=0) * both_ends
         asks, reads, writes = tl.zeros([BC], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
 
     for start_key in range(0, BK, BD):
