@@ -194,6 +194,8 @@ def gradients(
     tl.store(d_beta + first * N * H + h + row * H, d_scaled, mask=rows_ok)
     between_keys = tl.where(i > j, -between_keys, 0.0)
     to_queries = tl.where(row[None, :] < (token * N + N)[:, None], to_queries, 0.0)
+    if BD == BK:
+        queries = load_rows(q + query_rows, tokens_ok, H * K, BC, K, BK)
     if DECAY:
         a, d_pairs, d_token, d_into, d_into_token, d_out_of = decays(
             decay + first * H + h, tokens_left, H, N, BM, BC, SMALL if ROUNDED else TINY
@@ -204,8 +206,9 @@ def gradients(
         # them, divided by it. Sums run only over such products, so that nothing large cancels.
         gram, scores = tl.zeros([BM, BM], tl.float32), tl.zeros([BC, BM], tl.float32)
         for start_key in tl.static_range(0, BK, BD):
-            keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
-            queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
+            if BD < BK:
+                keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
+                queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
             gram = tl.dot(keys, tl.trans(keys), gram, input_precision=PRECISION)
             scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
         of_pairs = between_keys * gram
@@ -223,8 +226,9 @@ def gradients(
     for start_key in range(0, BK, BD):
         key = start_key + tl.arange(0, BD)
         states_at = place * K * V + key[None, :]
-        # Loaded once more for every use, from the cache: kept, they would not leave the accumulators enough registers.
-        queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
+        if BD < BK:
+            keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
+            queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
         d_queries = tl.zeros([BC, BD], tl.float32)
         for start in range(0, V, BV):
             value = start + tl.arange(0, BV)
@@ -238,7 +242,6 @@ def gradients(
         if DECAY:
             d_queries *= d_into_token[:, None]
             asks += tl.sum(d_queries * queries.to(tl.float32), axis=1)
-        keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
         if SPLIT:
             query_high, query_low = halves(to_queries, OPERAND)
             d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
@@ -247,7 +250,6 @@ def gradients(
         d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
         store_tile(d_q + query_rows, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
 
-        keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
         d_keys = tl.zeros([BM, BD], tl.float32)
         for start in range(0, V, BV):
             value = start + tl.arange(0, BV)
@@ -290,7 +292,6 @@ def gradients(
                 d_keys *= d_out_of[:, None]
                 writes += tl.sum(d_keys * keys.to(tl.float32), axis=1)
                 d_keys += d_reading
-        queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
         both = between_keys + tl.trans(between_keys)
         if NORMALIZE:
             both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)

@@ -105,7 +105,7 @@ def overlap(x, x_low, y, y_low, first, SIZE: tl.constexpr, HIGH: tl.constexpr):
     """The sum of the products of SIZE numbers from `first` on, which with HIGH are given in halves."""
     BLOCK: tl.constexpr = 2048
     sums = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, SIZE, BLOCK):
+    for start in tl.static_range(0, SIZE, BLOCK):  # unrolled, so that all loads are under way at once
         ok = start + tl.arange(0, BLOCK) < SIZE
         place = first + start + tl.arange(0, BLOCK)
         left = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
