@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from statetrack.mixers import mixer_configs
 from statetrack.model import LanguageModel
@@ -18,6 +19,12 @@ from statetrack.pretrained.files import read_config
 
 _CHECK_TOKENS = 24
 _CHECK_TOLERANCE = 0.05
+
+_TOKENS = 2**13
+"""Tokens whose activations are in memory at once, at most."""
+
+_LOGITS = 2**26
+"""Logits that are in memory at once, at most, where a model returns them all."""
 
 
 class CausalModel(ABC):
@@ -30,6 +37,7 @@ class CausalModel(ABC):
         constant_memory: whether the state has one size at all lengths.
         config: the config as plain data.
         device: where it is.
+        tokens_at_once: how many tokens one call should have at most, for the sake of memory.
     """
 
     title: str
@@ -38,6 +46,7 @@ class CausalModel(ABC):
     constant_memory: bool
     config: Mapping[str, Any]
     device: torch.device
+    tokens_at_once: int = _TOKENS
 
     @abstractmethod
     def scan(self, ids: Tensor, state: Any = None, positions: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -50,6 +59,19 @@ class CausalModel(ABC):
 
         Raises:
             ValueError: for more tokens than the model has positions for.
+        """
+
+    @abstractmethod
+    def losses(self, ids: Tensor, labels: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """The cross-entropy of the labels [B, T] in nats, float32 or better, without gradients, and the state.
+
+        Args:
+            ids: token ids [B, T].
+            labels: the tokens that follow, [B, T].
+            state: as for `scan`.
+
+        Raises:
+            ValueError: as `scan`.
         """
 
 
@@ -77,6 +99,9 @@ class RecurrentModel(CausalModel):
 
     def scan(self, ids: Tensor, state: Any = None, positions: Tensor | None = None) -> tuple[Tensor, Any]:
         return self.model.scan(ids, state, positions=positions)
+
+    def losses(self, ids: Tensor, labels: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        return self.model.scan_losses(ids, labels, state)
 
 
 def _title(model: LanguageModel) -> str:
@@ -108,6 +133,7 @@ class TransformersModel(CausalModel):
         self.config = model.config.to_diff_dict()
         self.device = model.device
         self.title = type(model).__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        self.tokens_at_once = max(1, min(_TOKENS, _LOGITS // self.vocab_size))
         self._check_carries()
 
     def scan(self, ids: Tensor, state: Any = None, positions: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -119,6 +145,12 @@ class TransformersModel(CausalModel):
             ) from None
         logits = outputs.logits
         return logits if positions is None else logits[:, positions], getattr(outputs, "past_key_values", None)
+
+    @torch.no_grad()
+    def losses(self, ids: Tensor, labels: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        logits, state = self.scan(ids, state)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        return losses.view(labels.shape), state
 
     @torch.no_grad()
     def _check_carries(self) -> None:
