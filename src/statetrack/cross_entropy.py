@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from statetrack.layers import product_dtype
 from statetrack.ops.backend import differentiable_once, wants_gradient
 from statetrack.transition import accumulation_dtype
 
@@ -74,7 +75,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"labels must be integers [...] = {tuple(x.shape[:-1])}, got {labels.dtype} {tuple(labels.shape)}"
         )
-    rows, targets = x.reshape(-1, x.shape[-1]).to(_product_dtype(weight)), labels.reshape(-1).long()
+    rows, targets = x.reshape(-1, x.shape[-1]).to(product_dtype(weight)), labels.reshape(-1).long()
     gradient = wants_gradient(x, weight, bias)
     if gradient and reduction == "none":
         raise ValueError("the losses of single tokens have no gradient here: call this under torch.no_grad()")
@@ -107,13 +108,6 @@ def peak_bytes(tokens: int, vocab_size: int, d_model: int, dtype: torch.dtype, *
 
 def _most_tokens(vocab_size: int, device: str) -> int:
     return max(1, (_LOGITS_ON_CPU if device == "cpu" else LOGITS) // vocab_size)
-
-
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    # Autocast leaves float64 alone.
-    return torch.get_autocast_dtype(device) if on and weight.dtype != torch.float64 else weight.dtype
 
 
 class _MeanCrossEntropy(torch.autograd.Function):

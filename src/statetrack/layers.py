@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,30 @@ from statetrack.ops.vmapped import is_vmapped, vmapped
 from statetrack.transition import accumulated
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products of `x`: that of autocast where it is on, else its own."""
+    # Autocast leaves float64 alone.
+    return torch.get_autocast_dtype(x.device.type) if _autocast(x) and x.dtype != torch.float64 else x.dtype
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` with its weight in the dtype of the input, so that autocast leaves no mixture of dtypes."""
+    """`torch.nn.RMSNorm` whose output has the dtype of the matrix products after it, which `product_dtype` tells.
+
+    The mean square is taken in float32 or better. Autocast has no part in it: on a GPU it would compute the norm of
+    bfloat16 inputs in float32, in passes over memory instead of one kernel, and every linear layer that reads the
+    result would cast it again.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = product_dtype(x)
+        with torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext():
+            return self._normalized(x).to(dtype)
+
+    def _normalized(self, x: Tensor) -> Tensor:
         weight = None if self.weight is None else self.weight.to(x.dtype)
         if is_vmapped():  # PyTorch's own kernels for it on a GPU have no batching rule
             y = vmapped(lambda x: F.rms_norm(x, self.normalized_shape, None, self.eps), x)
