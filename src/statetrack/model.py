@@ -283,7 +283,7 @@ class LanguageModel(nn.Module):
         if mask is not None:
             labels = labels.masked_fill(~mask, IGNORE)
             labels, _ = pack(labels, mask)
-        x, _ = self._scan_blocks(ids, None, cu_seqlens, mask)
+        x, _ = self._scan_blocks(ids, None, cu_seqlens, mask, states=False)
         return linear_cross_entropy(self._output_input(x), self.output_weight, labels, z_loss=z_loss)
 
     @torch.no_grad()
@@ -330,9 +330,18 @@ class LanguageModel(nn.Module):
         return self.logits(x[:, positions]), after
 
     def _scan_blocks(
-        self, ids: Tensor, state: ModelState | None, cu_seqlens: Tensor | None, mask: Tensor | None
+        self,
+        ids: Tensor,
+        state: ModelState | None,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+        *,
+        states: bool = True,
     ) -> tuple[Tensor, ModelState]:
-        """What the last block returns, of padded rows the tokens as `pack` has them, and the state; as `scan`."""
+        """What the last block returns, of padded rows the tokens as `pack` has them, and the state; as `scan`.
+
+        Without `states` each layer's is let go at once: those of attention hold all tokens.
+        """
         embedded = ids.ndim == 3 and ids.is_floating_point()
         if not embedded:
             self._check_shape(ids)
@@ -354,7 +363,8 @@ class LanguageModel(nn.Module):
         after: ModelState = []
         for index, block in enumerate(self._blocks()):
             x, layer_state = block(x, None if state is None else state[index], cu_seqlens)
-            after.append(layer_state)
+            if states:
+                after.append(layer_state)
         return x, after
 
     def step(self, ids: Tensor, state: ModelState, mask: Tensor | None = None) -> tuple[Tensor, ModelState]:
