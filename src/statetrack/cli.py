@@ -216,6 +216,8 @@ class Evaluate:
             of all documents.
         probes: which probes to ask, such as parity,s3,code, or none; all if left out.
         probe_lengths: their lengths; 4,16,64,256 if left out.
+        generation: measure the time of a generated token and the memory of what is carried after so many tokens, such
+            as 256,4096,65536; beside it those of a Transformer with as many parameters, where transformers is there.
         json: also write the result to this file.
         device: cpu or cuda; if left out, cuda where there is one.
     """
@@ -233,6 +235,7 @@ class Evaluate:
     documents: bool = False
     probes: str | None = None
     probe_lengths: str | None = None
+    generation: str | None = None
     json: Path | None = None
     device: str | None = None
 
@@ -259,6 +262,7 @@ class Evaluate:
                 "4,16,64,256" if self.probe_lengths is None else self.probe_lengths, "probe_lengths", minimum=1
             ),
             questions=self.sequences,
+            generation=[] if self.generation is None else _integers(self.generation, "generation", minimum=1),
             seed=self.seed,
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
             device=_device(self.device),
@@ -266,7 +270,7 @@ class Evaluate:
         )
 
     def _tracker(self) -> int:
-        for name in ("data", "domains", "tokens", "probes", "probe_lengths"):
+        for name in ("data", "domains", "tokens", "probes", "probe_lengths", "generation"):
             if getattr(self, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for language models, and {self.run} is none")
         if self.documents:

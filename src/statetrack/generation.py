@@ -41,6 +41,10 @@ class Decoder:
         self._graph.replay()
         return self._logits
 
+    def state_bytes(self) -> int:
+        """What the state takes, which is all that is carried from token to token."""
+        return sum(tensor.nbytes for tensor in _tensors(self.state))
+
     def _capture(self) -> None:
         rows = next(len(tensor) for layer in self.state for tensor in layer.values())
         self._ids = torch.zeros(rows, dtype=torch.long, device=self.model.output_weight.device)

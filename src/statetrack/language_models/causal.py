@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from statetrack.generation import Decoder
 from statetrack.mixers import mixer_configs
 from statetrack.model import LanguageModel
 from statetrack.plain import to_data
@@ -25,6 +26,16 @@ _TOKENS = 2**13
 
 _LOGITS = 2**26
 """Logits that are in memory at once, at most, where a model returns them all."""
+
+
+class TokenDecoder(Protocol):
+    """A model that goes on from a state: token ids [B] -> logits [B, vocab_size], one token of every row a call."""
+
+    def __call__(self, ids: Tensor) -> Tensor: ...
+
+    def state_bytes(self) -> int:
+        """The memory of what is carried from token to token."""
+        ...
 
 
 class CausalModel(ABC):
@@ -74,6 +85,10 @@ class CausalModel(ABC):
             ValueError: as `scan`.
         """
 
+    @abstractmethod
+    def decoder(self, state: Any) -> TokenDecoder:
+        """What generates text after the tokens of a state, which must not be used any more; without gradients."""
+
 
 class RecurrentModel(CausalModel):
     """A `LanguageModel` that predicts its own tokens.
@@ -102,6 +117,9 @@ class RecurrentModel(CausalModel):
 
     def losses(self, ids: Tensor, labels: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         return self.model.scan_losses(ids, labels, state)
+
+    def decoder(self, state: Any) -> TokenDecoder:
+        return Decoder(self.model, state)
 
 
 def _title(model: LanguageModel) -> str:
@@ -152,6 +170,9 @@ class TransformersModel(CausalModel):
         losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
         return losses.view(labels.shape), state
 
+    def decoder(self, state: Any) -> TokenDecoder:
+        return _CachedDecoder(self, state)
+
     @torch.no_grad()
     def _check_carries(self) -> None:
         ids = torch.arange(_CHECK_TOKENS, device=self.device).unsqueeze(0) % self.vocab_size
@@ -167,6 +188,31 @@ class TransformersModel(CausalModel):
             f"{self.title} of transformers does not carry its state over pieces of several tokens, so that long texts "
             "can't be read piece by piece"
         )
+
+
+class _CachedDecoder:
+    """A model of transformers and its cache."""
+
+    def __init__(self, model: TransformersModel, state: Any) -> None:
+        self.model, self.state = model, state
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        logits, self.state = self.model.scan(ids.unsqueeze(1), self.state)
+        return logits.squeeze(1)
+
+    def state_bytes(self) -> int:
+        return _num_bytes(self.state)
+
+
+def _num_bytes(value: Any) -> int:
+    """Of all tensors in a cache of transformers, which are attributes of its layers or its own."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_num_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_num_bytes, value))
+    return _num_bytes(vars(value)) if type(value).__module__.startswith("transformers.") else 0
 
 
 def model_directory(path: Path | str) -> Path:
