@@ -3,12 +3,14 @@
 Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`, those about data in
 `data/commands.py`, `pretrain` in `pretraining/commands.py`.
 
-Bad input ends with one sentence on standard error and exit status 2, an interruption with 130.
+Bad input ends with one sentence on standard error and exit status 2, an interruption with 130, and a reader that has
+had enough, as `head` has, without a word with 141.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +51,7 @@ from statetrack.training import train
 from statetrack.transition import EigenvalueRange
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 
 @dataclass
@@ -386,6 +389,8 @@ class Generate:
         from statetrack.pretrained import from_pretrained
         from statetrack.pretrained.files import model_directory, read_config
 
+        if not _is_text(self.prompt):
+            raise ValueError("the prompt is not valid UTF-8, so that it is no text")
         place = model_directory(self.model)
         if "task" in (config := read_config(place)):  # a run, trained or compiled
             raise ValueError(
@@ -558,6 +563,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands, prog="statetrack", description=description, args=words, registry=_registry()
         )
         return command()
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has had enough; what is left of it would raise once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (ValueError, RuntimeError, MemoryError, OverflowError, OSError, ModuleNotFoundError) as error:
         print(f"statetrack: {_sentence(error)}", file=sys.stderr)
         return 2
@@ -677,6 +686,15 @@ def _integers(text: str, name: str, *, minimum: int) -> list[int]:
     if min(values) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {min(values)}")
     return values
+
+
+def _is_text(words: str) -> bool:
+    """Whether words of the command line, which may have any bytes in them, are valid UTF-8."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _device(name: str | None) -> torch.device:
