@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from statetrack.layers import product_dtype
+from statetrack.ops import triton_cross_entropy
 from statetrack.ops.backend import differentiable_once, wants_gradient
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD
 from statetrack.transition import accumulation_dtype
 
 IGNORE = -100
@@ -101,7 +103,9 @@ def peak_bytes(tokens: int, vocab_size: int, d_model: int, dtype: torch.dtype, *
     rows, size, wide = min(tokens, _most_tokens(vocab_size, device)), dtype.itemsize, max(4, dtype.itemsize)
     logits, weight, short = rows * vocab_size, vocab_size * d_model, size < 4
     gradients = weight * wide + tokens * d_model * size
-    softmax = logits * (size + wide + (wide if short else 0)) + (gradients if rows < tokens else 0)
+    # The kernel needs no memory of its own.
+    beside = 0 if device == "cuda" and triton_cross_entropy.PRIORITY == CHECKED_ON_A_CARD else wide + short * wide
+    softmax = logits * (size + beside) + (gradients if rows < tokens else 0)
     products = logits * size + gradients + (weight * size if short else 0)
     return max(softmax, products) + (weight * size if short else 0)
 
@@ -191,6 +195,8 @@ def _replace_by_gradient(logits: Tensor, labels: Tensor, z_loss: float, shares: 
     With p = softmax(logits) that is `shares ((1 + 2 z_loss lse) p - onehot(label))`. Few passes over memory: the
     largest of p is 1 / sum(exp(logits - largest logit)), which gives the logsumexp without another pass.
     """
+    if not torch.compiler.is_compiling() and triton_cross_entropy.serves(logits):
+        return triton_cross_entropy.replace_by_gradient(logits, labels, shares, z_loss=z_loss, ignore=IGNORE)
     wide = accumulation_dtype(logits)
     asked = (labels != IGNORE).unsqueeze(1)
     index = torch.where(asked, labels.unsqueeze(1), 0)
