@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from statetrack import LanguageModel, ModelConfig, cross_entropy, mixer_config
 from statetrack.cross_entropy import IGNORE, linear_cross_entropy, peak_bytes
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD
 
 VOCAB = 31
 
@@ -152,6 +153,19 @@ def test_what_it_needs_at_once_is_known(dtype, tokens, monkeypatch):
         linear_cross_entropy(x, weight, labels)
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] - before
     assert peak == pytest.approx(peak_bytes(tokens, vocab, d_model, dtype, device="cpu"), rel=0.1)
+
+
+def test_the_kernel_needs_a_chunk_of_logits_and_nothing_beside_it(monkeypatch):
+    """Of 65,536 tokens, a vocabulary of 32,000 and width 768, beside the gradients and the copy of the weight."""
+    found = {}
+    for priority in (0, CHECKED_ON_A_CARD):
+        monkeypatch.setattr(cross_entropy.triton_cross_entropy, "PRIORITY", priority)
+        found[priority] = peak_bytes(65_536, 32_000, 768, torch.bfloat16)
+    logits, gradients = cross_entropy.LOGITS // 32_000 * 32_000, 32_000 * 768 * 4 + 65_536 * 768 * 2
+    copy = 32_000 * 768 * 2
+    assert found[0] == 10 * logits + gradients + copy
+    assert found[CHECKED_ON_A_CARD] == 2 * logits + gradients + 2 * copy
+    assert found[0] < 65_536 * 32_000 * 4 / 4
 
 
 @pytest.mark.usefixtures("chunked")
