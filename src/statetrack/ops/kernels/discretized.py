@@ -1,9 +1,9 @@
 """Triton kernels for Mamba's selective scan with any eigenvalue range; `docs/kernels.md` explains them.
 
 Every key n of every value channel is a scalar recurrence of its own, h <- decay h + write_n v. The 32 lanes of a warp
-are LK groups of keys by LV channels; each has KEYS neighbouring keys of CHANNELS channels, whose states stay in
-registers from the first step to the last. A tensor here has one number for each thread, [WARPS, LK, LV]; what a thread
-has several of is a tuple of such tensors. No conversion of layouts is ever needed, and sums over keys or over channels
+are LK groups of keys by LV channels; each has J neighbouring keys of C channels, whose states stay in
+registers from the first step to the last. A tensor here has one number for each thread; what a thread has several of is
+a tuple of such tensors. So triton has one layout for all of them, and never converts one. Sums over keys or channels
 take two or three shuffles, behind the sums within a thread.
 
 A program walks through one segment of the steps: BT steps at a time, unrolled and without masks, and what is left at
@@ -66,7 +66,22 @@ def _decay(gate, low, width, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _store_keys_sums(x, sums, lane_key, values_left, STRIDE: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr,
+def _sum_keys(x, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr):
+    """For every thread the sum over the groups of keys of its warp."""
+    total = tl.sum(tl.reshape(x, [W, LK, LV]), axis=1, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(total, [W, LK, LV]), [W * LK * LV])
+
+
+@triton.jit
+def _sum_channels(x, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr):
+    """For every thread the sum over the channels of its group of keys."""
+    total = tl.sum(tl.reshape(x, [W, LK, LV]), axis=2, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(total, [W, LK, LV]), [W * LK * LV])
+
+
+@triton.jit
+def _store_keys_sums(x, sums, lane_key, values_left, STRIDE: tl.constexpr, W: tl.constexpr, LK: tl.constexpr,
+                     LV: tl.constexpr,
                      C: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Adds BT x C numbers over the groups of keys, of which each then stores its part of the steps.
 
@@ -74,28 +89,29 @@ def _store_keys_sums(x, sums, lane_key, values_left, STRIDE: tl.constexpr, LK: t
     """
     for c in tl.static_range(C):
         for start in tl.static_range(0, BT, LK):
-            own = tl.sum(sums[start * C + c], axis=1, keep_dims=True) + tl.zeros_like(sums[0])
+            own = _sum_keys(sums[start * C + c], W, LK, LV)
             for i in tl.static_range(1, LK):
                 if start + i < BT:
-                    own = tl.where(lane_key == i, tl.sum(sums[(start + i) * C + c], axis=1, keep_dims=True), own)
+                    own = tl.where(lane_key == i, _sum_keys(sums[(start + i) * C + c], W, LK, LV), own)
             ok = (values_left > c * LV) & (lane_key < BT - start)
             _store(x + (start * STRIDE + c * LV), own, ok, MASKED or BT - start < LK)
 
 
 @triton.jit
-def _store_channel_sums(x, sums, lane, LV: tl.constexpr, BT: tl.constexpr):
+def _store_channel_sums(x, sums, lane, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr, BT: tl.constexpr):
     """Adds BT numbers over the channels of a warp, of which each lane then stores its part of the steps."""
     for start in tl.static_range(0, BT, LV):
-        own = tl.sum(sums[start], axis=2, keep_dims=True) + tl.zeros_like(sums[0])
+        own = _sum_channels(sums[start], W, LK, LV)
         for i in tl.static_range(1, LV):
             if start + i < BT:
-                own = tl.where(lane == i, tl.sum(sums[start + i], axis=2, keep_dims=True), own)
+                own = tl.where(lane == i, _sum_channels(sums[start + i], W, LK, LV), own)
         _store(x + start, own, lane < BT - start, BT - start < LV)
 
 
 @triton.jit
 def _forward_tile(dt, v, pairs, o, states, products, scales, low, width, lane_key, values_left,
-                  STRIDE: tl.constexpr, J: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr, C: tl.constexpr,
+                  STRIDE: tl.constexpr, J: tl.constexpr, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr,
+                  C: tl.constexpr,
                   BT: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr, OUT: tl.constexpr):  # fmt: skip
     """BT steps: returns the states and, without outputs (OUT), the products of their decays so far."""
     steps = _rows(dt, values_left, STRIDE, LV, C, BT, MASKED)
@@ -123,7 +139,7 @@ def _forward_tile(dt, v, pairs, o, states, products, scales, low, width, lane_ke
         if not OUT:
             products = new_products
     if OUT:
-        _store_keys_sums(o, outs, lane_key, values_left, STRIDE, LK, LV, C, BT, MASKED)
+        _store_keys_sums(o, outs, lane_key, values_left, STRIDE, W, LK, LV, C, BT, MASKED)
     return states, products
 
 
@@ -152,6 +168,14 @@ def _load_states(x, keys_left, values_left, V: tl.constexpr, LV: tl.constexpr, J
 
 
 @triton.jit
+def _load_scales(A, keys_left, values_left, V: tl.constexpr, LV: tl.constexpr, J: tl.constexpr, C: tl.constexpr):
+    found, scales = _load_states(A, keys_left, values_left, V, LV, J, C), ()
+    for n in tl.static_range(C * J):
+        scales = scales + (found[n] * _LOG2_E,)
+    return scales
+
+
+@triton.jit
 def _store_states(
     x, states, keys_left, values_left, V: tl.constexpr, LV: tl.constexpr, J: tl.constexpr, C: tl.constexpr
 ):
@@ -171,11 +195,9 @@ def _filled(x, COUNT: tl.constexpr):
 
 @triton.jit
 def _lanes(W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr):
-    """Each thread's warp, group of keys and channel of that group, [W, LK, LV]."""
-    zero = tl.zeros([W, LK, LV], tl.int32)
-    warp = tl.arange(0, W)[:, None, None] + zero
-    lane_key = tl.arange(0, LK)[None, :, None] + zero
-    return warp, lane_key, tl.arange(0, LV)[None, None, :] + zero
+    """Each thread's channel among those of its group of keys, that group, and its warp."""
+    thread = tl.arange(0, W * LK * LV)
+    return thread % LV, thread // LV % LK, thread // (LV * LK)
 
 
 @triton.jit(do_not_specialize=["T", "count"])
@@ -210,14 +232,12 @@ def scan_forward(
     walked = segments if OUT else segments - 1
     head, segment = (tl.program_id(0) // walked).to(tl.int64), tl.program_id(0) % walked
     h = head % H
-    warp, lane_key, lane = _lanes(W, LK, LV)
+    lane, lane_key, warp = _lanes(W, LK, LV)
     value = (tl.program_id(1) * W + warp) * (C * LV) + lane
     values_left, keys_left, matrix = V - value, K - lane_key * J, lane_key * (J * V) + value
-    zero = tl.zeros([W, LK, LV], tl.float32)
+    zero = tl.zeros([W * LK * LV], tl.float32)
     low, width = _range(lower_end + h * V + value if LOWER else lower_end, lo, hi, zero, values_left, LV, C, LOWER)
-    scales = ()
-    for a in _load_states(A + h * K * V + matrix, keys_left, values_left, V, LV, J, C):
-        scales = scales + (a * _LOG2_E,)
+    scales = _load_scales(A + h * K * V + matrix, keys_left, values_left, V, LV, J, C)
     place = head * segments + segment
     if INITIAL:
         states = _load_states(initial + place * K * V + matrix, keys_left, values_left, V, LV, J, C)
@@ -241,7 +261,7 @@ def scan_forward(
             starts += K * V
         states, decays = _forward_tile(
             dt, v, pairs, o, states, decays, scales, low, width, lane_key, values_left,
-            STRIDE, J, LK, LV, C, BT, MASKED, UNIT, OUT,
+            STRIDE, J, W, LK, LV, C, BT, MASKED, UNIT, OUT,
         )  # fmt: skip
         dt, v, pairs = dt + BT * STRIDE, v + BT * STRIDE, pairs + BT * LK * J
         if OUT:
@@ -253,7 +273,7 @@ def scan_forward(
                 starts += K * V
             states, decays = _forward_tile(
                 dt, v, pairs, o, states, decays, scales, low, width, lane_key, values_left,
-                STRIDE, J, LK, LV, C, 1, MASKED, UNIT, OUT,
+                STRIDE, J, W, LK, LV, C, 1, MASKED, UNIT, OUT,
             )  # fmt: skip
             dt, v, pairs, o = dt + STRIDE, v + STRIDE, pairs + LK * J, o + STRIDE
         if segment == segments - 1:
@@ -323,14 +343,12 @@ def summarize_backward(
     head = (tl.program_id(0) // (segments - 1)).to(tl.int64)
     segment = tl.program_id(0) % (segments - 1) + 1
     h = head % H
-    warp, lane_key, lane = _lanes(W, LK, LV)
+    lane, lane_key, warp = _lanes(W, LK, LV)
     value = (tl.program_id(1) * W + warp) * (C * LV) + lane
     values_left, keys_left, matrix = V - value, K - lane_key * J, lane_key * (J * V) + value
-    zero = tl.zeros([W, LK, LV], tl.float32)
+    zero = tl.zeros([W * LK * LV], tl.float32)
     low, width = _range(lower_end + h * V + value if LOWER else lower_end, lo, hi, zero, values_left, LV, C, LOWER)
-    scales = ()
-    for a in _load_states(A + h * K * V + matrix, keys_left, values_left, V, LV, J, C):
-        scales = scales + (a * _LOG2_E,)
+    scales = _load_scales(A + h * K * V + matrix, keys_left, values_left, V, LV, J, C)
     d_states, decays = _filled(zero, C * J), _filled(zero + 1, C * J)
     tiles = T // BT
     begin = segment * length
@@ -338,16 +356,21 @@ def summarize_backward(
     past = tl.where(segment == segments - 1, T, end * BT)
     at = ((head // H * T + past) * H + h) * V + value
     dt, d_o, pairs = dt + at, d_o + at, pairs + (head * T + past) * (LK * J) + lane_key * J
+    dt, d_o, pairs = dt - STRIDE, d_o - STRIDE, pairs - LK * J
     for _ in range(past - end * BT):
+        d_states, decays = _summary_tile(
+            dt, d_o, pairs, d_states, decays, scales, low, width, values_left,
+            STRIDE, J, LK, LV, C, 1, MASKED, UNIT,
+        )  # fmt: skip
         dt, d_o, pairs = dt - STRIDE, d_o - STRIDE, pairs - LK * J
-        d_states, decays = _summary_tile(
-            dt, d_o, pairs, d_states, decays, scales, low, width, values_left, STRIDE, J, LK, LV, C, 1, MASKED, UNIT
-        )
+    MORE: tl.constexpr = (BT - 1) * STRIDE
+    dt, d_o, pairs = dt - MORE, d_o - MORE, pairs - (BT - 1) * LK * J
     for _ in range(begin, end):
-        dt, d_o, pairs = dt - BT * STRIDE, d_o - BT * STRIDE, pairs - BT * LK * J
         d_states, decays = _summary_tile(
-            dt, d_o, pairs, d_states, decays, scales, low, width, values_left, STRIDE, J, LK, LV, C, BT, MASKED, UNIT
-        )
+            dt, d_o, pairs, d_states, decays, scales, low, width, values_left,
+            STRIDE, J, LK, LV, C, BT, MASKED, UNIT,
+        )  # fmt: skip
+        dt, d_o, pairs = dt - BT * STRIDE, d_o - BT * STRIDE, pairs - BT * LK * J
     place = (head * segments + segment) * K * V + matrix
     _store_states(d_starts + place, d_states, keys_left, values_left, V, LV, J, C)
     _store_states(products + place, decays, keys_left, values_left, V, LV, J, C)
@@ -356,7 +379,8 @@ def summarize_backward(
 @triton.jit
 def _backward_tile(dt, v, d_o, pairs, starts, d_dt, d_v, part_q, part_write, d_states, d_scales, d_lows,
                    scales, low, width, lane_key, lane, keys_left, values_left, plane,
-                   V: tl.constexpr, STRIDE: tl.constexpr, J: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr,
+                   V: tl.constexpr, STRIDE: tl.constexpr, J: tl.constexpr, W: tl.constexpr, LK: tl.constexpr,
+                   LV: tl.constexpr,
                    C: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr,
                    LOWER: tl.constexpr):  # fmt: skip
     """BT steps backwards: returns the gradients of the states, and those of A and of the lower ends so far.
@@ -419,14 +443,14 @@ def _backward_tile(dt, v, d_o, pairs, starts, d_dt, d_v, part_q, part_write, d_s
                 d_steps, d_values = d_steps + (new_steps[c * BT + i],), d_values + (new_values[c * BT + i],)
         if LOWER:
             d_lows = new_lows
-        _store_channel_sums(part_q + j * plane, d_queries, lane, LV, BT)
-        _store_channel_sums(part_write + j * plane, d_written, lane, LV, BT)
+        _store_channel_sums(part_q + j * plane, d_queries, lane, W, LK, LV, BT)
+        _store_channel_sums(part_write + j * plane, d_written, lane, W, LK, LV, BT)
     scaled = ()
     for i in tl.static_range(BT):
         for c in tl.static_range(C):
             scaled = scaled + (d_steps[i * C + c] * (width[c] * _LN_2),)
-    _store_keys_sums(d_dt, scaled, lane_key, values_left, STRIDE, LK, LV, C, BT, MASKED)
-    _store_keys_sums(d_v, d_values, lane_key, values_left, STRIDE, LK, LV, C, BT, MASKED)
+    _store_keys_sums(d_dt, scaled, lane_key, values_left, STRIDE, W, LK, LV, C, BT, MASKED)
+    _store_keys_sums(d_v, d_values, lane_key, values_left, STRIDE, W, LK, LV, C, BT, MASKED)
     new_states, new_scales = (), ()
     for c in tl.static_range(C):
         for j in tl.static_range(J):
@@ -450,14 +474,12 @@ def scan_backward(
     MASKED: tl.constexpr = V % (W * LV * C) != 0
     head, segment = (tl.program_id(0) // segments).to(tl.int64), tl.program_id(0) % segments
     h = head % H
-    warp, lane_key, lane = _lanes(W, LK, LV)
+    lane, lane_key, warp = _lanes(W, LK, LV)
     value = (tl.program_id(1) * W + warp) * (C * LV) + lane
     values_left, keys_left, matrix = V - value, K - lane_key * J, lane_key * (J * V) + value
-    zero = tl.zeros([W, LK, LV], tl.float32)
+    zero = tl.zeros([W * LK * LV], tl.float32)
     low, width = _range(lower_end + h * V + value if LOWER else lower_end, lo, hi, zero, values_left, LV, C, LOWER)
-    scales = ()
-    for a in _load_states(A + h * K * V + matrix, keys_left, values_left, V, LV, J, C):
-        scales = scales + (a * _LOG2_E,)
+    scales = _load_scales(A + h * K * V + matrix, keys_left, values_left, V, LV, J, C)
     place = head * segments + segment
     if FINAL:
         d_states = _load_states(d_final + place * K * V + matrix, keys_left, values_left, V, LV, J, C)
@@ -478,21 +500,27 @@ def scan_backward(
     block = (tl.program_id(1) * W + warp).to(tl.int64)
     part_q = parts + ((block * rows + head) * (LK * J) + lane_key * J) * T + past + lane
     part_write = part_q + tl.num_programs(1).to(tl.int64) * W * rows * (LK * J) * T
+    # Pointers are moved behind a tile, so that all numbers of one are at constant offsets from them.
+    dt, v, d_o, d_dt, d_v = dt - STRIDE, v - STRIDE, d_o - STRIDE, d_dt - STRIDE, d_v - STRIDE
+    pairs, starts, part_q, part_write = pairs - LK * J, starts - K * V, part_q - 1, part_write - 1
     for _ in range(left):
-        dt, v, d_o, d_dt, d_v = dt - STRIDE, v - STRIDE, d_o - STRIDE, d_dt - STRIDE, d_v - STRIDE
-        pairs, starts, part_q, part_write = pairs - LK * J, starts - K * V, part_q - 1, part_write - 1
         d_states, d_scales, d_lows = _backward_tile(
             dt, v, d_o, pairs, starts, d_dt, d_v, part_q, part_write, d_states, d_scales, d_lows, scales, low, width,
-            lane_key, lane, keys_left, values_left, T, V, STRIDE, J, LK, LV, C, 1, MASKED, UNIT, LOWER,
+            lane_key, lane, keys_left, values_left, T, V, STRIDE, J, W, LK, LV, C, 1, MASKED, UNIT, LOWER,
         )  # fmt: skip
+        dt, v, d_o, d_dt, d_v = dt - STRIDE, v - STRIDE, d_o - STRIDE, d_dt - STRIDE, d_v - STRIDE
+        pairs, starts, part_q, part_write = pairs - LK * J, starts - K * V, part_q - 1, part_write - 1
+    MORE: tl.constexpr = (BT - 1) * STRIDE
+    dt, v, d_o, d_dt, d_v = dt - MORE, v - MORE, d_o - MORE, d_dt - MORE, d_v - MORE
+    pairs, part_q, part_write = pairs - (BT - 1) * LK * J, part_q - (BT - 1), part_write - (BT - 1)
     for _ in range(begin, end):
+        d_states, d_scales, d_lows = _backward_tile(
+            dt, v, d_o, pairs, starts, d_dt, d_v, part_q, part_write, d_states, d_scales, d_lows, scales, low, width,
+            lane_key, lane, keys_left, values_left, T, V, STRIDE, J, W, LK, LV, C, BT, MASKED, UNIT, LOWER,
+        )  # fmt: skip
         dt, v, d_o = dt - BT * STRIDE, v - BT * STRIDE, d_o - BT * STRIDE
         d_dt, d_v = d_dt - BT * STRIDE, d_v - BT * STRIDE
         pairs, starts, part_q, part_write = pairs - BT * LK * J, starts - K * V, part_q - BT, part_write - BT
-        d_states, d_scales, d_lows = _backward_tile(
-            dt, v, d_o, pairs, starts, d_dt, d_v, part_q, part_write, d_states, d_scales, d_lows, scales, low, width,
-            lane_key, lane, keys_left, values_left, T, V, STRIDE, J, LK, LV, C, BT, MASKED, UNIT, LOWER,
-        )  # fmt: skip
     scaled = ()
     for c in tl.static_range(C):
         for j in tl.static_range(J):
@@ -500,7 +528,7 @@ def scan_backward(
     _store_states(d_A + place * K * V + matrix, scaled, keys_left, values_left, V, LV, J, C)
     if LOWER:
         for c in tl.static_range(C):
-            d_low = tl.sum(d_lows[c], axis=1, keep_dims=True) + zero
+            d_low = _sum_keys(d_lows[c], W, LK, LV)
             ok = (values_left > c * LV) & (lane_key == 0)
             tl.store(d_lower_end + place * V + value + c * LV, d_low, mask=ok)
     if segment == 0:
