@@ -116,8 +116,9 @@ class _Shape:
         self.batch, self.length, self.heads, self.key_dim = q.shape
         self.value_dim, self.device = v.shape[-1], q.device
         self.rows = self.batch * self.heads
-        key_lanes = max(1, min(32, power_of_two(self.key_dim, least=1) // _KEYS))
-        self.keys = -(-self.key_dim // key_lanes)
+        padded = power_of_two(self.key_dim, least=1)
+        key_lanes = max(1, min(32, padded // _KEYS))
+        self.keys = padded // key_lanes
         value_lanes = 32 // key_lanes
         least = power_of_two(-(-self.value_dim // value_lanes), least=1)
         self.warps = min(launch.num_warps, least)

@@ -1,10 +1,12 @@
 """Triton kernels for Mamba's selective scan with any eigenvalue range; `docs/kernels.md` explains them.
 
 Every key n of every value channel is a scalar recurrence of its own, h <- decay h + write_n v. The 32 lanes of a warp
-are LK groups of keys by LV channels; each has J neighbouring keys of C channels, whose states stay in
-registers from the first step to the last. A tensor here has one number for each thread; what a thread has several of is
-a tuple of such tensors. So triton has one layout for all of them, and never converts one. Sums over keys or channels
-take two or three shuffles, behind the sums within a thread.
+are LK groups of keys by LV channels; each thread has J neighbouring keys of C channels, whose states stay in registers
+from the first step to the last. Tensors are [threads, C, J], with C or J 1 where they say nothing about channels or
+keys. Sums over J and C are within a thread, and two or three shuffles add over the groups of keys or the channels.
+
+That is the layout which triton gives these tensors, all of them, so that it never converts one: it goes by what is
+contiguous in memory, and indices made by `&` are not, as far as it can see.
 
 A program walks through one segment of the steps: BT steps at a time, unrolled and without masks, and what is left at
 the end of a sequence step by step. Between these tiles, tiles + rest for each row, states are kept for a backward.
@@ -37,19 +39,17 @@ def _store(x, value, ok, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _rows(x, values_left, STRIDE: tl.constexpr, LV: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
-          MASKED: tl.constexpr):  # fmt: skip
-    """BT steps of C channels, in float32, as a tuple: channel c of step i is number i C + c."""
+def _rows(x, ok, STRIDE: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr):
+    """A tuple of BT steps, in float32."""
     rows = ()
     for i in tl.static_range(BT):
-        for c in tl.static_range(C):
-            rows = rows + (_load(x + (i * STRIDE + c * LV), values_left > c * LV, MASKED),)
+        rows = rows + (_load(x + i * STRIDE, ok, MASKED),)
     return rows
 
 
 @triton.jit
 def _pair(pairs):
-    """q and write at one step and key, float32s that lie in memory as one number of 64 bits."""
+    """q and write at one step, float32s that lie in memory as one number of 64 bits."""
     both = tl.load(pairs)
     query = both.to(tl.int32).to(tl.float32, bitcast=True)
     written = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
@@ -66,138 +66,45 @@ def _decay(gate, low, width, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _sum_keys(x, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr):
-    """For every thread the sum over the groups of keys of its warp."""
-    total = tl.sum(tl.reshape(x, [W, LK, LV]), axis=1, keep_dims=True)
-    return tl.reshape(tl.broadcast_to(total, [W, LK, LV]), [W * LK * LV])
+def _over_keys(x, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr, C: tl.constexpr):
+    """[threads, C, J] as [threads, C, 1]: for every thread the sum over all keys."""
+    total = tl.sum(tl.reshape(tl.sum(x, axis=2), [W, LK, LV, C]), axis=1, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(total, [W, LK, LV, C]), [W * LK * LV, C, 1])
 
 
 @triton.jit
-def _sum_channels(x, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr):
-    """For every thread the sum over the channels of its group of keys."""
-    total = tl.sum(tl.reshape(x, [W, LK, LV]), axis=2, keep_dims=True)
-    return tl.reshape(tl.broadcast_to(total, [W, LK, LV]), [W * LK * LV])
+def _over_channels(x, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr, J: tl.constexpr):
+    """[threads, C, J] as [threads, 1, J]: for every thread the sum over all channels of its warp."""
+    total = tl.sum(tl.reshape(tl.sum(x, axis=1), [W, LK, LV, J]), axis=2, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(total, [W, LK, LV, J]), [W * LK * LV, 1, J])
 
 
 @triton.jit
-def _store_keys_sums(x, sums, lane_key, values_left, STRIDE: tl.constexpr, W: tl.constexpr, LK: tl.constexpr,
-                     LV: tl.constexpr,
-                     C: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Adds BT x C numbers over the groups of keys, of which each then stores its part of the steps.
-
-    `x` points to the group's own first step.
-    """
-    for c in tl.static_range(C):
-        for start in tl.static_range(0, BT, LK):
-            own = _sum_keys(sums[start * C + c], W, LK, LV)
-            for i in tl.static_range(1, LK):
-                if start + i < BT:
-                    own = tl.where(lane_key == i, _sum_keys(sums[(start + i) * C + c], W, LK, LV), own)
-            ok = (values_left > c * LV) & (lane_key < BT - start)
-            _store(x + (start * STRIDE + c * LV), own, ok, MASKED or BT - start < LK)
+def _threads(W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr):
+    """[threads, 1, 1]: a thread's channel among those of its group of keys, that group, and its warp."""
+    thread = tl.arange(0, W * LK * LV)[:, None, None]
+    return thread & (LV - 1), (thread // LV) & (LK - 1), thread // (LV * LK)
 
 
 @triton.jit
-def _store_channel_sums(x, sums, lane, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr, BT: tl.constexpr):
-    """Adds BT numbers over the channels of a warp, of which each lane then stores its part of the steps."""
-    for start in tl.static_range(0, BT, LV):
-        own = _sum_channels(sums[start], W, LK, LV)
-        for i in tl.static_range(1, LV):
-            if start + i < BT:
-                own = tl.where(lane == i, _sum_channels(sums[start + i], W, LK, LV), own)
-        _store(x + start, own, lane < BT - start, BT - start < LV)
+def _channels(lane, warp, W: tl.constexpr, LV: tl.constexpr, C: tl.constexpr):
+    channel = tl.arange(0, C)[None, :, None] & (C - 1)
+    return (tl.program_id(1) * W + warp) * (C * LV) + channel * LV + lane
 
 
 @triton.jit
-def _forward_tile(dt, v, pairs, o, states, products, scales, low, width, lane_key, values_left,
-                  STRIDE: tl.constexpr, J: tl.constexpr, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr,
-                  C: tl.constexpr,
-                  BT: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr, OUT: tl.constexpr):  # fmt: skip
-    """BT steps: returns the states and, without outputs (OUT), the products of their decays so far."""
-    steps = _rows(dt, values_left, STRIDE, LV, C, BT, MASKED)
-    values = _rows(v, values_left, STRIDE, LV, C, BT, MASKED)
-    outs = ()
-    for i in tl.static_range(BT):
-        queries, written = (), ()
-        for j in tl.static_range(J):
-            query, write = _pair(pairs + (i * LK * J + j))
-            queries, written = queries + (query,), written + (write,)
-        new_states, new_products = (), ()
-        for c in tl.static_range(C):
-            out = tl.zeros_like(states[0])
-            for j in tl.static_range(J):
-                gate = tl.exp2(steps[i * C + c] * scales[c * J + j])
-                decay = _decay(gate, low[c], width[c], UNIT)
-                state = decay * states[c * J + j] + written[j] * values[i * C + c]
-                new_states = new_states + (state,)
-                if OUT:
-                    out += queries[j] * state
-                else:
-                    new_products = new_products + (products[c * J + j] * decay,)
-            outs = outs + (out,)
-        states = new_states
-        if not OUT:
-            products = new_products
-    if OUT:
-        _store_keys_sums(o, outs, lane_key, values_left, STRIDE, W, LK, LV, C, BT, MASKED)
-    return states, products
+def _keys(lane_key, J: tl.constexpr):
+    return lane_key * J + (tl.arange(0, J)[None, None, :] & (J - 1))
 
 
 @triton.jit
-def _range(lower_end, lo, hi, zero, values_left, LV: tl.constexpr, C: tl.constexpr, LOWER: tl.constexpr):
-    """The lower ends of a thread's channels and the widths of their ranges."""
-    low, width = (), ()
-    for c in tl.static_range(C):
-        if LOWER:
-            end = tl.load(lower_end + c * LV, mask=values_left > c * LV, other=0.0)
-        else:
-            end = zero + lo
-        low, width = low + (end,), width + (hi - end,)
-    return low, width
-
-
-@triton.jit
-def _load_states(x, keys_left, values_left, V: tl.constexpr, LV: tl.constexpr, J: tl.constexpr, C: tl.constexpr):
-    """C x J numbers of a [K, V] matrix: key j of channel c is number c J + j."""
-    found = ()
-    for c in tl.static_range(C):
-        for j in tl.static_range(J):
-            ok = (keys_left > j) & (values_left > c * LV)
-            found = found + (tl.load(x + (j * V + c * LV), mask=ok, other=0.0),)
-    return found
-
-
-@triton.jit
-def _load_scales(A, keys_left, values_left, V: tl.constexpr, LV: tl.constexpr, J: tl.constexpr, C: tl.constexpr):
-    found, scales = _load_states(A, keys_left, values_left, V, LV, J, C), ()
-    for n in tl.static_range(C * J):
-        scales = scales + (found[n] * _LOG2_E,)
-    return scales
-
-
-@triton.jit
-def _store_states(
-    x, states, keys_left, values_left, V: tl.constexpr, LV: tl.constexpr, J: tl.constexpr, C: tl.constexpr
-):
-    for c in tl.static_range(C):
-        for j in tl.static_range(J):
-            ok = (keys_left > j) & (values_left > c * LV)
-            tl.store(x + (j * V + c * LV), states[c * J + j], mask=ok)
-
-
-@triton.jit
-def _filled(x, COUNT: tl.constexpr):
-    copies = ()
-    for _ in tl.static_range(COUNT):
-        copies = copies + (x,)
-    return copies
-
-
-@triton.jit
-def _lanes(W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr):
-    """Each thread's channel among those of its group of keys, that group, and its warp."""
-    thread = tl.arange(0, W * LK * LV)
-    return thread % LV, thread // LV % LK, thread // (LV * LK)
+def _range(lower_end, lo, hi, at, ok, LOWER: tl.constexpr):
+    """The lower ends of the channels and the widths of their ranges."""
+    if LOWER:
+        low = tl.load(lower_end + at, mask=ok, other=0.0)
+    else:
+        low = tl.zeros([1, 1, 1], tl.float32) + lo
+    return low, hi - low
 
 
 @triton.jit(do_not_specialize=["T", "count"])
@@ -211,6 +118,29 @@ def pack(q, write, pairs, T, count, H: tl.constexpr, K: tl.constexpr, PADDED: tl
     for part in tl.static_range(2):
         x = q if part == 0 else write
         tl.store(pairs + 2 * at + part, tl.load(x + source, mask=ok & (key < K), other=0.0).to(tl.float32), mask=ok)
+
+
+@triton.jit
+def _forward_tile(dt, v, pairs, o, state, product, scale, low, width, lane_key, ok,
+                  STRIDE: tl.constexpr, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr, J: tl.constexpr,
+                  C: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr,
+                  OUT: tl.constexpr):  # fmt: skip
+    """BT steps: returns the states and, without outputs (OUT), the products of their decays so far."""
+    steps, values = _rows(dt, ok, STRIDE, BT, MASKED), _rows(v, ok, STRIDE, BT, MASKED)
+    own = tl.zeros([W * LK * LV, C, 1], tl.float32)
+    for i in tl.static_range(BT):
+        query, written = _pair(pairs + i * LK * J)
+        decay = _decay(tl.exp2(steps[i] * scale), low, width, UNIT)
+        state = decay * state + written * values[i]
+        if OUT:
+            # Each group of keys stores the outputs of its part of the steps.
+            own = tl.where(lane_key == i % LK, _over_keys(query * state, W, LK, LV, C), own)
+            if i % LK == LK - 1 or i == BT - 1:
+                some = ok & (lane_key <= i % LK)
+                _store(o + (i - i % LK) * STRIDE, own, some, MASKED or i % LK < LK - 1)
+        else:
+            product *= decay
+    return state, product
 
 
 @triton.jit(do_not_specialize=["T", "segments", "length"])
@@ -228,59 +158,59 @@ def scan_forward(
     V], and the product of its decays; the last segment has no program.
     """
     STRIDE: tl.constexpr = H * V
+    PADDED: tl.constexpr = LK * J
     MASKED: tl.constexpr = V % (W * LV * C) != 0
+    MASKED_KEYS: tl.constexpr = MASKED or K != PADDED
     walked = segments if OUT else segments - 1
     head, segment = (tl.program_id(0) // walked).to(tl.int64), tl.program_id(0) % walked
     h = head % H
-    lane, lane_key, warp = _lanes(W, LK, LV)
-    value = (tl.program_id(1) * W + warp) * (C * LV) + lane
-    values_left, keys_left, matrix = V - value, K - lane_key * J, lane_key * (J * V) + value
-    zero = tl.zeros([W * LK * LV], tl.float32)
-    low, width = _range(lower_end + h * V + value if LOWER else lower_end, lo, hi, zero, values_left, LV, C, LOWER)
-    scales = _load_scales(A + h * K * V + matrix, keys_left, values_left, V, LV, J, C)
-    place = head * segments + segment
+    lane, lane_key, warp = _threads(W, LK, LV)
+    value, key = _channels(lane, warp, W, LV, C), _keys(lane_key, J)
+    ok, matrix = value < V, key * V + value
+    state_ok = ok & (key < K)
+    low, width = _range(lower_end, lo, hi, h * V + value, ok, LOWER)
+    scale = tl.load(A + h * K * V + matrix, mask=state_ok, other=0.0) * _LOG2_E
+    place = (head * segments + segment) * K * V
+    state, product = tl.zeros([W * LK * LV, C, J], tl.float32), tl.full([W * LK * LV, C, J], 1.0, tl.float32)
     if INITIAL:
-        states = _load_states(initial + place * K * V + matrix, keys_left, values_left, V, LV, J, C)
-    else:
-        states = _filled(zero, C * J)
-    decays = _filled(zero + 1, 1 if OUT else C * J)
+        state += tl.load(initial + place + matrix, mask=state_ok, other=0.0)
     tiles = T // BT
     rest = T - tiles * BT
     begin = segment * length
     end = tl.minimum(begin + length, tiles)
     first = head // H * T + begin * BT
-    at = (first * H + h) * V + value
-    dt, v, pairs = dt + at, v + at, pairs + (head * T + begin * BT) * (LK * J) + lane_key * J
+    dt, v, pairs = dt + (first * H + h) * V, v + (first * H + h) * V, pairs + (head * T + begin * BT) * PADDED
+    outs = value + lane_key * STRIDE
     if OUT:
-        o += at + lane_key * STRIDE
+        o += (first * H + h) * V
     if SAVE:
-        starts += (head * (tiles + rest) + begin) * (K * V) + matrix
+        starts += (head * (tiles + rest) + begin) * (K * V)
     for _ in range(begin, end):
         if SAVE:
-            _store_states(starts, states, keys_left, values_left, V, LV, J, C)
+            _store(starts + matrix, state, state_ok, MASKED_KEYS)
             starts += K * V
-        states, decays = _forward_tile(
-            dt, v, pairs, o, states, decays, scales, low, width, lane_key, values_left,
-            STRIDE, J, W, LK, LV, C, BT, MASKED, UNIT, OUT,
+        state, product = _forward_tile(
+            dt + value, v + value, pairs + key, o + outs if OUT else o, state, product, scale, low, width, lane_key, ok,
+            STRIDE, W, LK, LV, J, C, BT, MASKED, UNIT, OUT,
         )  # fmt: skip
-        dt, v, pairs = dt + BT * STRIDE, v + BT * STRIDE, pairs + BT * LK * J
+        dt, v, pairs = dt + BT * STRIDE, v + BT * STRIDE, pairs + BT * PADDED
         if OUT:
             o += BT * STRIDE
     if OUT:
         for _ in range(rest * (segment == segments - 1).to(tl.int32)):
             if SAVE:
-                _store_states(starts, states, keys_left, values_left, V, LV, J, C)
+                _store(starts + matrix, state, state_ok, MASKED_KEYS)
                 starts += K * V
-            states, decays = _forward_tile(
-                dt, v, pairs, o, states, decays, scales, low, width, lane_key, values_left,
-                STRIDE, J, W, LK, LV, C, 1, MASKED, UNIT, OUT,
+            state, product = _forward_tile(
+                dt + value, v + value, pairs + key, o + outs, state, product, scale, low, width, lane_key, ok,
+                STRIDE, W, LK, LV, J, C, 1, MASKED, UNIT, OUT,
             )  # fmt: skip
-            dt, v, pairs, o = dt + STRIDE, v + STRIDE, pairs + LK * J, o + STRIDE
+            dt, v, pairs, o = dt + STRIDE, v + STRIDE, pairs + PADDED, o + STRIDE
         if segment == segments - 1:
-            _store_states(final + head * K * V + matrix, states, keys_left, values_left, V, LV, J, C)
+            tl.store(final + head * K * V + matrix, state, mask=state_ok)
     else:
-        _store_states(final + place * K * V + matrix, states, keys_left, values_left, V, LV, J, C)
-        _store_states(products + place * K * V + matrix, decays, keys_left, values_left, V, LV, J, C)
+        tl.store(final + place + matrix, state, mask=state_ok)
+        tl.store(products + place + matrix, product, mask=state_ok)
 
 
 @triton.jit(do_not_specialize=["segments"])
@@ -308,26 +238,17 @@ def join(
 
 
 @triton.jit
-def _summary_tile(dt, d_o, pairs, d_states, products, scales, low, width, values_left,
-                  STRIDE: tl.constexpr, J: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr, C: tl.constexpr,
-                  BT: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+def _summary_tile(dt, d_o, pairs, d_state, product, scale, low, width, ok,
+                  STRIDE: tl.constexpr, PADDED: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr,
+                  UNIT: tl.constexpr):  # fmt: skip
     """BT steps backwards: the gradients of the states, as far as the outputs go, and the products of decays so far."""
-    steps = _rows(dt, values_left, STRIDE, LV, C, BT, MASKED)
-    d_outs = _rows(d_o, values_left, STRIDE, LV, C, BT, MASKED)
+    steps, d_outs = _rows(dt, ok, STRIDE, BT, MASKED), _rows(d_o, ok, STRIDE, BT, MASKED)
     for i in tl.static_range(BT - 1, -1, -1):
-        queries = ()
-        for j in tl.static_range(J):
-            query, _ = _pair(pairs + (i * LK * J + j))
-            queries = queries + (query,)
-        new_states, new_products = (), ()
-        for c in tl.static_range(C):
-            for j in tl.static_range(J):
-                gate = tl.exp2(steps[i * C + c] * scales[c * J + j])
-                decay = _decay(gate, low[c], width[c], UNIT)
-                new_states = new_states + ((d_states[c * J + j] + queries[j] * d_outs[i * C + c]) * decay,)
-                new_products = new_products + (products[c * J + j] * decay,)
-        d_states, products = new_states, new_products
-    return d_states, products
+        query, _ = _pair(pairs + i * PADDED)
+        decay = _decay(tl.exp2(steps[i] * scale), low, width, UNIT)
+        d_state = (d_state + query * d_outs[i]) * decay
+        product *= decay
+    return d_state, product
 
 
 @triton.jit(do_not_specialize=["T", "segments", "length"])
@@ -339,123 +260,92 @@ def summarize_backward(
 ):  # fmt: skip
     """For every segment but the first the gradient of its first state from its own outputs, and its decays' product."""
     STRIDE: tl.constexpr = H * V
+    PADDED: tl.constexpr = LK * J
     MASKED: tl.constexpr = V % (W * LV * C) != 0
     head = (tl.program_id(0) // (segments - 1)).to(tl.int64)
     segment = tl.program_id(0) % (segments - 1) + 1
     h = head % H
-    lane, lane_key, warp = _lanes(W, LK, LV)
-    value = (tl.program_id(1) * W + warp) * (C * LV) + lane
-    values_left, keys_left, matrix = V - value, K - lane_key * J, lane_key * (J * V) + value
-    zero = tl.zeros([W * LK * LV], tl.float32)
-    low, width = _range(lower_end + h * V + value if LOWER else lower_end, lo, hi, zero, values_left, LV, C, LOWER)
-    scales = _load_scales(A + h * K * V + matrix, keys_left, values_left, V, LV, J, C)
-    d_states, decays = _filled(zero, C * J), _filled(zero + 1, C * J)
+    lane, lane_key, warp = _threads(W, LK, LV)
+    value, key = _channels(lane, warp, W, LV, C), _keys(lane_key, J)
+    ok, matrix = value < V, key * V + value
+    state_ok = ok & (key < K)
+    low, width = _range(lower_end, lo, hi, h * V + value, ok, LOWER)
+    scale = tl.load(A + h * K * V + matrix, mask=state_ok, other=0.0) * _LOG2_E
+    d_state, product = tl.zeros([W * LK * LV, C, J], tl.float32), tl.full([W * LK * LV, C, J], 1.0, tl.float32)
     tiles = T // BT
     begin = segment * length
     end = tl.minimum(begin + length, tiles)
-    past = tl.where(segment == segments - 1, T, end * BT)
-    at = ((head // H * T + past) * H + h) * V + value
-    dt, d_o, pairs = dt + at, d_o + at, pairs + (head * T + past) * (LK * J) + lane_key * J
-    dt, d_o, pairs = dt - STRIDE, d_o - STRIDE, pairs - LK * J
-    for _ in range(past - end * BT):
-        d_states, decays = _summary_tile(
-            dt, d_o, pairs, d_states, decays, scales, low, width, values_left,
-            STRIDE, J, LK, LV, C, 1, MASKED, UNIT,
+    left = (T - tiles * BT) * (segment == segments - 1).to(tl.int32)
+    last = end * BT + left - 1
+    at = ((head // H * T + last) * H + h) * V
+    dt, d_o, pairs = dt + at, d_o + at, pairs + (head * T + last) * PADDED
+    for _ in range(left):
+        d_state, product = _summary_tile(
+            dt + value, d_o + value, pairs + key, d_state, product, scale, low, width, ok,
+            STRIDE, PADDED, 1, MASKED, UNIT,
         )  # fmt: skip
-        dt, d_o, pairs = dt - STRIDE, d_o - STRIDE, pairs - LK * J
-    MORE: tl.constexpr = (BT - 1) * STRIDE
-    dt, d_o, pairs = dt - MORE, d_o - MORE, pairs - (BT - 1) * LK * J
+        dt, d_o, pairs = dt - STRIDE, d_o - STRIDE, pairs - PADDED
+    dt, d_o, pairs = dt - (BT - 1) * STRIDE, d_o - (BT - 1) * STRIDE, pairs - (BT - 1) * PADDED
     for _ in range(begin, end):
-        d_states, decays = _summary_tile(
-            dt, d_o, pairs, d_states, decays, scales, low, width, values_left,
-            STRIDE, J, LK, LV, C, BT, MASKED, UNIT,
+        d_state, product = _summary_tile(
+            dt + value, d_o + value, pairs + key, d_state, product, scale, low, width, ok,
+            STRIDE, PADDED, BT, MASKED, UNIT,
         )  # fmt: skip
-        dt, d_o, pairs = dt - BT * STRIDE, d_o - BT * STRIDE, pairs - BT * LK * J
-    place = (head * segments + segment) * K * V + matrix
-    _store_states(d_starts + place, d_states, keys_left, values_left, V, LV, J, C)
-    _store_states(products + place, decays, keys_left, values_left, V, LV, J, C)
+        dt, d_o, pairs = dt - BT * STRIDE, d_o - BT * STRIDE, pairs - BT * PADDED
+    place = (head * segments + segment) * K * V
+    tl.store(d_starts + place + matrix, d_state, mask=state_ok)
+    tl.store(products + place + matrix, product, mask=state_ok)
 
 
 @triton.jit
-def _backward_tile(dt, v, d_o, pairs, starts, d_dt, d_v, part_q, part_write, d_states, d_scales, d_lows,
-                   scales, low, width, lane_key, lane, keys_left, values_left, plane,
-                   V: tl.constexpr, STRIDE: tl.constexpr, J: tl.constexpr, W: tl.constexpr, LK: tl.constexpr,
-                   LV: tl.constexpr,
-                   C: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr, UNIT: tl.constexpr,
-                   LOWER: tl.constexpr):  # fmt: skip
+def _backward_tile(dt, v, d_o, pairs, starts, d_dt, d_v, part_q, part_write, d_state, d_scale, d_low,
+                   scale, low, width, lane, lane_key, ok, state_ok,
+                   STRIDE: tl.constexpr, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr, J: tl.constexpr,
+                   C: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr, MASKED_KEYS: tl.constexpr,
+                   UNIT: tl.constexpr, LOWER: tl.constexpr):  # fmt: skip
     """BT steps backwards: returns the gradients of the states, and those of A and of the lower ends so far.
 
-    One key at a time, for its states at all steps of the tile are computed once more, and stay in registers.
+    The states of all steps of the tile are computed once more, and stay in registers.
     """
-    steps = _rows(dt, values_left, STRIDE, LV, C, BT, MASKED)
-    values = _rows(v, values_left, STRIDE, LV, C, BT, MASKED)
-    d_outs = _rows(d_o, values_left, STRIDE, LV, C, BT, MASKED)
-    zero = tl.zeros_like(steps[0])
-    d_steps, d_values = _filled(zero, BT * C), _filled(zero, BT * C)
-    # Key j of channel c is number j C + c of these, and c J + j of `d_states` and `d_scales`.
-    all_states, all_scales = (), ()
-    for j in tl.static_range(J):
-        queries, written = (), ()
-        for i in tl.static_range(BT):
-            query, write = _pair(pairs + (i * LK * J + j))
-            queries, written = queries + (query,), written + (write,)
-        d_queries, d_written = _filled(zero, BT), _filled(zero, BT)
-        new_steps, new_values, new_lows = (), (), ()
-        for c in tl.static_range(C):
-            scale = scales[c * J + j]
-            ok = (keys_left > j) & (values_left > c * LV)
-            state = tl.load(starts + (j * V + c * LV), mask=ok, other=0.0)
-            gates, before = (), ()
-            for i in tl.static_range(BT):
-                gates = gates + (tl.exp2(steps[i * C + c] * scale),)
-                before = before + (state,)
-                decay = _decay(gates[i], low[c], width[c], UNIT)
-                state = decay * state + written[i] * values[i * C + c]
-            d_state, d_scale, d_low = d_states[c * J + j], d_scales[c * J + j], d_lows[c if LOWER else 0]
-            c_queries, c_written, c_steps, c_values = (), (), (), ()
-            for i in tl.static_range(BT - 1, -1, -1):
-                d_out = d_outs[i * C + c]
-                d_state += queries[i] * d_out
-                c_queries = (d_queries[i] + d_out * state,) + c_queries
-                c_written = (d_written[i] + d_state * values[i * C + c],) + c_written
-                c_values = (d_values[i * C + c] + d_state * written[i],) + c_values
-                if UNIT:
-                    d_state *= gates[i]
-                    d_gated = d_state * before[i]
-                else:
-                    d_decay = d_state * before[i]
-                    if LOWER:
-                        d_low += d_decay * (1 - gates[i])
-                    d_gated = d_decay * gates[i]
-                    d_state *= _decay(gates[i], low[c], width[c], UNIT)
-                d_scale += d_gated * steps[i * C + c]
-                c_steps = (d_steps[i * C + c] + d_gated * scale,) + c_steps
-                state = before[i]
-            d_queries, d_written = c_queries, c_written
-            new_steps, new_values = new_steps + c_steps, new_values + c_values
-            all_states, all_scales = all_states + (d_state,), all_scales + (d_scale,)
-            if LOWER:
-                new_lows = new_lows + (d_low,)
-        # From channel by channel to step by step.
-        d_steps, d_values = (), ()
-        for i in tl.static_range(BT):
-            for c in tl.static_range(C):
-                d_steps, d_values = d_steps + (new_steps[c * BT + i],), d_values + (new_values[c * BT + i],)
-        if LOWER:
-            d_lows = new_lows
-        _store_channel_sums(part_q + j * plane, d_queries, lane, W, LK, LV, BT)
-        _store_channel_sums(part_write + j * plane, d_written, lane, W, LK, LV, BT)
-    scaled = ()
+    steps, values = _rows(dt, ok, STRIDE, BT, MASKED), _rows(v, ok, STRIDE, BT, MASKED)
+    d_outs = _rows(d_o, ok, STRIDE, BT, MASKED)
+    state = _load(starts, state_ok, MASKED_KEYS)
+    gates, before = (), ()
     for i in tl.static_range(BT):
-        for c in tl.static_range(C):
-            scaled = scaled + (d_steps[i * C + c] * (width[c] * _LN_2),)
-    _store_keys_sums(d_dt, scaled, lane_key, values_left, STRIDE, W, LK, LV, C, BT, MASKED)
-    _store_keys_sums(d_v, d_values, lane_key, values_left, STRIDE, W, LK, LV, C, BT, MASKED)
-    new_states, new_scales = (), ()
-    for c in tl.static_range(C):
-        for j in tl.static_range(J):
-            new_states, new_scales = new_states + (all_states[j * C + c],), new_scales + (all_scales[j * C + c],)
-    return new_states, new_scales, d_lows
+        _, written = _pair(pairs + i * LK * J)
+        gates, before = gates + (tl.exp2(steps[i] * scale),), before + (state,)
+        state = _decay(gates[i], low, width, UNIT) * state + written * values[i]
+    own_steps, own_values = tl.zeros([W * LK * LV, C, 1], tl.float32), tl.zeros([W * LK * LV, C, 1], tl.float32)
+    own_query, own_written = tl.zeros([W * LK * LV, 1, J], tl.float32), tl.zeros([W * LK * LV, 1, J], tl.float32)
+    for i in tl.static_range(BT - 1, -1, -1):
+        query, written = _pair(pairs + i * LK * J)
+        d_state += query * d_outs[i]
+        # Each channel stores the sums over channels of its part of the steps, each group of keys those over keys.
+        of_lane, of_group = lane == i % LV, lane_key == i % LK
+        own_query = tl.where(of_lane, _over_channels(d_outs[i] * state, W, LK, LV, J), own_query)
+        own_written = tl.where(of_lane, _over_channels(values[i] * d_state, W, LK, LV, J), own_written)
+        own_values = tl.where(of_group, _over_keys(written * d_state, W, LK, LV, C), own_values)
+        if UNIT:
+            d_state *= gates[i]
+            d_gated = d_state * before[i]
+        else:
+            d_decay = d_state * before[i]
+            if LOWER:
+                d_low += d_decay * (1 - gates[i])
+            d_gated = d_decay * gates[i]
+            d_state *= _decay(gates[i], low, width, UNIT)
+        d_scale += d_gated * steps[i]
+        own_steps = tl.where(of_group, _over_keys(d_gated * scale, W, LK, LV, C), own_steps)
+        state = before[i]
+        if i % LV == 0:
+            some = lane < BT - i
+            _store(part_q + i, own_query, some, BT - i < LV)
+            _store(part_write + i, own_written, some, BT - i < LV)
+        if i % LK == 0:
+            some = ok & (lane_key < BT - i)
+            _store(d_dt + i * STRIDE, own_steps * (width * _LN_2), some, MASKED or BT - i < LK)
+            _store(d_v + i * STRIDE, own_values, some, MASKED or BT - i < LK)
+    return d_state, d_scale, d_low
 
 
 @triton.jit(do_not_specialize=["T", "rows", "segments", "length"])
@@ -471,68 +361,62 @@ def scan_backward(
     and segment, V]. `d_final` [row and segment, K, V] has the gradients of the states after all segments.
     """
     STRIDE: tl.constexpr = H * V
+    PADDED: tl.constexpr = LK * J
     MASKED: tl.constexpr = V % (W * LV * C) != 0
+    MASKED_KEYS: tl.constexpr = MASKED or K != PADDED
     head, segment = (tl.program_id(0) // segments).to(tl.int64), tl.program_id(0) % segments
     h = head % H
-    lane, lane_key, warp = _lanes(W, LK, LV)
-    value = (tl.program_id(1) * W + warp) * (C * LV) + lane
-    values_left, keys_left, matrix = V - value, K - lane_key * J, lane_key * (J * V) + value
-    zero = tl.zeros([W * LK * LV], tl.float32)
-    low, width = _range(lower_end + h * V + value if LOWER else lower_end, lo, hi, zero, values_left, LV, C, LOWER)
-    scales = _load_scales(A + h * K * V + matrix, keys_left, values_left, V, LV, J, C)
-    place = head * segments + segment
+    lane, lane_key, warp = _threads(W, LK, LV)
+    value, key = _channels(lane, warp, W, LV, C), _keys(lane_key, J)
+    ok, matrix = value < V, key * V + value
+    state_ok = ok & (key < K)
+    low, width = _range(lower_end, lo, hi, h * V + value, ok, LOWER)
+    scale = tl.load(A + h * K * V + matrix, mask=state_ok, other=0.0) * _LOG2_E
+    place = (head * segments + segment) * K * V
+    d_state, d_scale = tl.zeros([W * LK * LV, C, J], tl.float32), tl.zeros([W * LK * LV, C, J], tl.float32)
+    d_low = tl.zeros([W * LK * LV, C, J], tl.float32)
     if FINAL:
-        d_states = _load_states(d_final + place * K * V + matrix, keys_left, values_left, V, LV, J, C)
-    else:
-        d_states = _filled(zero, C * J)
-    d_scales, d_lows = _filled(zero, C * J), _filled(zero, C if LOWER else 1)
+        d_state += tl.load(d_final + place + matrix, mask=state_ok, other=0.0)
     tiles = T // BT
     rest = T - tiles * BT
     begin = segment * length
     end = tl.minimum(begin + length, tiles)
-    past = tl.where(segment == segments - 1, T, end * BT)
-    left = past - end * BT
-    at = ((head // H * T + past) * H + h) * V + value
-    own = at + lane_key * STRIDE
-    dt, v, d_o, d_dt, d_v = dt + at, v + at, d_o + at, d_dt + own, d_v + own
-    pairs += (head * T + past) * (LK * J) + lane_key * J
-    starts += (head * (tiles + rest) + end + left) * (K * V) + matrix
-    block = (tl.program_id(1) * W + warp).to(tl.int64)
-    part_q = parts + ((block * rows + head) * (LK * J) + lane_key * J) * T + past + lane
-    part_write = part_q + tl.num_programs(1).to(tl.int64) * W * rows * (LK * J) * T
-    # Pointers are moved behind a tile, so that all numbers of one are at constant offsets from them.
-    dt, v, d_o, d_dt, d_v = dt - STRIDE, v - STRIDE, d_o - STRIDE, d_dt - STRIDE, d_v - STRIDE
-    pairs, starts, part_q, part_write = pairs - LK * J, starts - K * V, part_q - 1, part_write - 1
+    left = rest * (segment == segments - 1).to(tl.int32)
+    # Pointers are those of the step or tile that comes next, so that all its numbers are at constant offsets.
+    last = end * BT + left - 1
+    at = ((head // H * T + last) * H + h) * V
+    dt, v, d_o, d_dt, d_v, pairs = dt + at, v + at, d_o + at, d_dt + at, d_v + at, pairs + (head * T + last) * PADDED
+    starts += (head * (tiles + rest) + end + left - 1) * (K * V)
+    size = rows.to(tl.int64) * PADDED * T
+    part_q = parts + tl.program_id(1) * W * size + head * PADDED * T + last
+    part_write = part_q + tl.num_programs(1) * W * size
+    grads, part = value + lane_key * STRIDE, warp * size + key.to(tl.int64) * T + lane
     for _ in range(left):
-        d_states, d_scales, d_lows = _backward_tile(
-            dt, v, d_o, pairs, starts, d_dt, d_v, part_q, part_write, d_states, d_scales, d_lows, scales, low, width,
-            lane_key, lane, keys_left, values_left, T, V, STRIDE, J, W, LK, LV, C, 1, MASKED, UNIT, LOWER,
+        d_state, d_scale, d_low = _backward_tile(
+            dt + value, v + value, d_o + value, pairs + key, starts + matrix, d_dt + grads, d_v + grads, part_q + part,
+            part_write + part, d_state, d_scale, d_low, scale, low, width, lane, lane_key, ok, state_ok,
+            STRIDE, W, LK, LV, J, C, 1, MASKED, MASKED_KEYS, UNIT, LOWER,
         )  # fmt: skip
         dt, v, d_o, d_dt, d_v = dt - STRIDE, v - STRIDE, d_o - STRIDE, d_dt - STRIDE, d_v - STRIDE
-        pairs, starts, part_q, part_write = pairs - LK * J, starts - K * V, part_q - 1, part_write - 1
+        pairs, starts, part_q, part_write = pairs - PADDED, starts - K * V, part_q - 1, part_write - 1
     MORE: tl.constexpr = (BT - 1) * STRIDE
     dt, v, d_o, d_dt, d_v = dt - MORE, v - MORE, d_o - MORE, d_dt - MORE, d_v - MORE
-    pairs, part_q, part_write = pairs - (BT - 1) * LK * J, part_q - (BT - 1), part_write - (BT - 1)
+    pairs, part_q, part_write = pairs - (BT - 1) * PADDED, part_q - (BT - 1), part_write - (BT - 1)
     for _ in range(begin, end):
-        d_states, d_scales, d_lows = _backward_tile(
-            dt, v, d_o, pairs, starts, d_dt, d_v, part_q, part_write, d_states, d_scales, d_lows, scales, low, width,
-            lane_key, lane, keys_left, values_left, T, V, STRIDE, J, W, LK, LV, C, BT, MASKED, UNIT, LOWER,
+        d_state, d_scale, d_low = _backward_tile(
+            dt + value, v + value, d_o + value, pairs + key, starts + matrix, d_dt + grads, d_v + grads, part_q + part,
+            part_write + part, d_state, d_scale, d_low, scale, low, width, lane, lane_key, ok, state_ok,
+            STRIDE, W, LK, LV, J, C, BT, MASKED, MASKED_KEYS, UNIT, LOWER,
         )  # fmt: skip
         dt, v, d_o = dt - BT * STRIDE, v - BT * STRIDE, d_o - BT * STRIDE
         d_dt, d_v = d_dt - BT * STRIDE, d_v - BT * STRIDE
-        pairs, starts, part_q, part_write = pairs - BT * LK * J, starts - K * V, part_q - BT, part_write - BT
-    scaled = ()
-    for c in tl.static_range(C):
-        for j in tl.static_range(J):
-            scaled = scaled + (d_scales[c * J + j] * width[c],)
-    _store_states(d_A + place * K * V + matrix, scaled, keys_left, values_left, V, LV, J, C)
+        pairs, starts, part_q, part_write = pairs - BT * PADDED, starts - K * V, part_q - BT, part_write - BT
+    tl.store(d_A + place + matrix, d_scale * width, mask=state_ok)
     if LOWER:
-        for c in tl.static_range(C):
-            d_low = _sum_keys(d_lows[c], W, LK, LV)
-            ok = (values_left > c * LV) & (lane_key == 0)
-            tl.store(d_lower_end + place * V + value + c * LV, d_low, mask=ok)
+        d_low = _over_keys(d_low, W, LK, LV, C)
+        tl.store(d_lower_end + (head * segments + segment) * V + value, d_low, mask=ok & (lane_key == 0))
     if segment == 0:
-        _store_states(d_initial + head * K * V + matrix, d_states, keys_left, values_left, V, LV, J, C)
+        tl.store(d_initial + head * K * V + matrix, d_state, mask=state_ok)
 
 
 @triton.jit(do_not_specialize=["T", "rows", "blocks"])
