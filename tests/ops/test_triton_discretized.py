@@ -62,6 +62,17 @@ def test_every_shape_agrees_with_the_reference(b, h, k, v, tiles):
 
 
 @interpreted
+@pytest.mark.parametrize(("keys", "block", "warps"), [(2, 32, 1), (1, 32, 2), (4, 64, 2)])
+@pytest.mark.parametrize("v", [37, 64])
+def test_every_share_of_a_thread_agrees_with_the_reference(keys, block, warps, v, monkeypatch):
+    walk(monkeypatch, 0)
+    monkeypatch.setattr(triton_discretized, "_KEYS", keys)
+    for name in ("_FORWARD", "_BACKWARD"):
+        monkeypatch.setattr(triton_discretized, name, triton_common.Launch(block, warps, 1))
+    check_against_reference(make_case(1, 6, 1, 4, v, extreme=True, **FLOAT32), "triton")
+
+
+@interpreted
 def test_a_lower_end_for_each_channel_agrees_with_the_reference(tiles):
     check_against_reference(with_lower_end(make_case(2, 11, 2, 2, 3, extreme=True, **FLOAT32)), "triton")
 
@@ -100,17 +111,20 @@ def test_compiled_in_one_graph_for_every_length():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("programs", [0, 10**6], ids=["serial", "parallel"])
+@pytest.mark.parametrize("warps", [0, 10**6], ids=["whole", "segments"])
 @pytest.mark.parametrize(("b", "h", "k", "v"), [(2, 1, 16, 256), (1, 3, 5, 40), (1, 1, 64, 64)])
-def test_values_and_gradients_on_a_gpu(b, h, k, v, programs, dtype, monkeypatch):
-    monkeypatch.setattr(triton_discretized, "_PROGRAMS", programs)
+def test_values_and_gradients_on_a_gpu(b, h, k, v, warps, dtype, monkeypatch):
+    walk(monkeypatch, warps)
     check_on_gpu(make_case(b, 150, h, k, v, range_=SIGNED, dtype=dtype, extreme=True))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("programs", [0, 10**6], ids=["serial", "parallel"])
-def test_a_lower_end_on_a_gpu(programs, monkeypatch):
-    monkeypatch.setattr(triton_discretized, "_PROGRAMS", programs)
+@pytest.mark.parametrize("warps", [0, 10**6], ids=["whole", "segments"])
+@pytest.mark.parametrize("launch", [triton_common.Launch(16, 1, 1), triton_common.Launch(64, 4, 1)], ids=str)
+def test_a_lower_end_on_a_gpu(launch, warps, monkeypatch):
+    walk(monkeypatch, warps)
+    for name in ("_FORWARD", "_BACKWARD"):
+        monkeypatch.setattr(triton_discretized, name, launch)
     check_on_gpu(with_lower_end(make_case(2, 150, 2, 16, 40, **FLOAT32)))
 
 

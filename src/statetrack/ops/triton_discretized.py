@@ -43,7 +43,7 @@ _ADDED = 32
 # The block is that of the channels. Not yet measured on a card: from the registers and the instructions that the
 # compiler reports (`python -m benchmarks.kernel_resources`).
 _FORWARD = Launch(16, 1, 1)
-_BACKWARD = Launch(16, 1, 1)
+_BACKWARD = Launch(64, 4, 1)
 
 
 def supports(transition: Transition) -> str | None:
@@ -254,7 +254,7 @@ def _backward(
     dt, v, d_o = (x.contiguous() for x in (dt, v, d_o))
     scales, low = as_float32(A), None if lower_end is None else as_float32(lower_end)
     border = None if d_state is None else as_float32(d_state)
-    parts = shape.new(2, shape.blocks * shape.warps, shape.rows, shape.padded_keys, shape.length)
+    parts = shape.new(2, shape.blocks, shape.rows, shape.padded_keys, shape.length)
     part_A = shape.empty_borders()
     part_low = shape.new(shape.rows, shape.segments, shape.value_dim) if low is not None else None
     options = shape.options | _kinds(lower_end, lo, hi)
@@ -270,7 +270,7 @@ def _backward(
             shape.length, shape.rows, shape.segments, shape.segment, lo, hi, FINAL=border is not None, **options,
         )  # fmt: skip
         launch.add_parts[(shape.rows, -(-shape.length // _ADDED), 2)](
-            parts, d_q, d_write, shape.length, shape.rows, shape.blocks * shape.warps,
+            parts, d_q, d_write, shape.length, shape.rows, shape.blocks,
             H=shape.heads, K=shape.key_dim, PADDED=shape.padded_keys, BK=power_of_two(shape.key_dim, least=1),
             BT=_ADDED, num_warps=4,
         )  # fmt: skip

@@ -80,6 +80,16 @@ def _over_channels(x, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr, J: tl
 
 
 @triton.jit
+def _over_warps(x, W: tl.constexpr, J: tl.constexpr):
+    """[threads, 1, J]: for every thread the sum over its likes in all warps."""
+    total = x
+    if W > 1:
+        total = tl.sum(tl.reshape(x, [W, 32, J]), axis=0, keep_dims=True)
+        total = tl.reshape(tl.broadcast_to(total, [W, 32, J]), [W * 32, 1, J])
+    return total
+
+
+@triton.jit
 def _threads(W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr):
     """[threads, 1, 1]: a thread's channel among those of its group of keys, that group, and its warp."""
     thread = tl.arange(0, W * LK * LV)[:, None, None]
@@ -299,7 +309,7 @@ def summarize_backward(
 
 @triton.jit
 def _backward_tile(dt, v, d_o, pairs, starts, d_dt, d_v, part_q, part_write, d_state, d_scale, d_low,
-                   scale, low, width, lane, lane_key, ok, state_ok,
+                   scale, low, width, lane, lane_key, warp, ok, state_ok,
                    STRIDE: tl.constexpr, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr, J: tl.constexpr,
                    C: tl.constexpr, BT: tl.constexpr, MASKED: tl.constexpr, MASKED_KEYS: tl.constexpr,
                    UNIT: tl.constexpr, LOWER: tl.constexpr):  # fmt: skip
@@ -338,9 +348,9 @@ def _backward_tile(dt, v, d_o, pairs, starts, d_dt, d_v, part_q, part_write, d_s
         own_steps = tl.where(of_group, _over_keys(d_gated * scale, W, LK, LV, C), own_steps)
         state = before[i]
         if i % LV == 0:
-            some = lane < BT - i
-            _store(part_q + i, own_query, some, BT - i < LV)
-            _store(part_write + i, own_written, some, BT - i < LV)
+            some = (lane < BT - i) & (warp == 0)
+            _store(part_q + i, _over_warps(own_query, W, J), some, BT - i < LV or W > 1)
+            _store(part_write + i, _over_warps(own_written, W, J), some, BT - i < LV or W > 1)
         if i % LK == 0:
             some = ok & (lane_key < BT - i)
             _store(d_dt + i * STRIDE, own_steps * (width * _LN_2), some, MASKED or BT - i < LK)
@@ -357,7 +367,7 @@ def scan_backward(
     FINAL: tl.constexpr,
 ):  # fmt: skip
     """All gradients. Those that sum over channels or time are partial sums, to be added up in a fixed order:
-    of q and write in `parts` [2, channel block and warp, row, key, T], d_A [row and segment, K, V] and d_lower_end [row
+    of q and write in `parts` [2, channel block, row, key, T], d_A [row and segment, K, V] and d_lower_end [row
     and segment, V]. `d_final` [row and segment, K, V] has the gradients of the states after all segments.
     """
     STRIDE: tl.constexpr = H * V
@@ -388,13 +398,13 @@ def scan_backward(
     dt, v, d_o, d_dt, d_v, pairs = dt + at, v + at, d_o + at, d_dt + at, d_v + at, pairs + (head * T + last) * PADDED
     starts += (head * (tiles + rest) + end + left - 1) * (K * V)
     size = rows.to(tl.int64) * PADDED * T
-    part_q = parts + tl.program_id(1) * W * size + head * PADDED * T + last
-    part_write = part_q + tl.num_programs(1) * W * size
-    grads, part = value + lane_key * STRIDE, warp * size + key.to(tl.int64) * T + lane
+    part_q = parts + tl.program_id(1) * size + head * PADDED * T + last
+    part_write = part_q + tl.num_programs(1) * size
+    grads, part = value + lane_key * STRIDE, key.to(tl.int64) * T + lane
     for _ in range(left):
         d_state, d_scale, d_low = _backward_tile(
             dt + value, v + value, d_o + value, pairs + key, starts + matrix, d_dt + grads, d_v + grads, part_q + part,
-            part_write + part, d_state, d_scale, d_low, scale, low, width, lane, lane_key, ok, state_ok,
+            part_write + part, d_state, d_scale, d_low, scale, low, width, lane, lane_key, warp, ok, state_ok,
             STRIDE, W, LK, LV, J, C, 1, MASKED, MASKED_KEYS, UNIT, LOWER,
         )  # fmt: skip
         dt, v, d_o, d_dt, d_v = dt - STRIDE, v - STRIDE, d_o - STRIDE, d_dt - STRIDE, d_v - STRIDE
@@ -405,7 +415,7 @@ def scan_backward(
     for _ in range(begin, end):
         d_state, d_scale, d_low = _backward_tile(
             dt + value, v + value, d_o + value, pairs + key, starts + matrix, d_dt + grads, d_v + grads, part_q + part,
-            part_write + part, d_state, d_scale, d_low, scale, low, width, lane, lane_key, ok, state_ok,
+            part_write + part, d_state, d_scale, d_low, scale, low, width, lane, lane_key, warp, ok, state_ok,
             STRIDE, W, LK, LV, J, C, BT, MASKED, MASKED_KEYS, UNIT, LOWER,
         )  # fmt: skip
         dt, v, d_o = dt - BT * STRIDE, v - BT * STRIDE, d_o - BT * STRIDE
