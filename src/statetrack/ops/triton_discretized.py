@@ -274,9 +274,9 @@ def _backward(
             H=shape.heads, K=shape.key_dim, PADDED=shape.padded_keys, BK=power_of_two(shape.key_dim, least=1),
             BT=_ADDED, num_warps=4,
         )  # fmt: skip
-    torch.sum(part_A.view(shape.batch, shape.heads, *part_A.shape[1:]), (0, 2), out=d_A)
+    d_A.copy_(part_A.view(shape.batch, shape.heads, *part_A.shape[1:]).sum((0, 2)))
     if part_low is not None:
-        torch.sum(part_low.view(shape.batch, shape.heads, *part_low.shape[1:]), (0, 2), out=d_lower_end)
+        d_lower_end.copy_(part_low.view(shape.batch, shape.heads, *part_low.shape[1:]).sum((0, 2)))
     return results
 
 
