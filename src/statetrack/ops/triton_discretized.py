@@ -14,7 +14,7 @@ from torch import Tensor
 from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
-    INTERPRETED_ONLY,
+    CHECKED_ON_A_CARD,
     Launch,
     as_float32,
     check_inputs,
@@ -65,7 +65,7 @@ def _run_dense(
     return o, final_state
 
 
-BACKEND = Backend(name="triton", supports=supports, run=by_rows(_run_dense, check_inputs), priority=INTERPRETED_ONLY)
+BACKEND = Backend(name="triton", supports=supports, run=by_rows(_run_dense, check_inputs), priority=CHECKED_ON_A_CARD)
 
 
 class _TritonDiscretized(torch.autograd.Function):

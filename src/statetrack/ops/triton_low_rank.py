@@ -20,7 +20,7 @@ from torch import Tensor
 from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
-    INTERPRETED_ONLY,
+    CHECKED_ON_A_CARD,
     Launch,
     as_float32,
     check_inputs,
@@ -73,7 +73,7 @@ BACKEND = Backend(
     supports=supports,
     run=by_rows(partial(_run_dense, high=False), check_inputs),
     run_high=by_rows(partial(_run_dense, high=True), check_inputs),
-    priority=INTERPRETED_ONLY,
+    priority=CHECKED_ON_A_CARD,
 )
 
 
