@@ -147,7 +147,11 @@ class _Shape:
         """Options of a kernel that does all chunks at once, in tiles of keys."""
         launch = self._launch(kernel)
         blocks = self.tokens // BLOCK
-        levels = {"KINDS": 1, "BLOCKS": blocks, "LEVELS": blocks.bit_length() - 1} if self.by_channel else {}
+        levels: dict[str, int] = {}
+        if kernel == "prepare_channels":
+            levels = {"KINDS": 1, "BLOCKS": blocks, "LEVELS": blocks.bit_length() - 1}
+        elif kernel == "gradients_channels":
+            levels = {"KINDS": 1, "LEVELS": self.tokens.bit_length() - 1}
         return {
             "K": self.key_dim, "BC": self.tokens, "BD": min(launch.block, self.block_k), "PRECISION": self.precision,
             **levels, **launch.options,
@@ -275,7 +279,7 @@ def _backward(
         if shape.by_channel:
             launch.gradients_channels[(shape.rows * shape.chunks,)](
                 q, q, k, k, decay, starts, d_o, d_o, v, v, d_ends, d_q, d_q, d_k, d_k, d_decay, *shape.sizes,
-                **values, **({k: v for k, v in shape.whole("gradients_channels").items() if k != "BLOCKS"} | {"LEVELS": shape.tokens.bit_length() - 1}),
+                **values, **shape.whole("gradients_channels"),
             )  # fmt: skip
         else:
             launch.gradients_heads[(shape.rows * shape.chunks,)](
