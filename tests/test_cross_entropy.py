@@ -169,7 +169,6 @@ def test_the_kernel_needs_a_chunk_of_logits_and_nothing_beside_it(monkeypatch):
 
 
 @pytest.mark.usefixtures("chunked")
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it
 def test_it_compiles_in_one_graph():
     x, weight, bias, labels = case(dtype=torch.float32)
 

@@ -197,7 +197,6 @@ def test_memory_grows_with_the_chunks_and_not_with_the_states(decay):
 
 
 # torch's own tracing of autograd functions warns.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("decay", KINDS)
 def test_compiled_in_one_graph(decay):
     case = make_case(1, 40, decay=decay, dtype=torch.float32)

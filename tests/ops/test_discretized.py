@@ -269,7 +269,6 @@ def test_gpu_agrees_with_cpu():
 
 
 # torch's own tracing of autograd functions warns.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile_without_graph_breaks(dynamic):
     case = make_case(dtype=torch.float32)

@@ -303,7 +303,6 @@ def test_memory_grows_with_the_chunks_and_not_with_the_states():
 
 
 # torch's own tracing of autograd functions warns.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_in_one_graph():
     case = make_case(1, 40, 2, decay="head", dtype=torch.float32)
 

@@ -127,7 +127,6 @@ def test_operators_are_what_they_say(decay):
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it
 @pytest.mark.parametrize("decay", KINDS)
 def test_compiled_in_one_graph_for_every_length(decay):
     check_compiled(make_case(1, 20, 2, decay=decay, **FLOAT32), make_case(1, 33, 2, decay=decay, **FLOAT32))

@@ -104,7 +104,6 @@ def test_operators_are_what_they_say():
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it
 def test_compiled_in_one_graph_for_every_length():
     check_compiled(make_case(1, 9, 1, 2, 3, **FLOAT32), make_case(1, 13, 1, 2, 3, **FLOAT32))
 

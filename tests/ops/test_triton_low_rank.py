@@ -107,7 +107,6 @@ def test_operators_are_what_they_say():
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile does it
 def test_compiled_in_one_graph_for_every_length():
     check_compiled(make_case(1, 20, 2, **FLOAT32), make_case(1, 33, 2, **FLOAT32))
 

@@ -152,9 +152,11 @@ class _Shape:
             levels = {"KINDS": 1, "BLOCKS": blocks, "LEVELS": blocks.bit_length() - 1}
         elif kernel == "gradients_channels":
             levels = {"KINDS": 1, "LEVELS": self.tokens.bit_length() - 1}
+        block = min(launch.block, self.block_k)
+        # Products of the narrowest tiles by 8 warps read shared memory that is not theirs (Triton 3.6 on an H100).
+        options = launch.options | {"num_warps": min(launch.num_warps, 4)} if block < 32 else launch.options
         return {
-            "K": self.key_dim, "BC": self.tokens, "BD": min(launch.block, self.block_k), "PRECISION": self.precision,
-            **levels, **launch.options,
+            "K": self.key_dim, "BC": self.tokens, "BD": block, "PRECISION": self.precision, **levels, **options,
         }  # fmt: skip
 
     def scan(self, kernel: str) -> tuple[int, int, int, dict[str, Any]]:

@@ -43,8 +43,8 @@ _ADDED = 32
 # The block is that of the channels with so many keys; with others a thread has as many states. Not yet measured on a
 # card: from the registers and the instructions that the compiler reports (`python -m benchmarks.kernel_resources`).
 _BLOCK_KEYS = 16
-_FORWARD = Launch(16, 1, 1)
-_BACKWARD = Launch(64, 4, 1)
+_FORWARD = Launch(32, 1, 1)
+_BACKWARD = Launch(16, 1, 1)
 
 
 def supports(transition: Transition) -> str | None:

@@ -12,10 +12,6 @@ from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays, l
 from statetrack.ops.kernels.products import dot_masks, halves
 from statetrack.ops.kernels.tiles import TINY, load_tile, overlap, store_tile
 
-# The least size of a decay in the gradients where results are rounded to bfloat16 anyway: what an accumulator has
-# gained is then its difference.
-SMALL = tl.constexpr(2.0**-12)
-
 
 @triton.jit
 def _load_keys(
@@ -141,7 +137,6 @@ def gradients(
     Those of q and k in tiles of BD key channels, one after the other: one of 256 would not fit the registers.
     """
     OPERAND: tl.constexpr = k.dtype.element_ty
-    ROUNDED: tl.constexpr = SPLIT and not HIGH
     pid = tl.program_id(0)
     chunk = pid % chunks
     head = (pid // chunks).to(tl.int64)
@@ -198,7 +193,7 @@ def gradients(
         queries = load_rows(q + query_rows, tokens_ok, H * K, BC, K, BK)
     if DECAY:
         a, d_pairs, d_token, d_into, d_into_token, d_out_of = decays(
-            decay + first * H + h, tokens_left, H, N, BM, BC, SMALL if ROUNDED else TINY
+            decay + first * H + h, tokens_left, H, N, BM, BC, TINY
         )
         between_keys *= d_pairs
         to_queries *= d_token
@@ -266,19 +261,15 @@ def gradients(
         d_keys = -d_keys
         if DECAY:
             d_keys *= d_into[:, None]
-            of_reading = tl.sum(d_keys * keys.to(tl.float32), axis=1)
-            reads += of_reading
-            if not ROUNDED:
-                d_reading = d_keys
-                d_keys = tl.zeros([BM, BD], tl.float32)
+            reads += tl.sum(d_keys * keys.to(tl.float32), axis=1)
+            d_reading = d_keys
+            d_keys = tl.zeros([BM, BD], tl.float32)
         for start in range(0, V, BV):
             value = start + tl.arange(0, BV)
             ok = rows_ok[:, None] & (value < V)[None, :]
             u = tl.load(u_high + values_at + value[None, :], mask=ok, other=0.0)
             states_ok = (value < V)[:, None] & (key < K)[None, :]
             d_end = tl.load(d_ends + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-            if DECAY and ROUNDED:
-                u = (u.to(tl.float32) * d_out_of[:, None]).to(OPERAND)
             d_keys = tl.dot(u, d_end, d_keys, input_precision=PRECISION)
             if HIGH:
                 low = tl.load(u_low + values_at + value[None, :], mask=ok, other=0.0)
@@ -286,12 +277,9 @@ def gradients(
                 end_low = tl.load(d_ends_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
                 d_keys = tl.dot(u, end_low, d_keys, input_precision=PRECISION)
         if DECAY:
-            if ROUNDED:
-                writes += tl.sum(d_keys * keys.to(tl.float32), axis=1) - of_reading
-            else:
-                d_keys *= d_out_of[:, None]
-                writes += tl.sum(d_keys * keys.to(tl.float32), axis=1)
-                d_keys += d_reading
+            d_keys *= d_out_of[:, None]
+            writes += tl.sum(d_keys * keys.to(tl.float32), axis=1)
+            d_keys += d_reading
         both = between_keys + tl.trans(between_keys)
         if NORMALIZE:
             both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)
