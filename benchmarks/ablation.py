@@ -222,7 +222,9 @@ def run(
     provenance = environment(["statetrack"])
     wanted = {name: to_data(recipe) for name, recipe in recipes(plan).items()}
     results = json.loads(path.read_text()) if path.exists() else {"recipes": wanted, "results": []}
-    if any(results["recipes"].get(name, recipe) != recipe for name, recipe in wanted.items()):
+    # Options that are younger than the file have their defaults there.
+    there = {name: from_data(RunConfig, recipe) for name, recipe in results["recipes"].items() if name in wanted}
+    if any(recipe != recipes(plan)[name] for name, recipe in there.items()):
         raise ValueError(f"{path} has the ablation of another recipe; move it away to ablate the one of today")
     rows = {_key(row["model"], row["changes"]): row for row in results["results"]}
     for one in variants(plan):
