@@ -129,14 +129,16 @@ def test_a_grid_runs_stops_at_its_budget_and_goes_on(tmp_path):
         assert all(words in text for words in ("0.250 / 0.125", "perfect", "fewer steps", "a paper", "1 of 1"))
 
 
-def test_best_and_median_leave_out_what_is_missing_and_name_what_failed():
+def test_best_and_median_leave_out_what_is_missing_and_count_what_failed_as_0():
     runs = read_experiment(SMALL, [0, 1, 2, 3]).runs[:4]
     shares = [record({4: 0.2, 8: 0.2}), record({4: 1.0, 8: 1.0}), None, record({}, failed="the loss became nan")]
     outcomes = [Outcome(run, one) for run, one in zip(runs, shares, strict=True)]
     (table, differences) = comparison(read_experiment(SMALL).published, outcomes)
     assert table.rows == [
-        ("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer", "1.000", "0.500", "0.250 / 0.125", "3 of 4, 1 failed")
+        ("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer", "1.000", "0.000", "0.250 / 0.125", "3 of 4, 1 failed")
     ]
+    assert table.text.endswith("A run that failed counts as 0.")
+    assert "failed" not in comparison(read_experiment(SMALL).published, outcomes[:3])[0].text
     assert differences.rows == [("fewer steps",)]
     data = [outcome.data(read_experiment(SMALL).published) for outcome in outcomes]
     assert [line["state"] for line in data] == ["done", "done", "missing", "failed"]
@@ -203,6 +205,27 @@ def test_the_horizon_ends_where_accuracy_first_fails(accuracy, horizon):
     assert outcome.horizon() == horizon
     assert outcome.data(published)["horizon"] == horizon
     assert outcome.data(published)["sequence_accuracy"] == {str(length): share for length, share in accuracy.items()}
+
+
+def test_runs_that_failed_stay_failed_until_they_are_retried(tmp_path, monkeypatch, capsys):
+    broken = {**SMALL["shared"]["training"], "learning_rate": 1e38, "gradient_clip": 0, "warmup": 0}
+    sweep = [{"eigenvalue_range": [0, 1], "training": broken}, {"eigenvalue_range": [-1, 1]}]
+    data = {**SMALL, "run": [{"sweep": sweep}]}
+    monkeypatch.setattr(reproduce, "reproductions", lambda: {"small": data})
+    monkeypatch.setattr("statetrack.experiments.load_experiment", lambda *options: read_experiment(data))
+    words = ["reproduce", "small", "--out", str(tmp_path), "--workers", "1", "--devices", "cpu"]
+    assert main(words) == 0
+    assert "1 of 2 runs failed; --retry-failed lets them go on" in capsys.readouterr().err
+    (failure,) = tmp_path.glob("runs/*/failure.json")
+    assert json.loads(failure.read_text())["reason"].startswith("the loss became")
+    states = [(run["state"], run["failed"]) for run in json.loads((tmp_path / "summary.json").read_text())["runs"]]
+    assert states == [("failed", json.loads(failure.read_text())["reason"]), ("done", None)]
+    assert "1 of 1, 1 failed" in (tmp_path / "table.md").read_text()
+    assert "2 of 2 runs have ended, 1 of them in failure." in (tmp_path / "report.html").read_text()
+
+    written = failure.stat().st_mtime_ns
+    assert main([*words, "--retry-failed"]) == 0
+    assert failure.stat().st_mtime_ns > written
 
 
 def test_an_experiment_of_our_own_reproduces_nothing(tmp_path):

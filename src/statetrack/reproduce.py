@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from statetrack.experiments import Experiment, ExperimentRun, Publication, RunEvent, list_experiments, run_experiment
-from statetrack.experiments.runner import finished_records
+from statetrack.experiments.runner import finished_records, forget_failures
 from statetrack.files import atomic_write
 from statetrack.mixers import mixer_configs
 from statetrack.progress import describe
@@ -63,6 +63,10 @@ class Outcome:
     def judged(self) -> bool:
         return self.record is not None and self.record.failed is None
 
+    @property
+    def failed(self) -> bool:
+        return self.record is not None and self.record.failed is not None
+
     def scaled_accuracy(self) -> float | None:
         """(accuracy - chance) / (1 - chance), on average over the lengths; None if the run was not judged."""
         if self.record is None or not self.record.accuracy:
@@ -94,7 +98,7 @@ class Outcome:
             "protocol": "ours" if self.run.recipe else publication.protocol,
             "learning_rate": config.training.learning_rate,
             "steps": config.training.steps,
-            "state": "missing" if record is None else "failed" if record.failed is not None else "done",
+            "state": "missing" if record is None else "failed" if self.failed else "done",
         }
         if record is not None:
             line |= {"seconds": record.train_seconds, "failed": record.failed}
@@ -115,12 +119,13 @@ def run_reproduction(
     workers: int | None = None,
     devices: Sequence[str] = ("cpu",),
     budget_minutes: float | None = None,
+    retry_failed: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Outcome]:
     """Runs what is left of a grid; writes `summary.json`, `table.md` and `report.html` below `out`.
 
-    Finished runs are not repeated and half-finished ones go on, so that the same call again continues. What is written
-    says which runs are missing.
+    Finished and failed runs are not repeated and half-finished ones go on, so that the same call again continues. What
+    is written says which runs are missing, and which failed and why.
 
     Args:
         experiment: a grid with a `Publication`.
@@ -128,6 +133,7 @@ def run_reproduction(
         workers: as of `run_experiment`.
         devices: as of `run_experiment`.
         budget_minutes: stop, with checkpoints, after so many minutes of wall-clock time; None for no limit.
+        retry_failed: let runs that have failed go on from their last checkpoints.
         should_stop: asked a few times a second; on True it stops as well.
 
     Returns:
@@ -138,6 +144,8 @@ def run_reproduction(
     """
     publication_of(experiment)
     out.mkdir(parents=True, exist_ok=True)
+    if retry_failed:
+        forget_failures(experiment, out / "runs")
     began, console = time.monotonic(), Console()
     records: dict[int, Record] = {}
     shown: dict[int, int] = {}
@@ -187,13 +195,15 @@ def write_results(experiment: Experiment, records: Mapping[int, Record], out: Pa
     tables = comparison(publication, outcomes)
     atomic_write(out / "table.md", _markdown(title, tables, origin))
     done = [outcome.record for outcome in outcomes if outcome.record is not None]
+    failed = sum(record.failed is not None for record in done)
+    ended = f"{len(done)} of {len(outcomes)} runs have ended" + (f", {failed} of them in failure" if failed else "")
     if done:
         measured = "whole sequences" if publication.measure == "sequence_accuracy" else "labels"
         write_report(
             done,
             out / "report.html",
             title=title,
-            headline=f"{len(done)} of {len(outcomes)} runs are done. Accuracies below are shares of {measured}.",
+            headline=f"{ended}. Accuracies below are shares of {measured}.",
             descriptions={record.task: get_task(record.task).description for record in done},
             provenance=origin,
             tables=tables,
@@ -254,6 +264,8 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         else "Scaled accuracy, (accuracy - chance) / (1 - chance), on average over the lengths"
     )
     text = f"{measured}; over seeds. Published: {publication.source}. Protocol: {PROTOCOLS[publication.protocol]}."
+    if any(outcome.failed for outcome in outcomes):
+        text += " A run that failed counts as 0."
     if recipes:
         text += " Recipe: the same models trained in our own way in place of that protocol."
     if tuned:
@@ -264,7 +276,7 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
 
 
 Summary = tuple[float, float] | None
-"""The best and the median over seeds; None if no seed was judged."""
+"""The best and the median over seeds, those that failed included; None if no seed has come to its end."""
 
 
 def _best_learning_rate(
@@ -282,12 +294,13 @@ def _best_learning_rate(
 
 
 def _scaled(members: Sequence[Outcome]) -> Summary:
-    values = [value for outcome in members if (value := outcome.scaled_accuracy()) is not None]
+    reached = [0.0 if outcome.failed else outcome.scaled_accuracy() for outcome in members]
+    values = [value for value in reached if value is not None]
     return (max(values), statistics.median(values)) if values else None
 
 
 def _lengths(members: Sequence[Outcome]) -> Summary:
-    values = [outcome.horizon() for outcome in members if outcome.judged]
+    values = [outcome.horizon() for outcome in members if outcome.record is not None]
     return (max(values), statistics.median_low(values)) if values else None
 
 
@@ -306,9 +319,9 @@ def _theirs(published: Mapping[str, Any]) -> str:
 
 def _seeds(members: Sequence[Outcome]) -> str:
     """How many are done, and how many of them failed."""
-    done = [outcome.record for outcome in members if outcome.record is not None]
-    failed = sum(record.failed is not None for record in done)
-    return f"{len(done)} of {len(members)}" + (f", {failed} failed" if failed else "")
+    done = sum(outcome.record is not None for outcome in members)
+    failed = sum(outcome.failed for outcome in members)
+    return f"{done} of {len(members)}" + (f", {failed} failed" if failed else "")
 
 
 def _markdown(title: str, tables: Sequence[ReportTable], origin: Mapping[str, str]) -> str:
