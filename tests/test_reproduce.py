@@ -135,7 +135,7 @@ def test_best_and_median_leave_out_what_is_missing_and_count_what_failed_as_0():
     outcomes = [Outcome(run, one) for run, one in zip(runs, shares, strict=True)]
     (table, differences) = comparison(read_experiment(SMALL).published, outcomes)
     assert table.rows == [
-        ("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer", "1.000", "0.000", "0.250 / 0.125", "3 of 4, 1 failed")
+        ("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer", "1.000 / 0.000", "0.250 / 0.125", "3 of 4, 1 failed")
     ]
     assert table.text.endswith("A run that failed counts as 0.")
     assert "failed" not in comparison(read_experiment(SMALL).published, outcomes[:3])[0].text
@@ -156,13 +156,17 @@ def test_a_recipe_has_columns_of_its_own_beside_the_protocol():
     records = [None if share is None else record({4: share}) for share in shares]
     outcomes = [Outcome(run, one) for run, one in zip(experiment.runs, records, strict=True)]
     table = comparison(experiment.published, outcomes)[0]
-    assert table.header == (
-        *("task", "model", "best", "median", "recipe: best", "recipe: median", "published", "seeds"),
-    )  # fmt: skip
+    assert table.header == ("task", "model", "ours", "published", "our recipe", "seeds")
+    # On the page the runs of one model are told apart as well.
+    page = reproduce._on_the_page(experiment.published, outcomes)
+    assert [one.variant for one in page] == ["", "", "our recipe", "our recipe", "our recipe"]
+    sentences = replace(experiment.published, recipe=["shorter"])
+    assert comparison(sentences, outcomes)[-1].rows == [("shorter",)]
+    assert comparison(sentences, outcomes[:2])[-1].rows == [("fewer steps",)]
     task = "modular_arithmetic:3"
     assert table.rows == [
-        (task, "DeltaNet [-1, 1], 1 layer", "0.500", "0.250", "1.000", "0.750", "0.250", "2 of 2; recipe 2 of 2"),
-        (task, "Mamba [-1, 1], 1 layer", "–", "–", "1.000", "1.000", "–", "recipe 1 of 2"),
+        (task, "DeltaNet [-1, 1], 1 layer", "0.500 / 0.250", "0.250", "1.000 / 0.750", "2 of 2; recipe 2 of 2"),
+        (task, "Mamba [-1, 1], 1 layer", "–", "–", "1.000 / 1.000", "recipe 1 of 2"),
     ]
 
 
@@ -176,10 +180,10 @@ def test_the_learning_rate_is_chosen_by_the_median_over_seeds():
     records = [None if share is None else record({4: share}) for share in shares]
     outcomes = [Outcome(run, one) for run, one in zip(experiment.runs, records, strict=True)]
     table = comparison(experiment.published, outcomes)[0]
-    assert table.rows == [
-        ("modular_arithmetic:3", "DeltaNet [-1, 1], 1 layer", "0.500", "0.500", "–", "0.01", "6 of 9")
-    ]
+    assert table.rows == [("modular_arithmetic:3", "DeltaNet [-1, 1], 1 layer", "0.500 / 0.500", "–", "0.01", "6 of 9")]
     assert table.header[-2] == "learning rate"
+    page = reproduce._on_the_page(experiment.published, outcomes)
+    assert [(one.variant, one.accuracy[4]) for one in page] == [("learning rate 0.01", share) for share in shares[:3]]
     assert {outcome.data(experiment.published)["learning_rate"] for outcome in outcomes} == {1e-2, 1e-3, 1e-4}
 
 

@@ -6,7 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ HORIZON_ACCURACY = 0.9
 """The failure horizon is the longest length at which so many sequences are right, and at all shorter ones."""
 
 PROTOCOLS = {
-    "paper": "as the paper's text has it",
-    "released": "as the code released with the paper has it",
-    "ours": "our own",
+    "paper": "the paper's text",
+    "released": "the code released with the paper",
+    "ours": "a protocol of our own",
 }
 
 
@@ -194,21 +194,37 @@ def write_results(experiment: Experiment, records: Mapping[int, Record], out: Pa
     atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     tables = comparison(publication, outcomes)
     atomic_write(out / "table.md", _markdown(title, tables, origin))
-    done = [outcome.record for outcome in outcomes if outcome.record is not None]
-    failed = sum(record.failed is not None for record in done)
-    ended = f"{len(done)} of {len(outcomes)} runs have ended" + (f", {failed} of them in failure" if failed else "")
-    if done:
+    ended = sum(outcome.record is not None for outcome in outcomes)
+    failed = sum(outcome.failed for outcome in outcomes)
+    headline = f"{ended} of {len(outcomes)} runs have ended" + (f", {failed} of them in failure" if failed else "")
+    if ended:
+        shown = _on_the_page(publication, outcomes)
         measured = "whole sequences" if publication.measure == "sequence_accuracy" else "labels"
         write_report(
-            done,
+            shown,
             out / "report.html",
             title=title,
-            headline=f"{ended}. Accuracies below are shares of {measured}.",
-            descriptions={record.task: get_task(record.task).description for record in done},
+            headline=f"{headline}. Accuracies below are shares of {measured}.",
+            descriptions={record.task: get_task(record.task).description for record in shown},
             provenance=origin,
             tables=tables,
         )
     return outcomes
+
+
+def _on_the_page(publication: Publication, outcomes: Sequence[Outcome]) -> list[Record]:
+    """The records of what has ended, of several learning rates only those of the best, and recipes told apart."""
+    records = []
+    for members in _by_row(outcomes).values():
+        plain = [outcome for outcome in members if not outcome.run.recipe]
+        rate, _ = _best_learning_rate(plain, _summarize(publication))
+        for outcome in members:
+            own, record = f"{outcome.run.config.training.learning_rate:g}", outcome.record
+            if record is None or (outcome.run.tuned and own != rate):
+                continue
+            parts = (record.variant, f"learning rate {own}" * outcome.run.tuned, "our recipe" * outcome.run.recipe)
+            records.append(replace(record, variant=", ".join(filter(None, parts))))
+    return records
 
 
 def publication_of(experiment: Experiment) -> Publication:
@@ -223,19 +239,16 @@ def publication_of(experiment: Experiment) -> Publication:
 
 
 def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[ReportTable]:
-    """Ours beside theirs, a row for each model and task, and in what the protocols differ.
+    """Ours beside theirs, a row for each model and task; in what the protocols differ, and our recipe from them.
 
-    Runs by our own recipe have columns of their own. Of several learning rates the one with the best median counts.
+    Runs by our own recipe have a column of their own. Of several learning rates the one with the best median counts.
     """
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault((outcome.run.config.task, outcome.model), []).append(outcome)
     by_sequence = publication.measure == "sequence_accuracy"
-    summarize = _lengths if by_sequence else _scaled
+    summarize = _summarize(publication)
     recipes = any(outcome.run.recipe for outcome in outcomes)
     tuned = any(outcome.run.tuned for outcome in outcomes)
     rows = []
-    for (task, model), members in groups.items():
+    for (task, model), members in _by_row(outcomes).items():
         plain, recipe = ([o for o in members if o.run.recipe == own] for own in (False, True))
         rate, best = _best_learning_rate(plain, summarize)
         published = next((o.run.published for o in members if o.run.published), {})
@@ -243,18 +256,15 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         seeds += [f"recipe {_seeds(recipe)}"] if recipe else []
         rows.append(
             (
-                *(task, model, *_shown(best)),
-                *(_shown(summarize(recipe)) if recipes else ()),
-                _theirs(published),
+                *(task, model, _shown(best), _theirs(published)),
+                *((_shown(summarize(recipe)),) if recipes else ()),
                 *((rate,) if tuned else ()),
                 "; ".join(seeds),
             )
         )
-    columns = ("right to, best", "median") if by_sequence else ("best", "median")
     header = (
-        *("task", "model", *columns),
-        *((f"recipe: {column}" for column in columns) if recipes else ()),
-        "published",
+        *("task", "model", "ours", "published"),
+        *(("our recipe",) if recipes else ()),
         *(("learning rate",) if tuned else ()),
         "seeds",
     )
@@ -263,16 +273,36 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         if by_sequence
         else "Scaled accuracy, (accuracy - chance) / (1 - chance), on average over the lengths"
     )
-    text = f"{measured}; over seeds. Published: {publication.source}. Protocol: {PROTOCOLS[publication.protocol]}."
+    text = (
+        f"{measured}: best / median of the seeds. Published: {publication.source}. Ours follows "
+        f"{PROTOCOLS[publication.protocol]}."
+    )
     if any(outcome.failed for outcome in outcomes):
         text += " A run that failed counts as 0."
     if recipes:
-        text += " Recipe: the same models trained in our own way in place of that protocol."
+        text += " Our recipe: models trained in our own way in place of that protocol."
     if tuned:
         text += " Of the learning rates the one with the best median counts."
-    differences = [(difference,) for difference in publication.differences]
     tables = [ReportTable("Ours and theirs", text, header, rows)]
-    return tables + ([ReportTable("Where the protocols differ", "", ("ours",), differences)] if differences else [])
+    for title, of, sentences in (
+        ("Where the protocols differ", "ours", publication.differences),
+        ("What our recipe does otherwise", "our recipe", publication.recipe if recipes else []),
+    ):
+        if sentences:
+            tables.append(ReportTable(title, "", (of,), [(sentence,) for sentence in sentences]))
+    return tables
+
+
+def _by_row(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
+    """The outcomes of each task and model."""
+    rows: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        rows.setdefault((outcome.run.config.task, outcome.model), []).append(outcome)
+    return rows
+
+
+def _summarize(publication: Publication) -> Callable[[Sequence[Outcome]], Summary]:
+    return _lengths if publication.measure == "sequence_accuracy" else _scaled
 
 
 Summary = tuple[float, float] | None
@@ -304,11 +334,10 @@ def _lengths(members: Sequence[Outcome]) -> Summary:
     return (max(values), statistics.median_low(values)) if values else None
 
 
-def _shown(summary: Summary) -> tuple[str, str]:
+def _shown(summary: Summary) -> str:
     if summary is None:
-        return "–", "–"
-    best, median = (f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for value in summary)
-    return best, median
+        return "–"
+    return " / ".join(f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for value in summary)
 
 
 def _theirs(published: Mapping[str, Any]) -> str:

@@ -96,12 +96,14 @@ class Publication:
         measure: "scaled_accuracy", (accuracy - chance) / (1 - chance) on average over the lengths, or
             "sequence_accuracy", the share of sequences that are right throughout, by length.
         differences: what is done otherwise here, a sentence each.
+        recipe: what the runs by our own recipe do otherwise, a sentence each.
     """
 
     source: str
     protocol: Literal["paper", "released", "ours"]
     measure: Literal["scaled_accuracy", "sequence_accuracy"]
     differences: list[str] = field(default_factory=list)
+    recipe: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +199,10 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
         )
     published = file.published
     if published is not None and preset is not None:
-        note = f"This is the preset {preset}: smaller models and fewer steps, to see the ordering and not the numbers."
+        note = (
+            f"This is the preset {preset}: smaller models, fewer steps, and fewer sequences at fewer lengths than is "
+            "said below, to see the ordering and not the numbers."
+        )
         published = replace(published, protocol="ours", differences=[note, *published.differences])
     return Experiment(title=file.title, runs=tuple(runs), published=published)
 
