@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ def run_reproduction(
     out.mkdir(parents=True, exist_ok=True)
     if retry_failed:
         forget_failures(experiment, out / "runs")
-    began, console = time.monotonic(), Console()
+    began = time.monotonic()
+    say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
     records: dict[int, Record] = {}
     shown: dict[int, int] = {}
 
@@ -159,12 +161,12 @@ def run_reproduction(
         if event.record is not None:
             records[event.run] = event.record
             state = f"failed: {event.record.failed}" if event.record.failed is not None else "done"
-            console.print(f"[{len(records)}/{len(experiment.runs)}] {name}  {state}", highlight=False, markup=False)
+            say(f"[{len(records)}/{len(experiment.runs)}] {name}  {state}")
         elif event.progress is not None and (tenth := 10 * event.progress.step // event.progress.steps) > shown.get(
             event.run, 0
         ):
             shown[event.run] = tenth
-            console.print(f"{name}  {describe(event.progress)}", highlight=False, markup=False)
+            say(f"{name}  {describe(event.progress)}")
 
     run_experiment(experiment, out / "runs", workers=workers, devices=devices, on_event=show, should_stop=stop)
     # A call that stops before it gets to them still knows of the runs that earlier ones have finished.

@@ -249,6 +249,8 @@ def _run(
 ) -> list[Record | None]:
     """Trains runs together and judges them one by one; None for those that were stopped or are another process's."""
     records: dict[int, Record | None] = {}
+    if _stop.is_set():  # it waited in the queue of this worker, where nobody could cancel it
+        return [None] * len(indices)
     with ExitStack() as claims:
         group: list[_Job] = []
         for index, run, path in zip(indices, runs, paths, strict=True):
