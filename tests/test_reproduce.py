@@ -148,10 +148,11 @@ def test_best_and_median_leave_out_what_is_missing_and_count_what_failed_as_0():
 def test_a_recipe_has_columns_of_its_own_beside_the_protocol():
     sweep = [{"eigenvalue_range": [-1, 1], "published": {"best": 0.25}}]
     sweep += [{"eigenvalue_range": [-1, 1], "recipe": True, "training": {"steps": 1}}]
-    sweep += [{"mixer": {"name": "mamba"}, "recipe": True}]
+    sweep += [{"mixer": {"name": "mamba"}, "recipe": True, "variant": "two words, more"}]
     experiment = read_experiment({**SMALL, "run": [{"sweep": sweep}]}, [0, 1])
     assert [run.config.training.steps for run in experiment.runs] == [2, 2, 1, 1, 2, 2]
     assert experiment.runs[2].name == experiment.runs[0].name.replace("-seed", "-recipe-seed")
+    assert "-two_words_more-recipe-seed" in experiment.runs[4].name
     shares = [0.2, 0.6, 0.6, 1.0, None, 1.0]
     records = [None if share is None else record({4: share}) for share in shares]
     outcomes = [Outcome(run, one) for run, one in zip(experiment.runs, records, strict=True)]
@@ -159,14 +160,14 @@ def test_a_recipe_has_columns_of_its_own_beside_the_protocol():
     assert table.header == ("task", "model", "ours", "published", "our recipe", "seeds")
     # On the page the runs of one model are told apart as well.
     page = reproduce._on_the_page(experiment.published, outcomes)
-    assert [one.variant for one in page] == ["", "", "our recipe", "our recipe", "our recipe"]
+    assert [one.variant for one in page] == ["", "", "our recipe", "our recipe", "two words, more, our recipe"]
     sentences = replace(experiment.published, recipe=["shorter"])
     assert comparison(sentences, outcomes)[-1].rows == [("shorter",)]
     assert comparison(sentences, outcomes[:2])[-1].rows == [("fewer steps",)]
     task = "modular_arithmetic:3"
     assert table.rows == [
         (task, "DeltaNet [-1, 1], 1 layer", "0.500 / 0.250", "0.250", "1.000 / 0.750", "2 of 2; recipe 2 of 2"),
-        (task, "Mamba [-1, 1], 1 layer", "–", "–", "1.000 / 1.000", "recipe 1 of 2"),
+        (task, "Mamba [-1, 1], 1 layer, two words, more", "–", "–", "1.000 / 1.000", "recipe 1 of 2"),
     ]
 
 
@@ -242,7 +243,7 @@ def test_an_experiment_of_our_own_reproduces_nothing(tmp_path):
     [
         (
             "reproduce",
-            "unknown experiment ''; those that can be reproduced are formal-languages, ",
+            "unknown experiment ''; those that can be reproduced are arithmetic, formal-languages, ",
         ),
         ("reproduce demo", "unknown experiment 'demo'"),
         ("reproduce word-problems --preset big", "unknown preset 'big'"),
@@ -260,7 +261,10 @@ def test_wrong_commands_get_one_sentence(words, message, capsys):
 def test_the_list_has_every_grid_and_preset(capsys):
     assert main(["reproduce", "--list"]) == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("formal-languages", "word-problems", "--preset", "smoke", "81", "111", "336"))
+    assert all(
+        word in text
+        for word in ("formal-languages", "word-problems", "--preset", "smoke", "arithmetic", "112", "93", "111", "336")
+    )
 
 
 @pytest.mark.slow

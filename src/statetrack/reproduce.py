@@ -50,7 +50,7 @@ class Outcome:
 
     @property
     def model(self) -> str:
-        """The model as tables call it: `DeltaNet [-1, 1], 2 layers`."""
+        """The model as tables call it: `DeltaNet [-1, 1], 2 layers`, and the variant if it is one."""
         config = self.run.config.model
         mixers = []
         for mixer in config.mixer_pattern:
@@ -58,7 +58,8 @@ class Outcome:
             range_ = getattr(mixer, "eigenvalue_range", None)
             parts = [mixer_configs()[mixer.name].title, f"[{range_.lo:g}, {range_.hi:g}]" if range_ else ""]
             mixers.append(" ".join(filter(None, [*parts, f"n = {factors}" if (factors or 1) > 1 else ""])))
-        return f"{' + '.join(mixers)}, {config.num_layers} layer{'s' * (config.num_layers > 1)}"
+        layers = f"{config.num_layers} layer{'s' * (config.num_layers > 1)}"
+        return ", ".join(filter(None, [" + ".join(mixers), layers, self.run.variant]))
 
     @property
     def judged(self) -> bool:
@@ -97,6 +98,7 @@ class Outcome:
             "layers": config.model.num_layers,
             "seed": config.training.seed,
             "protocol": "ours" if self.run.recipe else publication.protocol,
+            "variant": self.run.variant,
             "learning_rate": config.training.learning_rate,
             "steps": config.training.steps,
             "state": "missing" if record is None else "failed" if self.failed else "done",
@@ -221,10 +223,11 @@ def _on_the_page(publication: Publication, outcomes: Sequence[Outcome]) -> list[
         plain = [outcome for outcome in members if not outcome.run.recipe]
         rate, _ = _best_learning_rate(plain, _summarize(publication))
         for outcome in members:
-            own, record = f"{outcome.run.config.training.learning_rate:g}", outcome.record
-            if record is None or (outcome.run.tuned and own != rate):
+            run, record = outcome.run, outcome.record
+            own = f"{run.config.training.learning_rate:g}"
+            if record is None or (run.tuned and own != rate):
                 continue
-            parts = (record.variant, f"learning rate {own}" * outcome.run.tuned, "our recipe" * outcome.run.recipe)
+            parts = [record.variant, run.variant, f"learning rate {own}" * run.tuned, "our recipe" * run.recipe]
             records.append(replace(record, variant=", ".join(filter(None, parts))))
     return records
 
