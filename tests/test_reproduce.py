@@ -263,7 +263,7 @@ def test_the_list_has_every_grid_and_preset(capsys):
     text = capsys.readouterr().out
     assert all(
         word in text
-        for word in ("formal-languages", "word-problems", "--preset", "smoke", "arithmetic", "112", "93", "111", "336")
+        for word in ("formal-languages", "word-problems", "--preset", "smoke", "arithmetic", "120", "93", "111", "336")
     )
 
 
