@@ -1,15 +1,15 @@
 """Generation against the length of what was read: time of a token and memory of the state, beside a Transformer's.
 
 `python -m benchmarks.generation` on a CPU; `--device cuda` on a GPU. Models have the same width, depth and MLP. Each
-reads a context of the length, in pieces; then single tokens are decoded after it, models in turns. On a CPU the time is
-CPU time of one thread, on a GPU wall time between synchronizations; medians. Memory is the bytes of what is carried
-from token to token. transformers' Llama is used as it is, with its dynamic cache.
+reads a context of the length, in pieces; then single tokens are decoded after it, models in turns, ours by
+`statetrack.generation.Decoder`, as `statetrack generate` does. On a CPU the time is CPU time of one thread, on a GPU
+wall time between synchronizations; medians. Memory is the bytes of what is carried from token to token. transformers'
+Llama is used as it is, with its dynamic cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ import torch
 from benchmarks.common import ROOT, environment, write_results
 from statetrack import AttentionConfig, DeltaNetConfig, LanguageModel, MambaConfig, ModelConfig
 from statetrack.language_models.causal import CausalModel, RecurrentModel, TransformersModel
-
-PIECE = 512
+from statetrack.language_models.generation_costs import generation_costs
 
 
 def models(d_model: int, num_layers: int, vocab_size: int, device: str, dtype: torch.dtype) -> dict[str, CausalModel]:
@@ -51,47 +50,16 @@ def models(d_model: int, num_layers: int, vocab_size: int, device: str, dtype: t
     return made
 
 
-def state_bytes(state: Any) -> int:
-    """Of everything in a state of ours, or in a cache of transformers."""
-    if isinstance(state, torch.Tensor):
-        return state.nbytes
-    if isinstance(state, dict):
-        return sum(map(state_bytes, state.values()))
-    if isinstance(state, list):
-        return sum(map(state_bytes, state))
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in state.layers)
-
-
-def clock(device: str) -> float:
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-@torch.inference_mode()
 def measure(made: dict[str, CausalModel], length: int, device: str, rounds: int) -> dict[str, dict[str, float]]:
-    last = torch.tensor([0], device=device)
-    states: dict[str, Any] = dict.fromkeys(made)
-    ids = torch.randint(next(iter(made.values())).vocab_size, (1, length), device=device)
-    for name, model in made.items():
-        for piece in ids.split(PIECE, 1):
-            _, states[name] = model.scan(piece, states[name], last)
-    sizes = {name: state_bytes(state) for name, state in states.items()}
-    times: dict[str, list[float]] = {name: [] for name in made}
-    for turn in range(rounds + 2):
-        for name, model in made.items():
-            start = clock(device)
-            _, states[name] = model.scan(ids[:, :1], states[name], last)
-            if turn >= 2:
-                times[name].append(clock(device) - start)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    costs = generation_costs(list(made.values()), length, tokens=rounds, clock=clock)
     return {
         name: {
-            "ms_per_token": round(1e3 * (median := statistics.median(times[name])), 4),
-            "tokens_per_second": round(1 / median, 1),
-            "state_mb": round(sizes[name] / 1e6, 3),
+            "ms_per_token": round(1e3 * cost.seconds, 4),
+            "tokens_per_second": round(cost.tokens_per_second, 1),
+            "state_mb": round(cost.state_bytes / 1e6, 3),
         }
-        for name in made
+        for name, cost in zip(made, costs, strict=True)
     }
 
 

@@ -178,6 +178,10 @@ def _ours(row: Row, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _peer(row: Row, inputs: dict[str, Tensor]) -> Tensor:
+    if row.gated or row.kind == "simple GLA":
+        # flash-linear-attention refuses this backward with this triton, whose result may be wrong; for its time alone
+        # it may run.
+        vars(importlib.import_module("fla.ops.common.chunk_o"))["TRITON_ABOVE_3_7_1"] = True
     if row.kind == "selective scan":
         scan = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
         rows = {name: inputs[name][:, :, 0].mT for name in ("dt", "q", "write", "v")}
@@ -195,9 +199,6 @@ def _peer(row: Row, inputs: dict[str, Tensor]) -> Tensor:
         return function(q, decay.log().bfloat16(), write, v, w, -u, scale=1.0)[0]
     k, v, beta = (inputs[name].flatten(1, 2) for name in ("k", "v", "beta"))
     options: dict[str, Any] = {"scale": 1.0}
-    if row.gated:
-        # It refuses its gated backward with this triton, whose result may be wrong; for its time alone it may run.
-        vars(importlib.import_module("fla.ops.common.chunk_o"))["TRITON_ABOVE_3_7_1"] = True
     if row.kind == "KDA":
         function = importlib.import_module("fla.ops.kda").chunk_kda
     elif row.n > 1:

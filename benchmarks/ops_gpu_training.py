@@ -94,8 +94,7 @@ def _ours(row: TrainingRow) -> tuple[nn.Module, Loss]:
     model = LanguageModel(config).cuda()
 
     def loss(ids: Tensor) -> Tensor:
-        logits = model(ids[:, :-1])
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        return model(ids[:, :-1], labels=ids[:, 1:])
 
     return model, loss
 

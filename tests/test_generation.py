@@ -1,10 +1,14 @@
 """Text from a language model: the tokens, how they are drawn, and how they are shown."""
 
+import itertools
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from benchmarks import decode
-from statetrack import LanguageModel, ModelConfig, mixer_config
+from statetrack import LanguageModel, ModelConfig, generation, mixer_config
 from statetrack.cli import main
 from statetrack.data.tokenizer import byte_tokenizer
 from statetrack.generation import Decoder, generate, streamed
@@ -91,6 +95,35 @@ def test_characters_are_shown_when_they_are_complete():
     assert "".join(streamed([97, 0xE2, 0x98], tokenizer.decode)).startswith("a")
 
 
+def test_bytes_that_are_no_text_are_shown_and_not_waited_for():
+    endless = itertools.chain([97], itertools.repeat(0xFF))
+    pieces = list(itertools.islice(streamed(endless, byte_tokenizer().decode), 20))
+    assert "".join(pieces).startswith("a\ufffd\ufffd\ufffd")
+    snowman = "☃".encode()
+    text = "".join(streamed([*[0xFF] * 20, *snowman, *[0xE2] * 9, *snowman], byte_tokenizer().decode))
+    assert text.strip("\ufffd") == "☃" + 9 * "\ufffd" + "☃"
+
+
+def test_a_prompt_is_read_in_pieces(monkeypatch):
+    model, prompt = make(), torch.randint(257, (40,)).tolist()
+    whole = list(generate(model, prompt, max_new_tokens=6, temperature=0))
+    monkeypatch.setattr(generation, "_PIECE", 7)
+    read, scan = [], model.scan
+    monkeypatch.setattr(
+        model, "scan", lambda ids, *args, **options: read.append(ids.shape[1]) or scan(ids, *args, **options)
+    )
+    assert list(generate(model, prompt, max_new_tokens=6, temperature=0)) == whole
+    assert read[:6] == [7] * 5 + [5]
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_model_that_has_diverged_says_so(temperature):
+    model = make()
+    torch.nn.init.constant_(model.embedding.weight, torch.nan)
+    with pytest.raises(ValueError, match="the logits of this model are NaN"):
+        list(generate(model, [1], max_new_tokens=2, temperature=temperature))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -98,6 +131,7 @@ def test_characters_are_shown_when_they_are_complete():
         ({"max_new_tokens": -1}, "max_new_tokens must be at least 0"),
         ({"temperature": -1.0}, "temperature must be 0 or positive"),
         ({"top_k": 0}, "top_k must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"model": make(output_size=3)}, "reads 257 tokens and answers with 3 labels"),
     ],
 )
@@ -116,6 +150,55 @@ def test_the_command_writes_what_the_model_says(tmp_path, capsys):
     assert main(words) == 0
     tokens = generate(model, [256, *"one ☃".encode()], max_new_tokens=9, temperature=0, stop=256)
     assert capsys.readouterr().out == "one ☃" + byte_tokenizer().decode(list(tokens)) + "\n"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    from statetrack.hf import StatetrackForCausalLM
+
+    StatetrackForCausalLM.of(make()).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"tokenizer.json": None, "tokenizer_config.json": None}, "has no tokenizer"),
+        ({"tokenizer.json": None}, "is missing or damaged"),
+        ({"tokenizer.json": "{"}, "is missing or damaged"),
+        ({"tokenizer_config.json": "{"}, "is no JSON object"),
+        ({"tokenizer_config.json": "[]"}, "is no JSON object"),
+        ({"config.json": "{"}, "is not valid JSON"),
+        ({"model.safetensors": "short"}, "damaged or cut short"),
+    ],
+)
+def test_a_damaged_model_is_refused_in_a_sentence(damage, message, saved, capsys):
+    for name, text in damage.items():
+        (saved / name).unlink() if text is None else (saved / name).write_text(text)
+    capsys.readouterr()
+    assert main(["generate", str(saved)]) == 2
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert not output.out
+
+
+def test_a_prompt_that_is_no_text_is_refused(saved, capsys):
+    capsys.readouterr()
+    assert main(["generate", str(saved), "--prompt", "caf\udce9"]) == 2
+    assert capsys.readouterr().err == "statetrack: the prompt is not valid UTF-8, so that it is no text\n"
+
+
+def test_text_comes_as_it_is_drawn_and_a_reader_may_leave(saved):
+    """As with `statetrack generate ... | head -c 20`: all of the text would take hours."""
+    words = [sys.executable, "-m", "statetrack", "generate", saved, "--prompt", "one ", "--temperature", "0"]
+    words += ["--max-new-tokens", "10000000"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(20).startswith(b"one ")
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == b""
 
 
 def test_a_run_of_a_task_writes_no_text(tmp_path, capsys):

@@ -1,9 +1,13 @@
 """The layers against PyTorch's own convolution and formulas."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from statetrack import layers
 from statetrack.layers import (
@@ -11,6 +15,7 @@ from statetrack.layers import (
     HeadNorm,
     LowRankMap,
     ReLUMLP,
+    RMSNorm,
     ShortConvolution,
     l2_normalize,
     token_shift,
@@ -160,3 +165,73 @@ def test_low_rank_map_is_computed_in_float32():
     y = layer.bfloat16()(x.bfloat16())
     assert y.dtype == torch.float32
     assert torch.allclose(y.double(), expected, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rms_norm_is_its_formula_in_the_dtype_of_the_products_after_it(autocast, dtype):
+    x = (100 * torch.randn(3, 5, 16)).to(dtype).requires_grad_()
+    norm = RMSNorm(16, eps=1e-5).to(torch.float32 if autocast and dtype != torch.float64 else dtype)
+    torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
+    wide = x.double().detach().requires_grad_()
+    expected = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * norm.weight.double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = norm(x)
+    assert y.dtype == (torch.bfloat16 if autocast and dtype == torch.float32 else dtype)
+    # The weight, the output and nothing else is rounded to bfloat16.
+    tolerance = 2**-7 if torch.bfloat16 in (dtype, y.dtype) else 1e-6
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=0)
+    d_y = torch.randn_like(expected).to(y.dtype)
+    found, wanted = torch.autograd.grad(y, x, d_y)[0], torch.autograd.grad(expected, wide, d_y.double())[0]
+    assert found.dtype == dtype
+    assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
+
+
+class _Casts(TorchDispatchMode):
+    """How many tensors of some shape are cast."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def cuda_autocast():
+    """As `torch.autocast("cuda")`, which does nothing where there is no GPU."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_layer_after_a_norm_casts_its_output_under_autocast_on_a_gpu(dtype):
+    """On tensors without numbers, which are on a GPU that need not be there."""
+    shape = (2, 6, 8)
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), cuda_autocast():
+        norm, weight = RMSNorm(8), torch.empty(8, 8)
+        y = norm(torch.empty(shape, dtype=dtype))
+        with _Casts(shape) as casts:
+            out = F.linear(y, weight) + F.linear(y, weight)
+        assert y.dtype == out.dtype == torch.bfloat16
+        assert casts.count == 0
+        with _Casts(shape) as casts:  # the check sees the casts of PyTorch's own norm
+            F.linear(F.rms_norm(torch.empty(shape, dtype=dtype), (8,)), weight)
+        assert casts.count > 0
+
+
+@pytest.mark.gpu
+def test_a_norm_of_bfloat16_is_one_kernel_on_a_gpu():
+    x, norm = torch.randn(2, 6, 8, device="cuda", dtype=torch.bfloat16), RMSNorm(8).cuda()
+    with torch.autocast("cuda", torch.bfloat16), _Casts(x.shape) as casts:
+        y = norm(x)
+    assert casts.count == 0
+    assert y.dtype == torch.bfloat16

@@ -1,5 +1,6 @@
 """Transitions against matrices written out by hand, and the ranges of their eigenvalues."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statetrack import Discretized, EigenvalueRange, Householder
+from statetrack import Diagonal, Discretized, EigenvalueRange, Householder, LowRank
 
 
 @pytest.mark.parametrize("value", [(-1, 1), [-1, 1], "-1,1", " -1 , 1.0", EigenvalueRange(-1, 1)])
@@ -185,3 +186,10 @@ def test_a_removal_takes_a_decay_down_to_the_lower_end(lo):
 def test_a_removal_that_no_gate_gives_is_refused(bounds, message):
     with pytest.raises(ValueError, match=message):
         EigenvalueRange(*bounds).removal(torch.zeros(1), 0.6)
+
+
+@pytest.mark.parametrize("kind", [Diagonal, Discretized, Householder, LowRank])
+def test_a_transition_names_all_its_tensors(kind):
+    tensors = [field.name for field in dataclasses.fields(kind) if "Tensor" in str(field.type)]
+    assert list(kind.names) == tensors
+    assert set(kind.identity) <= set(tensors)

@@ -3,12 +3,14 @@
 Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`, those about data in
 `data/commands.py`, `pretrain` in `pretraining/commands.py`.
 
-Bad input ends with one sentence on standard error and exit status 2, an interruption with 130.
+Bad input ends with one sentence on standard error and exit status 2, an interruption with 130, and a reader that has
+had enough, as `head` has, without a word with 141.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +51,7 @@ from statetrack.training import train
 from statetrack.transition import EigenvalueRange
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 
 @dataclass
@@ -229,6 +232,8 @@ class Evaluate:
             of all documents.
         probes: which probes to ask, such as parity,s3,code, or none; all if left out.
         probe_lengths: their lengths; 4,16,64,256 if left out.
+        generation: measure the time of a generated token and the memory of what is carried after so many tokens, such
+            as 256,4096,65536; beside it those of a Transformer with as many parameters, where transformers is there.
         json: also write the result to this file.
         device: cpu or cuda; if left out, cuda where there is one.
     """
@@ -246,6 +251,7 @@ class Evaluate:
     documents: bool = False
     probes: str | None = None
     probe_lengths: str | None = None
+    generation: str | None = None
     json: Path | None = None
     device: str | None = None
 
@@ -272,6 +278,7 @@ class Evaluate:
                 "4,16,64,256" if self.probe_lengths is None else self.probe_lengths, "probe_lengths", minimum=1
             ),
             questions=self.sequences,
+            generation=[] if self.generation is None else _integers(self.generation, "generation", minimum=1),
             seed=self.seed,
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
             device=_device(self.device),
@@ -279,7 +286,7 @@ class Evaluate:
         )
 
     def _tracker(self) -> int:
-        for name in ("data", "domains", "tokens", "probes", "probe_lengths"):
+        for name in ("data", "domains", "tokens", "probes", "probe_lengths", "generation"):
             if getattr(self, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for language models, and {self.run} is none")
         if self.documents:
@@ -395,6 +402,8 @@ class Generate:
         from statetrack.pretrained import from_pretrained
         from statetrack.pretrained.files import model_directory, read_config
 
+        if not _is_text(self.prompt):
+            raise ValueError("the prompt is not valid UTF-8, so that it is no text")
         place = model_directory(self.model)
         if "task" in (config := read_config(place)):  # a run, trained or compiled
             raise ValueError(
@@ -567,6 +576,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands, prog="statetrack", description=description, args=words, registry=_registry()
         )
         return command()
+    except BrokenPipeError:
+        # Whoever read the output, such as `head`, has had enough; what is left of it would raise once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (ValueError, RuntimeError, MemoryError, OverflowError, OSError, ModuleNotFoundError) as error:
         print(f"statetrack: {_sentence(error)}", file=sys.stderr)
         return 2
@@ -686,6 +699,15 @@ def _integers(text: str, name: str, *, minimum: int) -> list[int]:
     if min(values) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {min(values)}")
     return values
+
+
+def _is_text(words: str) -> bool:
+    """Whether words of the command line, which may have any bytes in them, are valid UTF-8."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _device(name: str | None) -> torch.device:

@@ -12,6 +12,11 @@ from statetrack.model import LanguageModel, ModelState, owned
 
 # What a decoder writes for bytes that are no character, or not yet.
 _INCOMPLETE = "\ufffd"
+# A character has four bytes at most, and a token one at least: so many tokens may be the beginning of a character.
+_MOST_INCOMPLETE = 3
+
+_PIECE = 2048
+"""Tokens of a prompt that are read at once, which bounds the memory of activations."""
 
 
 class Decoder:
@@ -40,6 +45,10 @@ class Decoder:
         self._ids.copy_(ids)
         self._graph.replay()
         return self._logits
+
+    def state_bytes(self) -> int:
+        """What the state takes, which is all that is carried from token to token."""
+        return sum(tensor.nbytes for tensor in _tensors(self.state))
 
     def _capture(self) -> None:
         rows = next(len(tensor) for layer in self.state for tensor in layer.values())
@@ -85,10 +94,11 @@ def generate(
         temperature: logits are divided by it; 0 takes the most likely token always.
         top_k: draw from the so many most likely tokens only; None for all.
         stop: the token after which nothing more is drawn; it is not returned.
-        seed: of the draws.
+        seed: of the draws, at least 0.
 
     Raises:
-        ValueError: for an empty prompt, numbers out of range, or a model whose outputs are not its tokens.
+        ValueError: for an empty prompt, numbers out of range, or a model whose outputs are not its tokens; where the
+            tokens are drawn, for a model whose logits are NaN.
     """
     if model.output_size != model.config.vocab_size:
         raise ValueError(
@@ -103,6 +113,8 @@ def generate(
         raise ValueError(f"temperature must be 0 or positive, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     return _draw(model, prompt, max_new_tokens, temperature, top_k, stop, seed)
 
 
@@ -118,12 +130,18 @@ def _draw(
 ) -> Iterator[int]:
     device = model.output_weight.device
     draws = seeds.generator("generation", seed)
-    ids = torch.tensor([list(prompt)], device=device)
-    logits, state = model.scan(ids, positions=torch.tensor([len(prompt) - 1], device=device))
+    state: ModelState | None = None
+    logits = model.output_weight.new_empty(0)
+    for piece in torch.tensor([list(prompt)], device=device).split(_PIECE, 1):
+        last = torch.tensor([piece.shape[1] - 1], device=device)
+        logits, state = model.scan(piece, state, positions=last)
+    assert state is not None
     logits = logits[0, 0]
     decoder = Decoder(model, state) if max_new_tokens > 1 else None
-    del state  # of which some tensors may be views of the activations of the whole prompt
+    del state  # of which some tensors may be views of the activations of the prompt
     for drawn in range(max_new_tokens):
+        if logits.isnan().any():
+            raise ValueError("the logits of this model are NaN: its weights are damaged, or its training has diverged")
         if temperature == 0:
             token = int(logits.argmax())
         else:
@@ -139,7 +157,7 @@ def _draw(
 
 
 def streamed(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> Iterator[str]:
-    """The text of tokens as they come, held back while a character is not complete.
+    """The text of tokens as they come, held back while a character is not complete; bytes that are none are shown as �.
 
     Args:
         tokens: token ids.
@@ -153,5 +171,9 @@ def streamed(tokens: Iterable[int], decode: Callable[[Sequence[int]], str]) -> I
         if not text.endswith(_INCOMPLETE):
             yield text[len(decode(before)) :]
             before, waiting = waiting, []
+        elif len(waiting) > 2 * _MOST_INCOMPLETE:  # no character begins with all of them
+            done, waiting = waiting[:-_MOST_INCOMPLETE], waiting[-_MOST_INCOMPLETE:]
+            yield decode(before + done)[len(decode(before)) :]
+            before = done
     if waiting:
         yield decode(before + waiting)[len(decode(before)) :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,44 @@ from statetrack.ops.vmapped import is_vmapped, vmapped
 from statetrack.transition import accumulated
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products of `x`: that of autocast where it is on, else its own."""
+    # Autocast leaves float64 alone.
+    return torch.get_autocast_dtype(x.device.type) if _autocast(x) and x.dtype != torch.float64 else x.dtype
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
+    """`weight x / sqrt(mean(x^2) + eps)` over the last axis, in the dtype of the products after it (`product_dtype`).
+
+    The mean square is taken in float32 or better. Autocast has no part in it: on a GPU it would compute the norm of
+    bfloat16 inputs in float32, in passes over memory instead of one kernel, and every linear layer that reads the
+    result would cast it again.
+
+    Args:
+        x: [..., C].
+        weight: [C], rounded to the dtype of x; None for ones.
+        eps: added to the mean square; None for the machine epsilon.
+    """
+    dtype = product_dtype(x)
+    weight = None if weight is None else weight.to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext():
+        if is_vmapped():  # PyTorch's own kernels for it on a GPU have no batching rule
+            y = vmapped(lambda x: F.rms_norm(x, x.shape[-1:], None, eps), x)
+            y = y if weight is None else y * weight
+        else:
+            y = F.rms_norm(x, x.shape[-1:], weight, eps)
+        return y.to(dtype)
+
+
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` with its weight in the dtype of the input, so that autocast leaves no mixture of dtypes."""
+    """`torch.nn.RMSNorm` over the last axis, computed by `rms_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        if is_vmapped():  # PyTorch's own kernels for it on a GPU have no batching rule
-            y = vmapped(lambda x: F.rms_norm(x, self.normalized_shape, None, self.eps), x)
-            return y if weight is None else y * weight
-        return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class ShortConvolution(nn.Module):

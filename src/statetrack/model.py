@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from statetrack.cross_entropy import IGNORE, linear_cross_entropy
 from statetrack.layers import GatedMLP, ReLUMLP, RMSNorm
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.mixers.mixer import Mixer, MixerConfig, State, overwrite
@@ -243,8 +244,8 @@ def _norm(config: ModelConfig, present: bool) -> nn.Module:
 class LanguageModel(nn.Module):
     """Token ids [B, T] -> logits [B, T, output_size], one class for every mixer.
 
-    `forward` computes the logits of whole sequences; `scan` carries a state from one piece of a sequence to the next;
-    `step` takes one token at a time. All three compute the same function.
+    `forward` computes the logits of whole sequences, or with labels their loss; `scan` and `scan_losses` carry a state
+    from one piece of a sequence to the next; `step` takes one token at a time. All compute the same function.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -260,9 +261,42 @@ class LanguageModel(nn.Module):
         """The state before the first token."""
         return [block.mixer.init_state(batch_size) for block in self._blocks()]
 
-    def forward(self, ids: Tensor, cu_seqlens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Logits [B, T, output_size]; the arguments are those of `scan`."""
-        return self.scan(ids, None, cu_seqlens, mask=mask)[0]
+    def forward(
+        self,
+        ids: Tensor,
+        cu_seqlens: Tensor | None = None,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        z_loss: float = 0.0,
+    ) -> Tensor:
+        """Logits [B, T, output_size], or the mean cross-entropy of labels, for which the logits are never whole.
+
+        Args:
+            ids: as for `scan`, and so are cu_seqlens and mask.
+            cu_seqlens: boundaries of packed sequences.
+            mask: False at padding, whose labels are ignored.
+            labels: integers [B, T], the right answer after each token (of a language model the next one), or -100.
+            z_loss: weight of the squared logsumexp of the logits in the loss, see `linear_cross_entropy`.
+        """
+        if labels is None:
+            return self.scan(ids, None, cu_seqlens, mask=mask)[0]
+        if mask is not None:
+            labels = labels.masked_fill(~mask, IGNORE)
+            labels, _ = pack(labels, mask)
+        x, _ = self._scan_blocks(ids, None, cu_seqlens, mask, states=False)
+        return linear_cross_entropy(self._output_input(x), self.output_weight, labels, z_loss=z_loss)
+
+    @torch.no_grad()
+    def scan_losses(self, ids: Tensor, labels: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+        """The cross-entropy of each label [B, T], without gradients, and the state after the last token.
+
+        Args:
+            ids: token ids [B, T].
+            labels: integers [B, T], the right answer after each token, or -100, where the loss is 0.
+            state: the state after the tokens before; None at the start of a sequence.
+        """
+        x, after = self._scan_blocks(ids, state, None, None)
+        return linear_cross_entropy(self._output_input(x), self.output_weight, labels, reduction="none"), after
 
     def scan(
         self,
@@ -287,6 +321,27 @@ class LanguageModel(nn.Module):
             ValueError: if ids is not an integer tensor [B, T] with B, T >= 1 and entries in 0..vocab_size-1, nor
                 embeddings; if the mask does not fit, has no token at all, or comes with cu_seqlens.
         """
+        x, after = self._scan_blocks(ids, state, cu_seqlens, mask)
+        if positions is None:
+            logits = self.logits(x)
+            return (logits if mask is None else unpack(logits, mask)), after
+        if mask is not None:
+            x = unpack(x, mask)  # norm and output layer have no bias: the logits of 0 are 0
+        return self.logits(x[:, positions]), after
+
+    def _scan_blocks(
+        self,
+        ids: Tensor,
+        state: ModelState | None,
+        cu_seqlens: Tensor | None,
+        mask: Tensor | None,
+        *,
+        states: bool = True,
+    ) -> tuple[Tensor, ModelState]:
+        """What the last block returns, of padded rows the tokens as `pack` has them, and the state; as `scan`.
+
+        Without `states` each layer's is let go at once: those of attention hold all tokens.
+        """
         embedded = ids.ndim == 3 and ids.is_floating_point()
         if not embedded:
             self._check_shape(ids)
@@ -308,13 +363,9 @@ class LanguageModel(nn.Module):
         after: ModelState = []
         for index, block in enumerate(self._blocks()):
             x, layer_state = block(x, None if state is None else state[index], cu_seqlens)
-            after.append(layer_state)
-        if positions is None:
-            logits = self.logits(x)
-            return (logits if mask is None else unpack(logits, mask)), after
-        if mask is not None:
-            x = unpack(x, mask)  # norm and output layer have no bias: the logits of 0 are 0
-        return self.logits(x[:, positions]), after
+            if states:
+                after.append(layer_state)
+        return x, after
 
     def step(self, ids: Tensor, state: ModelState, mask: Tensor | None = None) -> tuple[Tensor, ModelState]:
         """One token: ids [B] -> logits [B, output_size] and the next state.
@@ -382,8 +433,12 @@ class LanguageModel(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The final norm and the output layer: [..., output_size] from what the last block returns, [..., D]."""
+        return F.linear(self._output_input(x), self.output_weight)
+
+    def _output_input(self, x: Tensor) -> Tensor:
+        """What the output layer reads, from what the last block returns."""
         x = self.norm(x)
-        return F.linear(x.to(self.output_weight.dtype) if self.config.residual_in_float32 else x, self.output_weight)
+        return x.to(self.output_weight.dtype) if self.config.residual_in_float32 else x
 
     @property
     def output_size(self) -> int:

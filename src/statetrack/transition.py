@@ -126,6 +126,9 @@ EigenvalueRangeLike = EigenvalueRange | tuple[float, float] | list[float] | str
 class Transition(ABC):
     """The state-transition matrices `A_t` of a batch of token sequences: a frozen dataclass of tensors."""
 
+    names: ClassVar[tuple[str, ...]]
+    """Its tensors. Written out, because torch.compile (in torch 2.11) can't look for them in an instance."""
+
     identity: ClassVar[dict[str, float]]
     """The tensors whose first two axes are B and T, by name, with the value that makes a step leave the state alone."""
 
@@ -136,7 +139,7 @@ class Transition(ABC):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {name: x for name in self.names if (x := getattr(self, name)) is not None}
 
     def map_tokens(self, function: Callable[[Tensor], Tensor]) -> Self:
         """The same kind of transition with `function` applied to every tensor whose first two axes are B and T."""
@@ -174,6 +177,7 @@ class Householder(Transition):
             identity. Another function than `normalize=False`.
     """
 
+    names = ("k", "beta", "decay")
     identity = {"k": 0.0, "beta": 0.0, "decay": 1.0}  # noqa: RUF012
 
     k: Tensor
@@ -257,6 +261,7 @@ class Discretized(Transition):
         lower_end: [H, V], a lower end of its own for each value channel, in place of lo; None for lo.
     """
 
+    names = ("dt", "A", "lower_end")
     identity = {"dt": 0.0}  # noqa: RUF012
 
     dt: Tensor
@@ -312,6 +317,7 @@ class Diagonal(Transition):
             not a logarithm: 0 and -1 can be said.
     """
 
+    names = ("decay",)
     identity = {"decay": 1.0}  # noqa: RUF012
 
     decay: Tensor
@@ -353,6 +359,7 @@ class LowRank(Transition):
         w: [B, T, H, K], the direction that is read.
     """
 
+    names = ("decay", "u", "w")
     identity = {"decay": 1.0, "u": 0.0, "w": 0.0}  # noqa: RUF012
 
     decay: Tensor

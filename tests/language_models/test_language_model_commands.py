@@ -39,7 +39,7 @@ def place(tmp_path_factory):
 
 def test_models_are_judged_and_compared(place, capsys):
     options = ["--data", str(place / "data"), "--lengths", "64,256", "--tokens", "512", "--probe-lengths", "4"]
-    options += ["--sequences", "4", "--device", "cpu"]
+    options += ["--sequences", "4", "--generation", "16,64", "--device", "cpu"]
     assert main(["evaluate", str(place / "run"), *options]) == 0
     assert main(["evaluate", str(place / "llama"), *options, "--json", str(place / "llama.json")]) == 0
     ours, theirs = (json.loads((place / name).read_text()) for name in ("run/evaluation.json", "llama.json"))
@@ -47,6 +47,9 @@ def test_models_are_judged_and_compared(place, capsys):
         assert [d["domain"] for d in found["perplexity"]] == ["code", "prose"]
         assert [loss["stop"] for loss in found["perplexity"][0]["by_length"]] == [64, 256]
         assert {p["probe"] for p in found["probes"]} == {"parity", "s3", "code"}
+        assert [cost["length"] for cost in found["generation"]["models"][0]["costs"]] == [16, 64]
+    assert [model["title"] for model in ours["generation"]["models"]] == ["DeltaNet [-1, 1]", "Llama, untrained"]
+    assert [model["title"] for model in theirs["generation"]["models"]] == ["Llama"]
     assert ours["perplexity"][0]["bytes"] == theirs["perplexity"][0]["bytes"]
     assert not (place / "llama" / "evaluation.json").exists()
 
@@ -60,6 +63,9 @@ def test_models_are_judged_and_compared(place, capsys):
         "Loss in training",
         "prose: by position",
         "Probe: s3",
+        "Generation: speed by length",
+        "Generation: memory by length",
+        "Llama,\u00a0untrained",
         "</html>",
     ):
         assert words in text
@@ -74,6 +80,8 @@ def test_models_are_judged_and_compared(place, capsys):
         (["evaluate", "run", "--probes", "none"], "nothing to judge"),
         (["evaluate", "run", "--data", "nowhere"], "nowhere"),
         (["evaluate", "run", "--probes", "chess"], "unknown probe"),
+        (["evaluate", "run", "--probes", "none", "--generation", "0"], "generation"),
+        (["evaluate", "run", "--probes", "none", "--generation", "many"], "generation"),
         (["report", "llama"], "was not judged yet"),
         (["report", "run", "code"], "not both"),
         (["report", "run/metrics.jsonl"], "not valid JSON"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from statetrack import Attention, mixer_config
 
@@ -92,3 +93,20 @@ def test_attention_has_no_transition_and_no_range():
 def test_a_wrong_option_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         mixer_config("attention")(**options).build(8)
+
+
+LENGTHS = [300, 2, 31, 5, 120, 9, 14, 77, 1, 40]  # as rows of the longest they would have five times the tokens
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_attention_hardly_pads_documents(window, monkeypatch):
+    attend, calls = F.scaled_dot_product_attention, []
+
+    def counted(q, *args, **kwargs):
+        calls.append(q.shape[0] * q.shape[2])
+        return attend(q, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    mixer = Attention(8, num_heads=2, window=window)
+    mixer(torch.randn(1, sum(LENGTHS), 8), torch.tensor([0, *LENGTHS]).cumsum(0))
+    assert sum(LENGTHS) <= sum(calls) <= 1.5 * sum(LENGTHS)

@@ -155,6 +155,21 @@ def test_packed_sequences_equal_sequences_alone(config):
         assert goes_on_alike(mixer, {name: value[index : index + 1] for name, value in states.items()}, state)
 
 
+def test_gradients_of_packed_sequences_are_those_of_sequences_alone(config):
+    """Documents as text has them: a few long ones and many short ones."""
+    lengths = [2, 17, 1, 9, 0, 3, 3, 12, 1]
+    mixer = make(config)
+    x = torch.randn(1, sum(lengths), D_MODEL, dtype=torch.float64, requires_grad=True)
+    weights, inputs = torch.randn_like(x), [x, *mixer.parameters()]
+    packed = mixer(x, torch.tensor([0, *lengths]).cumsum(0))
+    alone = torch.cat([mixer(piece) for piece in x.split(lengths, 1) if piece.shape[1]], 1)
+    assert torch.allclose(packed, alone)
+    found, expected = (torch.autograd.grad((y * weights).sum(), inputs, allow_unused=True) for y in (packed, alone))
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).norm() <= 1e-9 * (1e-3 + b.norm())
+
+
 def test_the_mixer_is_causal(config):
     mixer, x = make(config), torch.randn(1, 10, D_MODEL, dtype=torch.float64)
     changed = x.clone()

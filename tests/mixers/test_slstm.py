@@ -96,3 +96,20 @@ def test_a_wrong_option_is_refused():
     with pytest.raises(ValueError, match="conv_size must be 0"):
         SLSTM(8, conv_size=1)
     assert SLSTM(8).transition(torch.randn(1, 2, 8)) is None
+
+
+LENGTHS = [300, 2, 31, 5, 120, 9, 14, 77, 1, 40]  # as rows of the longest they would have five times the tokens
+
+
+def test_slstm_goes_through_documents_side_by_side(monkeypatch):
+    shapes = []
+
+    def counted(gates, *args):
+        shapes.append((gates.shape[0], gates.shape[2]))
+        return slstm(gates, *args)
+
+    monkeypatch.setattr("statetrack.mixers.slstm.slstm", counted)
+    mixer = SLSTM(8, num_heads=2)
+    mixer(torch.randn(1, sum(LENGTHS), 8), torch.tensor([0, *LENGTHS]).cumsum(0))
+    assert sum(steps for steps, _ in shapes) == max(LENGTHS)
+    assert sum(LENGTHS) <= sum(steps * rows for steps, rows in shapes) <= 1.2 * sum(LENGTHS)

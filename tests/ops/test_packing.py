@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from statetrack import LanguageModel, ModelConfig, mixer_config, mixer_configs
-from statetrack.ops.packing import Packing, groups_of, on_host, packing_of, padded_rows
+from statetrack.ops.packing import Packing, groups_of, on_host, packing_of, padded_rows, segments_of
 
 BOUNDARIES = [0, 1, 1, 4, 9, 16, 20]
 
@@ -128,3 +128,21 @@ def test_groups_and_rows_give_back_what_they_took():
         assert torch.equal(groups.join_states(taken, states), states)
         assert torch.equal(groups.join_states(taken, None)[1], torch.zeros(2))
         assert all(take.real is None for take in groups.groups) or not alike
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("lengths", [[3, 0, 1, 7, 7, 2], [20], [1] * 20, [0, 20, 0]])
+def test_segments_have_as_many_steps_as_the_longest_sequence_and_lose_nothing(lengths, alike):
+    x, states = torch.randn(1, 20, 3), torch.randn(len(lengths), 2)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    segments = segments_of(cu_seqlens, x, alike=alike)
+    taken = [take(x) for take in segments.groups]
+    assert sum(len(rows) for rows in taken) == max(lengths)
+    assert torch.equal(segments.join_tokens(taken), x)
+    padded = sum(rows.shape[0] * rows.shape[1] for rows in taken)
+    assert padded == 20 if alike else padded <= 1.2 * 20
+    ended = [states[take.sequences] for take in segments.groups]
+    assert torch.equal(segments.join_states(ended, states), states)
+    for take, rows, (steps, places) in zip(segments.groups, taken, segments.ends, strict=True):
+        assert torch.equal(segments.order[places], take.sequences)
+        assert torch.equal(rows[steps, places], x[0, cu_seqlens[take.sequences + 1] - 1])

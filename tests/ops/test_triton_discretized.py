@@ -11,11 +11,17 @@ from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators,
 from statetrack.ops import available_backends, triton_common, triton_discretized
 
 
-@pytest.fixture(params=["serial", "parallel"])
+def walk(monkeypatch, warps):
+    """Tiles of four steps, walked through by one program or, with many warps to give work to, in segments."""
+    for name, value in {
+        "_STEPS": 4, "_FORWARD_WARPS": warps, "_BACKWARD_WARPS": warps, "_FEWEST_SEGMENTS": 2, "_SHORTEST_SEGMENT": 1,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(triton_discretized, name, value)
+
+
+@pytest.fixture(params=[0, 10**6], ids=["whole", "segments"])
 def tiles(request, monkeypatch):
-    """Tiles of eight steps, walked through by one program or each with one of its own."""
-    monkeypatch.setattr(triton_discretized, "_STEPS", 8)
-    monkeypatch.setattr(triton_discretized, "_PROGRAMS", 0 if request.param == "serial" else 10**6)
+    walk(monkeypatch, request.param)
 
 
 def with_lower_end(case):
@@ -38,7 +44,7 @@ def test_auto_prefers_what_has_been_checked_on_a_card(monkeypatch):
 
 
 @interpreted
-@pytest.mark.parametrize("t", [1, 7, 8, 9, 20])
+@pytest.mark.parametrize("t", [1, 7, 8, 13])
 def test_lengths_around_the_tile_agree_with_the_reference(t, tiles):
     check_against_reference(make_case(1, t, 1, 2, 3, **FLOAT32), "triton")
 
@@ -53,6 +59,17 @@ def test_every_range_agrees_with_the_reference(range_, tiles):
 @pytest.mark.parametrize(("b", "h", "k", "v"), [(1, 1, 1, 1), (2, 2, 3, 5), (1, 1, 2, 37)])
 def test_every_shape_agrees_with_the_reference(b, h, k, v, tiles):
     check_against_reference(make_case(b, 9, h, k, v, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize(("keys", "block", "warps"), [(2, 32, 1), (1, 32, 2), (4, 64, 2)])
+@pytest.mark.parametrize("v", [37, 64])
+def test_every_share_of_a_thread_agrees_with_the_reference(keys, block, warps, v, monkeypatch):
+    walk(monkeypatch, 0)
+    monkeypatch.setattr(triton_discretized, "_KEYS", keys)
+    for name in ("_FORWARD", "_BACKWARD"):
+        monkeypatch.setattr(triton_discretized, name, triton_common.Launch(block, warps, 1))
+    check_against_reference(make_case(1, 6, 1, 4, v, extreme=True, **FLOAT32), "triton")
 
 
 @interpreted
@@ -73,13 +90,12 @@ def test_float16_agrees_with_the_reference(tiles):
 
 @interpreted
 def test_both_ways_to_walk_through_the_tiles_agree(monkeypatch):
-    monkeypatch.setattr(triton_discretized, "_STEPS", 8)
-    case, found = make_case(1, 20, 1, 2, 3, **FLOAT32), []
-    for programs in (0, 10**6):
-        monkeypatch.setattr(triton_discretized, "_PROGRAMS", programs)
+    case, found = make_case(1, 18, 1, 2, 3, **FLOAT32), []
+    for warps in (0, 10**6):
+        walk(monkeypatch, warps)
         found.append(results(case, "triton"))
-    for name, serial in found[0].items():
-        torch.testing.assert_close(serial, found[1][name], rtol=1e-5, atol=1e-5)
+    for name, whole in found[0].items():
+        torch.testing.assert_close(whole, found[1][name], rtol=1e-5, atol=1e-5)
 
 
 @interpreted
@@ -95,17 +111,20 @@ def test_compiled_in_one_graph_for_every_length():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("programs", [0, 10**6], ids=["serial", "parallel"])
+@pytest.mark.parametrize("warps", [0, 10**6], ids=["whole", "segments"])
 @pytest.mark.parametrize(("b", "h", "k", "v"), [(2, 1, 16, 256), (1, 3, 5, 40), (1, 1, 64, 64)])
-def test_values_and_gradients_on_a_gpu(b, h, k, v, programs, dtype, monkeypatch):
-    monkeypatch.setattr(triton_discretized, "_PROGRAMS", programs)
+def test_values_and_gradients_on_a_gpu(b, h, k, v, warps, dtype, monkeypatch):
+    walk(monkeypatch, warps)
     check_on_gpu(make_case(b, 150, h, k, v, range_=SIGNED, dtype=dtype, extreme=True))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("programs", [0, 10**6], ids=["serial", "parallel"])
-def test_a_lower_end_on_a_gpu(programs, monkeypatch):
-    monkeypatch.setattr(triton_discretized, "_PROGRAMS", programs)
+@pytest.mark.parametrize("warps", [0, 10**6], ids=["whole", "segments"])
+@pytest.mark.parametrize("launch", [triton_common.Launch(16, 1, 1), triton_common.Launch(64, 4, 1)], ids=str)
+def test_a_lower_end_on_a_gpu(launch, warps, monkeypatch):
+    walk(monkeypatch, warps)
+    for name in ("_FORWARD", "_BACKWARD"):
+        monkeypatch.setattr(triton_discretized, name, launch)
     check_on_gpu(with_lower_end(make_case(2, 150, 2, 16, 40, **FLOAT32)))
 
 

@@ -8,15 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from metrics_of_runs import losses
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 import statetrack
-from statetrack import LanguageModel, mixer_configs, seeds
+from statetrack import LanguageModel, cross_entropy, mixer_configs, seeds
 from statetrack.data import PackedBatches, PackedTokens
 from statetrack.pretraining import loop
 from statetrack.pretraining.checkpoints import CheckpointError, Checkpoints
 from statetrack.pretraining.config import config_of
 from statetrack.pretraining.guard import StepGuard, guarded_step
+from statetrack.pretraining.held_out import batch_loss
 from statetrack.pretraining.loop import pretrain
 from statetrack.pretraining.optimizers import learning_rate_factor
 from statetrack.pretraining.parallel import ParallelModel
@@ -246,6 +248,43 @@ def test_shares_of_domains_decide_what_is_read(tables, text_data):
     assert not torch.equal(windows, batches._order(1))
     with pytest.raises(ValueError, match="no domain 'songs'"):
         PackedBatches(tokens, sequence_length=24, batch_size=4, shares={"songs": 1})
+
+
+def losses_of_two(rank, path, tables, batch, expected):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    try:
+        for case, (loss, norm) in expected.items():
+            found = loss_and_norm(tables, batch.split(2)[rank], *case)
+            assert found[0] == pytest.approx(loss, rel=1e-3 if case[2] == "bfloat16" else 1e-6), case
+            assert found[1] == pytest.approx(norm, rel=1e-2 if case[2] == "bfloat16" else 1e-4), case
+    finally:
+        dist.destroy_process_group()
+
+
+def loss_and_norm(tables, batch, parallelism, tied, precision):
+    """Of a batch that all processes have a part of."""
+    tables = {**tables, "model": {**tables["model"], "tie_embeddings": tied}, "execution": {"parallelism": parallelism}}
+    config = config_of(tables, 257)
+    torch.manual_seed(0)
+    with processes("cpu") as own:
+        parallel = ParallelModel(LanguageModel(config.model), own, config.execution, precision)
+        loss = batch_loss(parallel, batch, config, z_loss=0.1)
+        loss.backward()
+        return own.mean(loss.detach()).item(), parallel.clip_gradients(0).item()
+
+
+def test_the_loss_of_two_processes_is_that_of_one(tables, text_data, tmp_path, monkeypatch):
+    """With the weight of the output layer whole or sharded, its own or the embedding's, in chunks of a few tokens."""
+    batch = next(iter(PackedBatches(PackedTokens(text_data), sequence_length=24, batch_size=4)))
+    precisions = ("float32", "bfloat16")
+    alone = {(tied, p): loss_and_norm(tables, batch, "none", tied, p) for tied in (False, True) for p in precisions}
+    monkeypatch.setattr(cross_entropy, "_LOGITS_ON_CPU", 10 * 257)  # in this process alone: chunks change nothing
+    for (tied, precision), expected in alone.items():
+        found = loss_and_norm(tables, batch, "none", tied, precision)
+        assert found == pytest.approx(expected, rel=1e-2 if precision == "bfloat16" else 1e-5)
+    expected = {(parallelism, *case): value for case, value in alone.items() for parallelism in ("ddp", "fsdp")}
+    spawn(losses_of_two, (tmp_path / "store", tables, batch, expected), 2)
 
 
 def test_documents_may_share_a_state(tables, tmp_path):

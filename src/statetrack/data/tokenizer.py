@@ -17,6 +17,8 @@ import numpy as np
 SEPARATOR = "<|endoftext|>"
 # What marks a tokenizer that was made here, in its tokenizer_config.json.
 _MARK = "statetrack_tokenizer"
+# One of them is in every directory with a tokenizer of transformers.
+_TOKENIZER_FILES = ("*token*", "vocab*", "*.model")
 # Longer documents are encoded in pieces, as the memory of an encoding is many times that of its text.
 _PIECE = 2**20
 
@@ -109,7 +111,8 @@ class _Transformers(TextTokenizer):
                 name="transformers",
             ) from None
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            # Without the argument transformers may ask, on the terminal, whether to run code of the checkpoint.
+            self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"the tokenizer {name} can't be read: {' '.join(str(error).split())}") from None
         self.vocab_size = len(self.tokenizer)
@@ -161,17 +164,31 @@ def load_tokenizer(name: Path | str) -> TextTokenizer:
     """The tokenizer "bytes", one that `save` has written to a directory, or one of transformers, by directory or name.
 
     Raises:
-        ValueError: if there is none, or it has no token to separate documents with.
+        ValueError: if there is none, its files are damaged, or it has no token to separate documents with.
         ModuleNotFoundError: if transformers is needed and missing.
     """
     if str(name) == "bytes":
         return byte_tokenizer()
-    config = Path(name) / "tokenizer_config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get(_MARK) if config.exists() else None
+    directory = Path(name)
+    if directory.is_dir() and not any(next(directory.glob(pattern), None) for pattern in _TOKENIZER_FILES):
+        raise ValueError(f"{name} has no tokenizer: the files tokenizer.json and tokenizer_config.json are missing")
+    config, file = directory / "tokenizer_config.json", directory / "tokenizer.json"
+    kind = _kind(config) if config.exists() else None
     for ours in (_BytePairs, _Bytes):
         if ours.kind == kind:
-            return ours(_tokenizers().Tokenizer.from_file(str(Path(name) / "tokenizer.json")))
+            try:
+                return ours(_tokenizers().Tokenizer.from_file(str(file)))
+            except Exception as error:  # the package has no exception of its own
+                message = " ".join(str(error).split())
+                raise ValueError(f"{file} is missing or damaged ({message}); copy the tokenizer again") from None
     return _Transformers(str(name))
+
+
+def _kind(config: Path) -> str | None:
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get(_MARK)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config} is no JSON object ({error}); copy the tokenizer again") from None
 
 
 def _tokenizers() -> Any:

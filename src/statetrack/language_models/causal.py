@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from statetrack.generation import Decoder
 from statetrack.mixers import mixer_configs
 from statetrack.model import LanguageModel
 from statetrack.plain import to_data
@@ -18,6 +20,22 @@ from statetrack.pretrained.files import read_config
 
 _CHECK_TOKENS = 24
 _CHECK_TOLERANCE = 0.05
+
+_TOKENS = 2**13
+"""Tokens whose activations are in memory at once, at most."""
+
+_LOGITS = 2**26
+"""Logits that are in memory at once, at most, where a model returns them all."""
+
+
+class TokenDecoder(Protocol):
+    """A model that goes on from a state: token ids [B] -> logits [B, vocab_size], one token of every row a call."""
+
+    def __call__(self, ids: Tensor) -> Tensor: ...
+
+    def state_bytes(self) -> int:
+        """The memory of what is carried from token to token."""
+        ...
 
 
 class CausalModel(ABC):
@@ -30,6 +48,7 @@ class CausalModel(ABC):
         constant_memory: whether the state has one size at all lengths.
         config: the config as plain data.
         device: where it is.
+        tokens_at_once: how many tokens one call should have at most, for the sake of memory.
     """
 
     title: str
@@ -38,6 +57,7 @@ class CausalModel(ABC):
     constant_memory: bool
     config: Mapping[str, Any]
     device: torch.device
+    tokens_at_once: int = _TOKENS
 
     @abstractmethod
     def scan(self, ids: Tensor, state: Any = None, positions: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -51,6 +71,23 @@ class CausalModel(ABC):
         Raises:
             ValueError: for more tokens than the model has positions for.
         """
+
+    @abstractmethod
+    def losses(self, ids: Tensor, labels: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """The cross-entropy of the labels [B, T] in nats, float32 or better, without gradients, and the state.
+
+        Args:
+            ids: token ids [B, T].
+            labels: the tokens that follow, [B, T].
+            state: as for `scan`.
+
+        Raises:
+            ValueError: as `scan`.
+        """
+
+    @abstractmethod
+    def decoder(self, state: Any) -> TokenDecoder:
+        """What generates text after the tokens of a state, which must not be used any more; without gradients."""
 
 
 class RecurrentModel(CausalModel):
@@ -77,6 +114,12 @@ class RecurrentModel(CausalModel):
 
     def scan(self, ids: Tensor, state: Any = None, positions: Tensor | None = None) -> tuple[Tensor, Any]:
         return self.model.scan(ids, state, positions=positions)
+
+    def losses(self, ids: Tensor, labels: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        return self.model.scan_losses(ids, labels, state)
+
+    def decoder(self, state: Any) -> TokenDecoder:
+        return Decoder(self.model, state)
 
 
 def _title(model: LanguageModel) -> str:
@@ -108,6 +151,7 @@ class TransformersModel(CausalModel):
         self.config = model.config.to_diff_dict()
         self.device = model.device
         self.title = type(model).__name__.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        self.tokens_at_once = max(1, min(_TOKENS, _LOGITS // self.vocab_size))
         self._check_carries()
 
     def scan(self, ids: Tensor, state: Any = None, positions: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -119,6 +163,15 @@ class TransformersModel(CausalModel):
             ) from None
         logits = outputs.logits
         return logits if positions is None else logits[:, positions], getattr(outputs, "past_key_values", None)
+
+    @torch.no_grad()
+    def losses(self, ids: Tensor, labels: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        logits, state = self.scan(ids, state)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+        return losses.view(labels.shape), state
+
+    def decoder(self, state: Any) -> TokenDecoder:
+        return _CachedDecoder(self, state)
 
     @torch.no_grad()
     def _check_carries(self) -> None:
@@ -135,6 +188,31 @@ class TransformersModel(CausalModel):
             f"{self.title} of transformers does not carry its state over pieces of several tokens, so that long texts "
             "can't be read piece by piece"
         )
+
+
+class _CachedDecoder:
+    """A model of transformers and its cache."""
+
+    def __init__(self, model: TransformersModel, state: Any) -> None:
+        self.model, self.state = model, state
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        logits, self.state = self.model.scan(ids.unsqueeze(1), self.state)
+        return logits.squeeze(1)
+
+    def state_bytes(self) -> int:
+        return _num_bytes(self.state)
+
+
+def _num_bytes(value: Any) -> int:
+    """Of all tensors in a cache of transformers, which are attributes of its layers or its own."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(_num_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_num_bytes, value))
+    return _num_bytes(vars(value)) if type(value).__module__.startswith("transformers.") else 0
 
 
 def model_directory(path: Path | str) -> Path:

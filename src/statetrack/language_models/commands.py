@@ -13,7 +13,8 @@ from rich.table import Table
 
 from statetrack.data.tokenizer import load_tokenizer
 from statetrack.files import atomic_write
-from statetrack.language_models.causal import load_causal_model, model_directory
+from statetrack.language_models.causal import CausalModel, load_causal_model, model_directory
+from statetrack.language_models.generation_costs import GenerationCost, generation_costs, transformer_beside
 from statetrack.language_models.held_out import DomainPerplexity, perplexity
 from statetrack.language_models.probes import ProbeResult, evaluate_probes
 from statetrack.progress import evaluation_progress
@@ -36,6 +37,7 @@ def evaluate_language_model(
     probes: Sequence[str] | None,
     probe_lengths: Sequence[int],
     questions: int | None,
+    generation: Sequence[int],
     seed: int,
     dtype: torch.dtype | None,
     device: torch.device,
@@ -50,8 +52,8 @@ def evaluate_language_model(
         for name, value in (("lengths", lengths), ("domains", domains), ("tokens", tokens), ("documents", documents)):
             if value:
                 raise ValueError(f"--{name} is about held-out text: say --data DIR, which `data prepare` has written")
-        if probes == []:
-            raise ValueError("there is nothing to judge: give --data DIR, or leave out --probes none")
+        if probes == [] and not generation:
+            raise ValueError("there is nothing to judge: give --data DIR or --generation, or leave out --probes none")
     model = load_causal_model(run, device, dtype)
     result: dict[str, Any] = {
         "kind": FORMAT,
@@ -64,6 +66,7 @@ def evaluate_language_model(
         "seed": seed,
         "perplexity": [],
         "probes": [],
+        "generation": None,
     }
     if data is not None:
         with evaluation_progress() as show:
@@ -95,12 +98,51 @@ def evaluate_language_model(
             )
         result["probes"] = [answer.to_data() for answer in answers]
         Console().print(_probe_table(answers, f"{model.title}: {run}, right answers"))
+    if generation:
+        result["generation"] = found = _generation(model, generation)
+        Console().print(_generation_table(found, f"{model.title}: {run}, generation after so many tokens"))
     text = json.dumps(result, indent=2) + "\n"
     if model_directory(run) != run and dtype is None:  # a run; other directories are left as they are
         atomic_write(run / EVALUATION, text)
     if json_file is not None:
         atomic_write(json_file, text)
     return 0
+
+
+def _generation(model: CausalModel, lengths: Sequence[int]) -> dict[str, Any]:
+    """What generation costs a model, and the Transformer beside it."""
+    models = [model]
+    if (transformer := transformer_beside(model)) is not None:
+        models.append(transformer)
+    costs: list[list[GenerationCost]] = [[] for _ in models]
+    with evaluation_progress() as show:
+        for done, length in enumerate(sorted(set(lengths))):
+            show(done, len(set(lengths)))
+            for own, cost in zip(costs, generation_costs(models, length), strict=True):
+                own.append(cost)
+    cuda = model.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(model.device) if cuda else f"cpu, threads: {torch.get_num_threads()}",
+        "models": [
+            {
+                "title": own.title if own is model else f"{own.title}, untrained",
+                "num_parameters": own.num_parameters,
+                "costs": [cost.to_data() for cost in found],
+            }
+            for own, found in zip(models, costs, strict=True)
+        ],
+    }
+
+
+def _generation_table(found: dict[str, Any], title: str) -> Table:
+    lengths = [cost["length"] for cost in found["models"][0]["costs"]]
+    table = Table("model", "", *(f"{n:,}" for n in lengths), title=title, title_justify="left")
+    for model in found["models"]:
+        costs = model["costs"]
+        name = f"{model['title']}, {model['num_parameters'] / 1e6:.1f} M"
+        table.add_row(name, "tokens/s", *(f"{cost['tokens_per_second']:,.0f}" for cost in costs))
+        table.add_row("", "MB carried", *(f"{cost['state_bytes'] / 1e6:,.3f}" for cost in costs))
+    return table
 
 
 def _perplexity_table(found: Sequence[DomainPerplexity], title: str) -> Table:

@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from statetrack.data.packed import PackedTokens
 from statetrack.data.preparation import read_manifest
@@ -26,12 +25,6 @@ from statetrack.language_models.causal import CausalModel
 
 Text = Literal["concatenated", "documents"]
 """Which text is read: stretches of the stream of all documents, or the beginnings of long documents."""
-
-_LOGITS = 2**26
-"""Logits that are in memory at once, at most."""
-
-_TOKENS = 2**13
-"""Tokens whose activations are in memory at once, at most."""
 
 _PIECE = 512
 """Tokens of a row that are read at once, where several rows have room for so many."""
@@ -208,7 +201,7 @@ def _losses(
     model: CausalModel, source: PackedTokens, starts: Sequence[int], longest: int, length: int, edges: Sequence[int]
 ) -> Iterator[tuple[Tensor, int, Tensor]]:
     """Sums of losses: which stretches they belong to, at which positions (a number of the edges), one for each."""
-    budget = max(1, min(_TOKENS, _LOGITS // model.vocab_size))
+    budget = model.tokens_at_once
     windows = [
         (stretch, start + offset) for stretch, start in enumerate(starts) for offset in range(0, longest, length)
     ]
@@ -222,9 +215,8 @@ def _losses(
             end = min(begin + piece, length)
             read = [source.read(start + begin, start + end + 1)[0] for _, start in batch]
             ids = torch.from_numpy(np.stack(read)).to(model.device)
-            logits, state = model.scan(ids[:, :-1], state)
-            losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-            losses = losses.view(len(batch), -1).double().cpu()
+            losses, state = model.losses(ids[:, :-1], ids[:, 1:], state)
+            losses = losses.double().cpu()
             for column, (low, high) in enumerate(itertools.pairwise(edges)):
                 low, high = max(low, begin) - begin, min(high, end) - begin
                 if low < high:

@@ -27,7 +27,7 @@ from statetrack.mixers.mixer import (
     with_options,
 )
 from statetrack.ops import check_packing
-from statetrack.ops.packing import padded_rows
+from statetrack.ops.packing import groups_of, padded_rows, tokens_of
 from statetrack.ops.vmapped import is_vmapped, vmapped_over_heads
 from statetrack.transition import accumulation_dtype
 
@@ -109,38 +109,64 @@ class Attention(Mixer):
         return {"k": empty, "v": empty.clone(), "length": length}
 
     def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
+        if cu_seqlens is not None:
+            check_packing(x.shape[0], x.shape[1], cu_seqlens)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        heads = [projected.unflatten(-1, (-1, self.head_dim)) for projected in (q, k, v)]
         if cu_seqlens is None:
-            return self._rows(x, state, None)
-        check_packing(x.shape[0], x.shape[1], cu_seqlens)
-        packed = padded_rows(cu_seqlens, x)
-        y, state = self._rows(packed.unpack(x), state, packed.lengths)
-        return packed.pack(y), state
+            o, after = self._rows(heads, state, None)
+        else:
+            o, after = self._packed(heads, state, cu_seqlens)
+        return self.o_proj(o.flatten(2)), after
 
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> None:
         return None
 
-    def _rows(self, x: Tensor, state: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
-        """`scan` of rows [B, T, D], which have padding after `lengths` [B] tokens unless that is None."""
-        b, t, _ = x.shape
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (projected.unflatten(-1, (-1, self.head_dim)) for projected in (q, k, v))
-        before = torch.zeros(b, dtype=torch.long, device=x.device) if state is None else state["length"]
-        positions = before.unsqueeze(1) + torch.arange(t, device=x.device)
+    def _packed(self, heads: list[Tensor], state: State | None, cu_seqlens: Tensor) -> tuple[Tensor, State]:
+        """Outputs [1, T, H, K] of packed queries, keys and values, and the state."""
+        rows = padded_rows(cu_seqlens, heads[0])
+        if state is not None:
+            o, after = self._rows([rows.unpack(x) for x in heads], state, rows.lengths)
+            return rows.pack(o), after
+        q, k, v = heads
+        if self.config.rotary:
+            positions = tokens_of(cu_seqlens, q).offset.unsqueeze(0)
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
+        # Sequences of similar length share a call: the padding at their end, which no token sees, is less than half.
+        groups = groups_of(cu_seqlens, q)
+        outputs = []
+        for take in groups.groups:
+            row_positions = torch.arange(take.tokens.shape[1], device=q.device).unsqueeze(0)
+            outputs.append(self._attend(take(q), take(k), take(v), row_positions, causal=True))
+        return groups.join_tokens(outputs), {"k": rows.unpack(k), "v": rows.unpack(v), "length": rows.lengths}
+
+    def _rows(self, heads: list[Tensor], state: State | None, lengths: Tensor | None) -> tuple[Tensor, State]:
+        """Outputs [B, T, H, K] of rows, which have padding after `lengths` [B] tokens unless that is None."""
+        q, k, v = heads
+        b, t = q.shape[:2]
+        before = torch.zeros(b, dtype=torch.long, device=q.device) if state is None else state["length"]
+        positions = before.unsqueeze(1) + torch.arange(t, device=q.device)
         if self.config.rotary:
             q, k = self._rotate(q, positions), self._rotate(k, positions)
         if state is not None:
             # A row's keys lie at their positions, so a shorter row's new keys overwrite its padding.
-            past = state["k"].shape[1]
             places = positions[:, :, None, None].expand_as(k)
             k = F.pad(state["k"].to(k.dtype), (0, 0, 0, 0, 0, t)).scatter(1, places, k)
             v = F.pad(state["v"].to(v.dtype), (0, 0, 0, 0, 0, t)).scatter(1, places, v)
-        else:
-            past = 0
+        o = self._attend(q, k, v, positions[:1] if state is None else positions, causal=state is None)
+        return o, {"k": k, "v": v, "length": before + (t if lengths is None else lengths)}
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, causal: bool) -> Tensor:
+        """Outputs [B, T, H, K] of queries at `positions` [B, T] or [1, T] on keys at 0, 1, ...
+
+        Args:
+            causal: the positions are those of the keys.
+        """
         mask = None
-        if state is not None or self.config.window is not None:
-            distance = positions.unsqueeze(2) - torch.arange(past + t, device=x.device)
+        if not causal or self.config.window is not None:
+            distance = positions.unsqueeze(2) - torch.arange(k.shape[1], device=k.device)
             mask = distance >= 0 if self.config.window is None else (distance >= 0) & (distance < self.config.window)
             mask = mask.unsqueeze(1)
         attend = partial(
@@ -151,8 +177,7 @@ class Attention(Mixer):
         )
         heads = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         o = vmapped_over_heads(attend, [1, 1, 1], *heads) if is_vmapped() else attend(heads[0], heads[1], heads[2])
-        after = before + (t if lengths is None else lengths)
-        return self.o_proj(o.transpose(1, 2).flatten(2)), {"k": k, "v": v, "length": after}
+        return o.transpose(1, 2)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotates the pairs (i, i + K / 2) of heads [B, T, H, K] by angles that grow with the positions [B, T]."""

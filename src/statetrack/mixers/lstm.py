@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
 from statetrack.ops import check_packing
-from statetrack.ops.packing import groups_of
+from statetrack.ops.packing import segments_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,16 +75,17 @@ class LSTM(Mixer):
             return self.o_proj(h), state
         check_packing(x.shape[0], x.shape[1], cu_seqlens)
         state = self.init_state(len(cu_seqlens) - 1) if state is None else state
-        # Rows of one length at a time: the state after each row's last token is then the state after the whole batch.
-        groups = groups_of(cu_seqlens, x, alike=True)
+        # Rows end with a segment: the state after each row's last token is then the state after the whole segment.
+        segments = segments_of(cu_seqlens, x, alike=True)
+        going_on = {name: value.index_select(0, segments.order) for name, value in state.items()}
         outputs, ends = [], []
-        for take in groups.groups:
-            before = {name: value.index_select(0, take.sequences) for name, value in state.items()}
-            h, end = self._rows(take(x), before)
-            outputs.append(h)
-            ends.append(end)
-        after = {name: groups.join_states([end[name] for end in ends], value) for name, value in state.items()}
-        return self.o_proj(groups.join_tokens(outputs)), after
+        for take, (_, rows) in zip(segments.groups, segments.ends, strict=True):
+            tokens = take(x).transpose(0, 1)  # [L, R, D] -> [R, L, D]
+            h, going_on = self._rows(tokens, {name: value[: len(tokens)] for name, value in going_on.items()})
+            outputs.append(h.transpose(0, 1))
+            ends.append({name: value.index_select(0, rows) for name, value in going_on.items()})
+        after = {name: segments.join_states([end[name] for end in ends], value) for name, value in state.items()}
+        return self.o_proj(segments.join_tokens(outputs)), after
 
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> None:
         return None

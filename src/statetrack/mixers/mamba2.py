@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from statetrack.layers import ShortConvolution
+from statetrack.layers import ShortConvolution, rms_norm
 from statetrack.mixers.bounds import FactorBounds, diagonal_bounds, gate_interval, linear_interval
 from statetrack.mixers.mixer import (
     Mixer,
@@ -220,8 +220,8 @@ class GroupedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = x.unflatten(-1, (self.groups, -1))
-        return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(x.dtype)
+        normed = rms_norm(x.unflatten(-1, (self.groups, -1)), None, self.eps).flatten(-2)
+        return normed * self.weight.to(normed.dtype)
 
 
 MIXERS = (Mamba2Config,)

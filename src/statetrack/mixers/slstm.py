@@ -27,9 +27,11 @@ from statetrack.mixers.mixer import (
     with_options,
 )
 from statetrack.ops import check_packing
-from statetrack.ops.packing import padded_rows
+from statetrack.ops.packing import segments_of
 from statetrack.ops.slstm import slstm
 from statetrack.transition import accumulated, accumulation_dtype
+
+_STATES = ("h", "c", "n", "m")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,19 +106,15 @@ class SLSTM(Mixer):
         if state is None:
             state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         gates, after = self._gates(x, state, cu_seqlens)
-        packed = None if cu_seqlens is None else padded_rows(cu_seqlens, gates)
-        rows = gates if packed is None else packed.unpack(gates)
-        names = ("h", "c", "n", "m")
-        before = [state[name].to(rows.dtype).transpose(0, 1) for name in names]
-        tokens = rows.permute(1, 2, 0, 3)  # [B, T, H, 4 N] -> [T, H, B, 4 N]
-        states = slstm(tokens, self.recurrent.to(rows.dtype), (before[0], before[1], before[2], before[3]))
-        h = states[0].permute(2, 0, 1, 3)
-        if packed is None:
-            after |= {name: values[-1].transpose(0, 1) for name, values in zip(names, states, strict=True)}
+        recurrent = self.recurrent.to(gates.dtype)
+        before = [state[name].to(gates.dtype) for name in _STATES]
+        if cu_seqlens is None:
+            tokens = gates.permute(1, 2, 0, 3)  # [B, T, H, 4 N] -> [T, H, B, 4 N]
+            states = slstm(tokens, recurrent, tuple(start.transpose(0, 1) for start in before))
+            h, ends = states[0].permute(2, 0, 1, 3), [values[-1].transpose(0, 1) for values in states]
         else:
-            h, row = packed.pack(h), torch.arange(len(packed.lengths), device=x.device)
-            for name, start, values in zip(names, before, states, strict=True):
-                after[name] = torch.cat([start.unsqueeze(0), values])[packed.lengths, :, row]
+            h, ends = _packed(gates, recurrent, before, cu_seqlens)
+        after |= dict(zip(_STATES, ends, strict=True))
         h = h.flatten(2) if self.o_norm is None else self.o_norm(h)
         return self.o_proj(h.to(x.dtype)), after
 
@@ -132,6 +130,23 @@ class SLSTM(Mixer):
         parts = (self.z_proj(x), self.i_proj(seen), self.f_proj(seen), self.g_proj(x))
         heads = torch.cat([accumulated(part).unflatten(-1, (self.num_heads, self.head_dim)) for part in parts], -1)
         return heads + accumulated(self.bias), after
+
+
+def _packed(gates: Tensor, recurrent: Tensor, before: list[Tensor], cu_seqlens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """h [1, T, H, N] of packed sequences and the states [S, H, N] after them, from those before them."""
+    segments = segments_of(cu_seqlens, gates)
+    going_on = [start.index_select(0, segments.order).transpose(0, 1) for start in before]
+    h, ends = [], []
+    for take, (steps, rows) in zip(segments.groups, segments.ends, strict=True):
+        tokens = take(gates).transpose(1, 2)  # [L, R, H, 4 N] -> [L, H, R, 4 N]
+        states = slstm(tokens, recurrent, tuple(values[:, : tokens.shape[2]] for values in going_on))
+        h.append(states[0].transpose(1, 2))
+        ends.append([values[steps, :, rows] for values in states])
+        going_on = [values[-1] for values in states]
+    after = [
+        segments.join_states(list(parts), start) for parts, start in zip(zip(*ends, strict=True), before, strict=True)
+    ]
+    return segments.join_tokens(h), after
 
 
 MIXERS = (SLSTMConfig,)

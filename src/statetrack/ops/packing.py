@@ -27,6 +27,8 @@ Check = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], None]
 
 # The longest sequence of a batch has at most this many times the tokens of the shortest, which bounds the padding.
 _LENGTH_RATIO = 1.5
+# The same for rows that end in one segment of time.
+_SEGMENT_RATIO = 1.2
 
 
 def pack(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -385,6 +387,62 @@ def _groups(packing: Packing, move: Move, ratio: float) -> Groups:
     empty = [sequence for sequence, length in enumerate(packing.lengths) if length == 0]
     order = torch.tensor([sequence for batch in batches for sequence in batch] + empty)
     return Groups(groups, move(token_places), move(order.argsort()), move(torch.tensor(empty, dtype=torch.long)))
+
+
+@dataclass(frozen=True)
+class Segments(Groups):
+    """Packed sequences as rows side by side, the longest first, cut in time where rows end.
+
+    For recurrences that go from token to token: in each segment only the rows that go on take part, so that all
+    sequences together need as many steps as the longest. `groups` has the segments: a group takes tokens as
+    [L, R, ...], L steps of the first R rows, of which those that end in it are its `sequences`.
+
+    Attributes:
+        order: the sequence of each row, [R].
+        ends: for each segment the steps and the rows at which its sequences have their last token.
+    """
+
+    order: Tensor
+    ends: list[tuple[Tensor, Tensor]]
+
+
+def segments_of(cu_seqlens: Tensor, x: Tensor, *, alike: bool = False) -> Segments:
+    """The sequences of a packed `x` [1, T, ...] in segments of time.
+
+    Args:
+        cu_seqlens: their boundaries [S + 1].
+        x: tells the device.
+        alike: rows end at the end of a segment alone, and there is no padding. Otherwise rows of similar length end in
+            one segment, for fewer of them.
+    """
+    return packing_of(cu_seqlens).make(_segments, x, 1.0 if alike else _SEGMENT_RATIO)
+
+
+def _segments(packing: Packing, move: Move, ratio: float) -> Segments:
+    boundaries, lengths = torch.tensor(packing.boundaries), torch.tensor(packing.lengths)
+    batches = _batches(packing.lengths, ratio)[::-1]  # those that end first are first
+    order = torch.tensor([sequence for batch in batches[::-1] for sequence in batch])
+    groups, ends, token_places = [], [], torch.empty(packing.boundaries[-1], dtype=torch.long)
+    begin, rows, first = 0, len(order), 0
+    for batch in batches:
+        steps = torch.arange(begin, packing.lengths[batch[0]]).unsqueeze(1)
+        real = steps < lengths[order[:rows]]
+        tokens = torch.where(real, boundaries[order[:rows]] + steps, 0)
+        token_places[tokens[real]] = first + real.flatten().nonzero().squeeze(1)
+        sequences = order[rows - len(batch) : rows]
+        groups.append(Group(move(tokens), None, move(sequences)))
+        ends.append((move(lengths[sequences] - 1 - begin), move(torch.arange(rows - len(batch), rows))))
+        begin, rows, first = packing.lengths[batch[0]], rows - len(batch), first + tokens.numel()
+    empty = [sequence for sequence, length in enumerate(packing.lengths) if length == 0]
+    ended = torch.tensor([sequence for batch in batches for sequence in batch] + empty)
+    return Segments(
+        groups,
+        move(token_places),
+        move(ended.argsort()),
+        move(torch.tensor(empty, dtype=torch.long)),
+        move(order),
+        ends,
+    )
 
 
 def _take_transition(transition: Transition, take: Group) -> Transition:

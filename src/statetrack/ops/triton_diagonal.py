@@ -87,7 +87,7 @@ _TABLE: dict[str, dict[int, Launch]] = {
     "prepare_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
     "scan_forward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
     "scan_backward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
-    "gradients_heads": {64: Launch(64, 8, 2), 128: Launch(64, 8, 2), 256: Launch(64, 8, 2)},
+    "gradients_heads": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)},
     "gradients_channels": {64: Launch(32, 8, 1), 128: Launch(32, 8, 1), 256: Launch(32, 8, 1)},
 }
 # float32 operands take twice the shared memory.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from statetrack.data import PackedBatch, PackedTokens, read_manifest
 from statetrack.data.packed import packed_batch
@@ -17,12 +16,9 @@ def batch_loss(model: ParallelModel, batch: PackedBatch, config: PretrainConfig,
     """The mean cross-entropy of a batch in nats a token, plus the z-loss where there is one."""
     batch = batch.to(model.device, non_blocking=True)
     if config.data.separate_documents:
-        logits = model(batch.ids, batch.cu_seqlens)
-    else:
-        logits = model(batch.ids.view(-1, config.data.sequence_length), None)
-    logits = logits.flatten(0, 1).float()
-    loss = F.cross_entropy(logits, batch.labels.flatten())
-    return loss + z_loss * torch.logsumexp(logits, -1).square().mean() if z_loss else loss
+        return model(batch.ids, batch.cu_seqlens, batch.labels, z_loss=z_loss)
+    rows = (-1, config.data.sequence_length)
+    return model(batch.ids.view(rows), None, batch.labels.view(rows), z_loss=z_loss)
 
 
 class HeldOut:

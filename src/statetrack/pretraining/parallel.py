@@ -61,10 +61,12 @@ class ParallelModel:
             # Without device_ids, with which it would move the boundaries of packed sequences to the GPU.
             self._module = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def __call__(self, ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Logits [B, T, vocab_size]."""
+    def __call__(
+        self, ids: Tensor, cu_seqlens: Tensor | None, labels: Tensor | None = None, *, z_loss: float = 0.0
+    ) -> Tensor:
+        """Logits [B, T, vocab_size], or with labels [B, T] their mean loss: `LanguageModel.forward`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return self._module(ids, cu_seqlens)
+            return self._module(ids, cu_seqlens, labels=labels, z_loss=z_loss)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:

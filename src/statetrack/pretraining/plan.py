@@ -7,6 +7,7 @@ the same and "auto" chooses the same backend.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.nn import functional as F
 
+from statetrack.cross_entropy import peak_bytes
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops.triton_common import assuming_a_gpu
 from statetrack.pretraining.flops import card_peak_flops, training_flops_per_token
@@ -34,6 +35,8 @@ CONTEXT_BYTES = 1.5 * GIB
 """What CUDA, its libraries and NCCL take of a card before the first tensor."""
 FRAGMENTATION = 1.05
 """What the allocator of PyTorch holds, over what tensors have."""
+MOST_SEQUENCES = 2**20
+"""Larger micro batches are not asked for."""
 
 Precision = Literal["bfloat16", "float32"]
 Parallelism = Literal["auto", "none", "ddp", "fsdp"]
@@ -65,7 +68,9 @@ WORLD_SIZES = (1, 2, 4, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on each GPU at the peak of a step, which is where the backward pass begins or in its largest block.
+    """Bytes on each GPU at the peak of a step, which is in the loss or in the backward pass of the largest block.
+
+    Gradients are those of micro batches before.
 
     Attributes:
         parameters: the float32 weights that the optimizer moves, this GPU's shard.
@@ -74,8 +79,8 @@ class Memory:
         gathered: whole weights of the blocks that are being computed, and their gradients before they are reduced;
             without shards, the weights in the precision of the computation.
         activations: what the blocks save for the backward pass.
-        logits: what the output layer and the loss save.
-        backward: gradients of activations on their way: of the logits, or of one block.
+        loss: what the final norm saves, and the output layer and the loss need at once (`cross_entropy.peak_bytes`).
+        backward: gradients of activations on their way, of one block.
     """
 
     parameters: float
@@ -83,24 +88,19 @@ class Memory:
     optimizer: float
     gathered: float
     activations: float
-    logits: float
+    loss: float
     backward: float
 
     @property
+    def tensors(self) -> float:
+        """All of these, of the loss and the backward pass the larger, as they are not at the same time."""
+        fixed = self.parameters + self.gradients + self.optimizer + self.gathered
+        return fixed + self.activations + max(self.loss, self.backward)
+
+    @property
     def total(self) -> float:
-        """What a card must have: all of these with `FRAGMENTATION`, and `CONTEXT_BYTES`."""
-        return self.fixed + self.batch
-
-    @property
-    def fixed(self) -> float:
-        """What does not depend on the batch, with the context."""
-        parts = self.parameters + self.gradients + self.optimizer + self.gathered
-        return CONTEXT_BYTES + FRAGMENTATION * parts
-
-    @property
-    def batch(self) -> float:
-        """What is proportional to the sequences of a micro batch."""
-        return FRAGMENTATION * (self.activations + self.logits + self.backward)
+        """What a card must have: the tensors with `FRAGMENTATION`, and `CONTEXT_BYTES`."""
+        return CONTEXT_BYTES + FRAGMENTATION * self.tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,17 +230,16 @@ def plan(
             sharded = parallelism == "fsdp" or (parallelism == "auto" and world_size > 1)
             shards = world_size if sharded else 1
             for every in (0, 1) if checkpointing is None else (checkpointing,):
-                largest = max(saved.blocks)
-                memory = Memory(
-                    parameters=4 * parameters / shards,
-                    gradients=4 * parameters / shards,
-                    optimizer=states / shards,
-                    gathered=_gathered_bytes(whole, saved, sharded),
-                    activations=saved.activations(every),
-                    logits=saved.logits,
-                    backward=max(saved.logits_gradient, largest * (2 if every else 1)),
+                fixed = {
+                    "parameters": 4 * parameters / shards,
+                    "gradients": 4 * parameters / shards,
+                    "optimizer": states / shards,
+                    "gathered": _gathered_bytes(whole, saved, sharded, precision),
+                }
+                memory = partial(_memory, saved, fixed, every)
+                fitting = bisect_right(
+                    range(1, MOST_SEQUENCES), card.memory, key=lambda size, memory=memory: memory(size).total
                 )
-                per_sequence = memory.batch / micro_batch_size
                 again = -(-model.num_layers // every) / model.num_layers if every else 0.0
                 rate = card.peak_flops * mfu / flops * world_size
                 placements.append(
@@ -248,8 +247,8 @@ def plan(
                         card=card,
                         world_size=world_size,
                         checkpointing=every,
-                        memory=memory,
-                        largest_micro_batch=max(0, int((card.memory - memory.fixed) / per_sequence)),
+                        memory=memory(micro_batch_size),
+                        largest_micro_batch=fitting,
                         tokens_per_second=rate * 3 / (3 + again),
                     )
                 )
@@ -266,25 +265,38 @@ def plan(
     )
 
 
+def _memory(saved: SavedActivations, fixed: dict[str, float], every: int, size: int) -> Memory:
+    """With micro batches of another size than what was measured."""
+    scale = size / saved.micro_batch_size
+    return Memory(
+        **fixed,
+        activations=scale * saved.activations(every),
+        loss=scale * saved.norm + saved.loss(size),
+        backward=scale * max(saved.blocks) * (2 if every else 1),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavedActivations:
     """Bytes that autograd saves in a forward pass.
 
     Attributes:
+        micro_batch_size: sequences of the pass.
         blocks: of each block, with its input; parameters not counted.
         inputs: of each block's input alone: what is left of it with checkpointing.
-        logits: of the final norm, the output layer and the cross-entropy.
-        logits_gradient: of the logits' gradient, in float32 and in the dtype of the activations.
+        norm: of the final norm, with ids and labels.
+        output: of the output layer and the loss: the gradients of what they read and of the weight.
         block_weights: of the rounded copies of each block's weights that autocast makes.
-        output_weight: of that of the output layer's.
+        loss: what the output layer and the loss need at once, for so many sequences.
     """
 
+    micro_batch_size: int
     blocks: tuple[int, ...]
     inputs: tuple[int, ...]
-    logits: int
-    logits_gradient: int
+    norm: int
+    output: int
     block_weights: tuple[int, ...]
-    output_weight: int
+    loss: Callable[[int], int]
 
     def activations(self, checkpointing: int = 0) -> int:
         """Of all blocks, where every so manyth is checkpointed; 0 for none."""
@@ -317,7 +329,7 @@ def saved_activations(
     with torch.device("meta"):
         model = LanguageModel(config)
 
-    def measured(module: nn.Module, call: Callable[[dict[str, Tensor], Tensor, Tensor], object]) -> tuple[int, int]:
+    def measured(module: nn.Module, call: Callable[[dict[str, Tensor], Tensor], object]) -> tuple[int, int]:
         """Bytes that are proportional to the batch, for the whole batch, and those that are not."""
         found = []
         for batch in (micro_batch_size, 2 * micro_batch_size):
@@ -325,20 +337,16 @@ def saved_activations(
                 shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
                 weights = {name: torch.empty(shape, requires_grad=True) for name, shape in shapes.items()}
                 x = torch.empty(batch, sequence_length, config.d_model, dtype=stream, requires_grad=True)
-                targets = torch.empty(batch, sequence_length, dtype=torch.long)
-                found.append(saved_bytes(partial(call, weights, x, targets), weights.values()))
-        # The loss keeps a number of its own, which is no copy of weights.
-        copies = 2 * found[0] - found[1] if precision == "bfloat16" else 0
-        return found[1] - found[0], copies
+                found.append(saved_bytes(partial(call, weights, x), weights.values()))
+        return found[1] - found[0], 2 * found[0] - found[1]
 
-    def run_block(block: nn.Module, weights: dict[str, Tensor], x: Tensor, targets: Tensor) -> object:
+    def run_block(block: nn.Module, weights: dict[str, Tensor], x: Tensor) -> object:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             return functional_call(block, weights, (x, None, None))
 
-    def run_output(weights: dict[str, Tensor], x: Tensor, targets: Tensor) -> object:
+    def run_norm(weights: dict[str, Tensor], x: Tensor) -> object:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            logits = functional_call(ends, {f"model.{name}": weight for name, weight in weights.items()}, (x,))
-        return language_model_loss(logits, targets)
+            return functional_call(model.norm, weights, (x,))
 
     by_kind: dict[object, tuple[int, int]] = {}
     blocks = []
@@ -347,34 +355,22 @@ def saved_activations(
         if kind not in by_kind:
             by_kind[kind] = measured(block, partial(run_block, block))
         blocks.append(by_kind[kind])
-    ends = _Ends(model)
-    logits, output_weight = measured(model, run_output)
     tokens = micro_batch_size * sequence_length
-    gradient_bytes = 4 + (2 if precision == "bfloat16" else 0)
+    products = torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+    def loss(size: int) -> int:
+        return peak_bytes(size * sequence_length, model.output_size, config.d_model, products, device=device)
+
     return SavedActivations(
+        micro_batch_size=micro_batch_size,
         blocks=tuple(saved for saved, _ in blocks),
         inputs=(tokens * config.d_model * stream.itemsize,) * len(blocks),
-        logits=logits + 8 * tokens,  # the embedding keeps its ids, as the loss keeps its targets
-        logits_gradient=tokens * model.output_size * gradient_bytes,
-        block_weights=tuple(copies for _, copies in blocks),
-        output_weight=output_weight,
+        norm=measured(model.norm, run_norm)[0] + 16 * tokens,
+        output=tokens * config.d_model * products.itemsize + 4 * model.output_weight.numel(),
+        # Without autocast there are no copies; a mixer may keep a few numbers of its own.
+        block_weights=tuple(copies if precision == "bfloat16" else 0 for _, copies in blocks),
+        loss=loss,
     )
-
-
-class _Ends(nn.Module):
-    """What follows the blocks of a model."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model.logits(x)
-
-
-def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean cross-entropy in float32 of logits [B, T, V] and the tokens that follow, [B, T]."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def saved_bytes(function: Callable[[], object], parameters: Iterable[Tensor]) -> int:
@@ -400,7 +396,7 @@ def _optimizer_bytes(model: nn.Module, config: OptimizerConfig) -> int:
     return 8 * count - 4 * sum(p.numel() for p in muon)
 
 
-def _gathered_bytes(model: LanguageModel, saved: SavedActivations, sharded: bool) -> float:
+def _gathered_bytes(model: LanguageModel, saved: SavedActivations, sharded: bool, precision: Precision) -> float:
     """Weights beside the shards, and gradients before they are reduced.
 
     Without shards these are autocast's copies. With shards the current block's weights and the next one's are whole, in
@@ -408,14 +404,14 @@ def _gathered_bytes(model: LanguageModel, saved: SavedActivations, sharded: bool
     gradients of one such group are whole before they are reduced in float32.
     """
     if not sharded:
-        return float(sum(saved.block_weights) + saved.output_weight)
+        return float(sum(saved.block_weights))
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
     outside = model.num_parameters() - sum(blocks)
     largest = max(blocks)
     # Without autocast there are no copies: the gathered weights are float32.
-    itemsize = 2 if saved.output_weight or any(saved.block_weights) else 4
+    itemsize = 2 if precision == "bfloat16" else 4
     gradients = max(4 * outside, (itemsize + 4) * largest)
-    return float(4 * outside + saved.output_weight + 2 * itemsize * largest + gradients)
+    return float(4 * outside + 2 * itemsize * largest + gradients)
 
 
 def _tables(plan: Plan) -> Group:
@@ -425,7 +421,7 @@ def _tables(plan: Plan) -> Group:
         f"token in training; {plan.micro_batch_size} x {plan.sequence_length} = {tokens:,} tokens a card at once, "
         f"{plan.precision}, {plan.optimizer}"
     )
-    table = Table("card", "GPUs", "checkpointing", "weights", "optimizer", "activations", "logits", "peak", "fits")
+    table = Table("card", "GPUs", "checkpointing", "weights", "optimizer", "activations", "at the peak", "sum", "fits")
     for column in table.columns[1:]:
         column.justify = "right"
     for name in ("largest batch", "s / micro batch", "tokens / s", "tokens / day"):
@@ -446,7 +442,7 @@ def _tables(plan: Plan) -> Group:
                     memory.parameters + memory.gradients + memory.gathered,
                     memory.optimizer,
                     memory.activations,
-                    memory.logits + memory.backward,
+                    max(memory.loss, memory.backward),
                     memory.total,
                 )
             ),
@@ -458,8 +454,8 @@ def _tables(plan: Plan) -> Group:
             style=None if placement.fits else "dim",
         )
     notes = Text(
-        "GiB on each card. weights: float32 shards, their gradients, and the blocks gathered for computing. logits: "
-        "with the gradients of activations. peak: all of it, "
+        "GiB on each card. weights: float32 shards, their gradients, and the blocks gathered for computing. at the "
+        "peak: what the loss needs, or the backward pass of one block. sum: all of it, "
         f"{FRAGMENTATION - 1:.0%} of fragmentation and {CONTEXT_BYTES / GIB:.1f} GiB for CUDA and NCCL. Speed: at an "
         f"assumed MFU of {plan.mfu:.0%} of the card's dense bf16 peak; checkpointing computes the forward pass twice.",
         style="dim",

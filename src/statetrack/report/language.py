@@ -102,10 +102,66 @@ def write_language_report(
             limits=(0.0, 102.0),
         )
         sections[-1] |= _probe_rows(found)
+    sections += _generation(entries, names)
     if provenance:
         sections.append({"title": "How it was made", "header": ("", ""), "rows": list(provenance.items())})
     title = f"{len(entries)} language model{'s' * (len(entries) > 1)}"
     write_sections(path, title, sections)
+
+
+def _generation(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Time and memory of a generated token by length, of the models and of the Transformers that stand beside them."""
+    found: dict[str, tuple[Mapping[str, Any], str]] = {}
+    for name, entry in zip(names, entries, strict=True):
+        # Evaluations of earlier versions have none.
+        if (generation := entry.get("generation")) is not None:
+            own, *beside = generation["models"]
+            found[name] = own, generation["device"]
+            for model in beside:  # one of the same size stands for several
+                title = f"{model['title']}, {model['num_parameters'] / 1e6:.0f} M"
+                found.setdefault(title, (model, generation["device"]))
+    if not found:
+        return []
+    lengths = sorted({cost["length"] for model, _ in found.values() for cost in model["costs"]})
+    rows = []
+    for name, (model, device) in found.items():
+        by_length = {cost["length"]: cost for cost in model["costs"]}
+        cells = [
+            f"{c['tokens_per_second']:,.0f} · {_size(c['state_bytes'])}" if (c := by_length.get(n)) else "–"
+            for n in lengths
+        ]
+        rows.append((_unbroken(name), device, *map(_unbroken, cells)))
+    sections: list[dict[str, Any]] = [
+        {
+            "title": "Generation",
+            "text": "Tokens a second, one row, and the memory of what is carried from token to token, after so many "
+            "tokens. Weights don't count. Untrained models stand beside: what they cost does not depend on training.",
+            "header": ("model", "measured on", *map(short_length, lengths)),
+            "rows": rows,
+        }
+    ]
+    figures = (
+        ("Generation: speed by length", "tokens_per_second", "tokens a second", 1.0),
+        ("Generation: memory by length", "state_bytes", "MB carried from token to token", 1e-6),
+    )
+    for title, key, label, unit in figures if len(lengths) > 1 else ():
+        lines = [
+            (name, [(cost["length"], unit * cost[key]) for cost in model["costs"]])
+            for name, (model, _) in found.items()
+        ]
+        drawn = _figure(
+            lines, list(dict.fromkeys([*names, *found])), key, title, x="tokens before", y=label, log=True, floor=0.0
+        )
+        sections.append({"title": title, **drawn})
+    return sections
+
+
+def _size(number: float) -> str:
+    """`299 kB`, `33.6 MB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= unit:
+            return f"{number / unit:.3g} {name}"
+    return f"{number:.0f} B"
 
 
 def _names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -201,6 +257,7 @@ def _draw(
     log: bool = False,
     level: float | None = None,
     limits: tuple[float, float] | None = None,
+    floor: float | None = None,
 ) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -222,6 +279,8 @@ def _draw(
         ends.append((*points[-1], true_minus(name), color))
     if limits is not None:
         ax.set_ylim(*limits)
+    if floor is not None:
+        ax.set_ylim(bottom=floor)
     if log:
         places = sorted({point[0] for _, points in lines for point in points})
         left, right = places[0] / 1.1, places[-1] * 1.1

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IGNORE = -100
-"""The label of a position at which nothing is asked."""
+from statetrack.cross_entropy import IGNORE as IGNORE  # what its users know as a part of a task
 
 
 class Batch(NamedTuple):
