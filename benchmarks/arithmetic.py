@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +74,7 @@ def run(task: str, mixer: str, changes: dict[str, Any], seed: int) -> dict[str, 
     training = TrainingConfig(**SHARED, **size["training"], **changes, seed=seed, log_every=250)
     options = {"name": mixer, "eigenvalue_range": [-1, 1], "num_heads": size["num_heads"]}
     config = run_config(task, read_mixers(options), {"d_model": size["d_model"], "num_layers": 2}, training)
-    began = time.process_time()
     model = train(config).model
-    seconds = time.process_time() - began
     accuracy = evaluate(model, get_task(task), size["lengths"], sequences=SEQUENCES)
     return {
         "task": task,
@@ -85,7 +82,6 @@ def run(task: str, mixer: str, changes: dict[str, Any], seed: int) -> dict[str, 
         "training": changes,
         "seed": seed,
         "accuracy": {str(result.length): round(result.accuracy, 3) for result in accuracy},
-        "cpu_seconds": round(seconds, 1),
     }
 
 
@@ -121,7 +117,7 @@ def main() -> None:
                 continue
             results.append(run(task, mixer, changes, seed))
             print(json.dumps(results[-1]), flush=True)
-            what = f"the share of {SEQUENCES} expressions of a length whose value a model says; CPU seconds of training"
+            what = f"the share of {SEQUENCES} expressions of a length whose value a model says"
             content = {"what": what, "environment": provenance, "results": results}
             atomic_write(options.out, json.dumps(content, indent=1) + "\n")
 
