@@ -15,7 +15,7 @@ from torch import Tensor
 from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
-    INTERPRETED_ONLY,
+    CHECKED_ON_A_CARD,
     Launch,
     as_float32,
     check_inputs,
@@ -52,7 +52,7 @@ BACKEND = Backend(
     supports=supports,
     run=by_rows(partial(_run_dense, high=False), check_inputs),
     run_high=by_rows(partial(_run_dense, high=True), check_inputs),
-    priority=INTERPRETED_ONLY,
+    priority=CHECKED_ON_A_CARD,
 )
 
 
@@ -84,7 +84,7 @@ def _kernels() -> Any:
 # memory that the compiler reports (`python -m benchmarks.kernel_resources`).
 _TABLE: dict[str, dict[int, Launch]] = {
     "prepare_heads": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)},
-    "prepare_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+    "prepare_channels": {64: Launch(64, 2, 1), 128: Launch(128, 4, 1), 256: Launch(128, 4, 1)},
     "scan_forward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
     "scan_backward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
     "gradients_heads": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)},
@@ -93,7 +93,7 @@ _TABLE: dict[str, dict[int, Launch]] = {
 # float32 operands take twice the shared memory.
 _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
     "prepare_heads": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
-    "prepare_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+    "prepare_channels": {64: Launch(64, 2, 1), 128: Launch(128, 4, 1), 256: Launch(128, 4, 1)},
     "scan_forward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
     "scan_backward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
     "gradients_heads": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
@@ -101,6 +101,8 @@ _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
 }
 # The width of the tiles of values of the kernels that cut keys.
 _VALUES = 64
+# The tokens of a block in `kernels/channels.py`.
+BLOCK = 16
 
 
 def _operand(q: Tensor, k: Tensor, v: Tensor, high: bool) -> torch.dtype:
@@ -144,7 +146,12 @@ class _Shape:
     def whole(self, kernel: str) -> dict[str, Any]:
         """Options of a kernel that does all chunks at once, in tiles of keys."""
         launch = self._launch(kernel)
-        levels = {"LEVELS": self.tokens.bit_length() - 1, "KINDS": 1} if self.by_channel else {}
+        blocks = self.tokens // BLOCK
+        levels: dict[str, int] = {}
+        if kernel == "prepare_channels":
+            levels = {"KINDS": 1, "BLOCKS": blocks, "LEVELS": blocks.bit_length() - 1}
+        elif kernel == "gradients_channels":
+            levels = {"KINDS": 1, "LEVELS": self.tokens.bit_length() - 1}
         return {
             "K": self.key_dim, "BC": self.tokens, "BD": min(launch.block, self.block_k), "PRECISION": self.precision,
             **levels, **launch.options,
@@ -211,7 +218,7 @@ def _forward(
         if shape.by_channel:
             launch.prepare_channels[(shape.rows * shape.chunks,)](
                 q, q, k, k, decay, attention, *scaled, into, None, *shape.sizes, 0,
-                BASE=0, **shape.whole("prepare_channels"),
+                **shape.whole("prepare_channels"),
             )  # fmt: skip
         else:
             options = shape.whole("prepare_heads")

@@ -14,7 +14,7 @@ from torch import Tensor
 from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
-    INTERPRETED_ONLY,
+    CHECKED_ON_A_CARD,
     Launch,
     as_float32,
     check_inputs,
@@ -40,8 +40,9 @@ _SHORTEST_SEGMENT = 8
 _JOINED = 128
 _PACKED = 1024
 _ADDED = 32
-# The block is that of the channels. Not yet measured on a card: from the registers and the instructions that the
-# compiler reports (`python -m benchmarks.kernel_resources`).
+# The block is that of the channels with so many keys; with others a thread has as many states. Not yet measured on a
+# card: from the registers and the instructions that the compiler reports (`python -m benchmarks.kernel_resources`).
+_BLOCK_KEYS = 16
 _FORWARD = Launch(16, 1, 1)
 _BACKWARD = Launch(64, 4, 1)
 
@@ -65,7 +66,7 @@ def _run_dense(
     return o, final_state
 
 
-BACKEND = Backend(name="triton", supports=supports, run=by_rows(_run_dense, check_inputs), priority=INTERPRETED_ONLY)
+BACKEND = Backend(name="triton", supports=supports, run=by_rows(_run_dense, check_inputs), priority=CHECKED_ON_A_CARD)
 
 
 class _TritonDiscretized(torch.autograd.Function):
@@ -122,7 +123,7 @@ class _Shape:
         value_lanes = 32 // key_lanes
         least = power_of_two(-(-self.value_dim // value_lanes), least=1)
         self.warps = min(launch.num_warps, least)
-        channels = max(1, min(launch.block // value_lanes, least) // self.warps)
+        channels = max(1, min(launch.block * _BLOCK_KEYS // padded // value_lanes, least) // self.warps)
         self.blocks = -(-self.value_dim // (self.warps * value_lanes * channels))
         self.padded_keys = key_lanes * self.keys
         whole = self.length // _STEPS

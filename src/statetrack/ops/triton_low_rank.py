@@ -11,7 +11,7 @@ one walks through them. Backward: one walks back, one finishes all chunks at onc
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
-    INTERPRETED_ONLY,
+    CHECKED_ON_A_CARD,
     Launch,
     as_float32,
     check_inputs,
@@ -37,8 +37,8 @@ from statetrack.transition import Householder, LowRank, Transition
 _PREPARED = 5
 # Steps of a chunk.
 _STEPS = 16
-# The blocks of forward substitution.
-_BASE = 4
+# The channels of all chunks that a warp prepares at once: four for each of its threads.
+_A_WARP = 128
 # The products of the segments' transitions fit a multiprocessor up to keys of so many channels.
 _LARGEST_MAP = 128
 # The width of the tiles of values of the kernel that cuts keys.
@@ -73,7 +73,7 @@ BACKEND = Backend(
     supports=supports,
     run=by_rows(partial(_run_dense, high=False), check_inputs),
     run_high=by_rows(partial(_run_dense, high=True), check_inputs),
-    priority=INTERPRETED_ONLY,
+    priority=CHECKED_ON_A_CARD,
 )
 
 
@@ -140,7 +140,7 @@ def _kernels() -> Any:
 # of values, for the others that of the tiles of keys. Not yet measured on a card: from the registers and the shared
 # memory that the compiler reports (`python -m benchmarks.kernel_resources`).
 _TABLE: dict[str, dict[int, Launch]] = {
-    "prepare_channels": {64: Launch(16, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
+    "prepare_channels": {64: Launch(64, 1, 1), 128: Launch(128, 1, 1), 256: Launch(128, 1, 1)},
     "scan_forward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 8, 1)},
     "scan_backward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
     "gradients_channels": {64: Launch(16, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
@@ -176,6 +176,17 @@ class _Shape:
             "K": self.key_dim, "BC": _STEPS, "KINDS": 2, "BD": min(launch.block, self.block_k),
             "LEVELS": _STEPS.bit_length() - 1, "PRECISION": "tf32x3", **launch.options,
         }  # fmt: skip
+
+    def prepare(self) -> tuple[int, dict[str, Any]]:
+        """Of the kernel that prepares chunks, several at once: the number of programs, and the options."""
+        launch = _TABLE["prepare_channels"][max(64, self.block_k)]
+        width = min(launch.block, self.block_k)
+        chunks = max(1, launch.num_warps * _A_WARP // width)
+        constants = {
+            "K": self.key_dim, "BC": _STEPS, "KINDS": 2, "BLOCKS": chunks, "BD": width, "LEVELS": 0,
+            "PRECISION": "tf32x3",
+        }  # fmt: skip
+        return self.rows * -(-self.chunks // chunks), constants | launch.options
 
     def scan(self, kernel: str, width: int) -> tuple[int, dict[str, Any]]:
         """Of a kernel that walks through the chunks, in tiles of `width` values: programs a segment, and options."""
@@ -227,6 +238,12 @@ def _record(q: Tensor, w: Tensor, u: Tensor, p: Tensor, v: Tensor, high: bool) -
     return torch.float32 if high else operand_dtype(q, w, u, p, v)
 
 
+def _of_one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous, and in the longest dtype among them: kernels take rows of two kinds, and columns, in one loop."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
+    return [x.to(dtype).contiguous() for x in tensors]
+
+
 def _forward(
     q: Tensor,
     w: Tensor,
@@ -244,14 +261,15 @@ def _forward(
     o = v.new_empty(v.shape)
     final = shape.new(shape.batch, shape.heads, shape.key_dim, shape.value_dim)
     record = _record(q, w, u, p, v, high)
-    q, w, u, p, v = (x.contiguous() for x in (q, w, u, p, v))
+    q, w, u, p = _of_one_dtype(q, w, u, p)
+    v = v.contiguous()
     initial = None if initial_state is None else as_float32(initial_state)
     prepared = shape.empty_prepared()
     saved = [shape.empty_states(record), shape.empty_values()] if save else []
     with torch.cuda.device_of(q):
-        launch.prepare_channels[(shape.rows * shape.chunks,)](
-            q, w, u, p, as_float32(decay), *prepared, *shape.sizes, shape.numbers,
-            BASE=_BASE, **shape.whole("prepare_channels"),
+        programs, options = shape.prepare()
+        launch.prepare_channels[(programs,)](
+            q, w, u, p, as_float32(decay), *prepared, *shape.sizes, shape.numbers, **options,
         )  # fmt: skip
         count, length = shape.segments()
         sizes = (*shape.sizes, shape.numbers, count, length)
@@ -306,7 +324,8 @@ def _backward(
     shape = _shape(q.shape, q.device, v.shape[-1])
     results = _empty_gradients(q, w, u, p, v, decay, tape, d_o, d_state)
     d_q, d_w, d_u, d_p, d_v, d_decay, d_initial = results
-    q, w, u, p, v, d_o = (x.contiguous() for x in (q, w, u, p, v, d_o))
+    q, w, u, p = _of_one_dtype(q, w, u, p)
+    v, d_o = v.contiguous(), d_o.contiguous()
     d_ends, d_read = torch.empty_like(starts), torch.empty_like(written)
     with torch.cuda.device_of(q):
         blocks, options = shape.scan("scan_backward", shape.value_dim)

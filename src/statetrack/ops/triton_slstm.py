@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.triton_common import INTERPRETED_ONLY, power_of_two, unavailable
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, power_of_two, unavailable
 
 # As with backends, "auto" takes these kernels once they have passed `pytest -m gpu tests/ops/test_triton_slstm.py` on a
 # card and this says CHECKED_ON_A_CARD.
-PRIORITY = INTERPRETED_ONLY
+PRIORITY = CHECKED_ON_A_CARD
 
 _LARGEST_HEAD = 64
 """The most channels of a head: R is 16 N^2 bytes, which a multiprocessor must hold."""

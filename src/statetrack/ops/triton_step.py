@@ -17,7 +17,7 @@ from torch import Tensor
 from statetrack.ops.backend import register_operator, wants_gradient
 from statetrack.ops.step import overwrites
 from statetrack.ops.triton_common import (
-    INTERPRETED_ONLY,
+    CHECKED_ON_A_CARD,
     LARGEST_KEY,
     power_of_two,
     processors,
@@ -27,7 +27,7 @@ from statetrack.transition import Diagonal, Discretized, Householder, LowRank, T
 
 # As with backends, "auto" takes these kernels once they have passed `pytest -m gpu tests/ops/test_triton_step.py` on a
 # card and this says CHECKED_ON_A_CARD.
-PRIORITY = INTERPRETED_ONLY
+PRIORITY = CHECKED_ON_A_CARD
 
 # A program's part of the state, in numbers, at most; and how many value channels it has at least, which are a segment
 # of memory for each key. Narrow parts are for few rows: they give every processor a program of its own.
