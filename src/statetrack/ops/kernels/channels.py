@@ -264,7 +264,7 @@ def prepare_channels(
 
 
 @triton.jit
-def _is_later_old(level, BC: tl.constexpr, KINDS: tl.constexpr):
+def _is_later_token(level, BC: tl.constexpr, KINDS: tl.constexpr):
     """[rows, 1]: whether a row's block of 2^level tokens is the later one of its pair."""
     token = tl.arange(0, KINDS * BC) % BC
     return ((token >> level) & 1 == 1)[:, None]
@@ -285,7 +285,7 @@ def _itself(BC: tl.constexpr, KINDS: tl.constexpr):
 
 
 @triton.jit
-def _others_old(into, level, BC: tl.constexpr, KINDS: tl.constexpr, BD: tl.constexpr):
+def _total_of_other(into, level, BC: tl.constexpr, KINDS: tl.constexpr, BD: tl.constexpr):
     """The product of the decays of the other block of each row's pair.
 
     `into` are the products from the start of each row's block up to its token; those of a block's last token are asked.
@@ -301,8 +301,8 @@ def _merge(before, after, a, level, BC: tl.constexpr, KINDS: tl.constexpr, BD: t
 
     `before` are those from the start of a row's block to the token before, `after` from the token after to the end.
     """
-    others = _others_old(before * a, level, BC, KINDS, BD)
-    later = _is_later_old(level, BC, KINDS)
+    others = _total_of_other(before * a, level, BC, KINDS, BD)
+    later = _is_later_token(level, BC, KINDS)
     return tl.where(later, before * others, before), tl.where(later, after, after * others)
 
 
@@ -322,14 +322,6 @@ def _load_decays(
     token, column = tl.arange(0, KINDS * BC) % BC, start + tl.arange(0, BD)
     ok = (token < tokens_left)[:, None] & (column < K)[None, :]
     return tl.load(decay + token[:, None] * row_stride + column[None, :], mask=ok, other=1.0)
-
-
-@triton.jit
-def _quarter(x, ROW: tl.constexpr, COLUMN: tl.constexpr, BC: tl.constexpr):
-    """Of a tile [2 BC, 2 BC] the rows of kind ROW and the columns of kind COLUMN."""
-    kind = tl.arange(0, 2)
-    x = tl.sum(tl.where((kind == COLUMN)[None, :, None], tl.reshape(x, [2 * BC, 2, BC]), 0.0), axis=1)
-    return tl.sum(tl.where((kind == ROW)[:, None, None], tl.reshape(x, [2, BC, BC]), 0.0), axis=0)
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
@@ -377,8 +369,8 @@ def gradients_channels(
             before, after = tl.full([ROWS, BD], 1.0, tl.float32), tl.full([ROWS, BD], 1.0, tl.float32)
             for below in range(level):
                 before, after = _merge(before, after, a, below, BC, KINDS, BD)
-            others = _others_old(before * a, level, BC, KINDS, BD)
-            later = _is_later_old(level, BC, KINDS)
+            others = _total_of_other(before * a, level, BC, KINDS, BD)
+            later = _is_later_token(level, BC, KINDS)
             left, right = _reading(reading, before, a, BC, KINDS), writing * after
             block = token >> level
             other_block = block[:, None] == (block ^ 1)[None, :]
