@@ -57,11 +57,19 @@ ENOUGH_SEEDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A run of the experiment whose recipe is ablated; `run` is its name without the seed."""
+    """A run of the experiment whose recipe is ablated; `run` is its name without the seed.
+
+    Attributes:
+        name: in results and options.
+        title: in tables and figures.
+        run: its name in the experiment, without the seed.
+        training: in what its recipe was trained otherwise when it was ablated.
+    """
 
     name: str
     title: str
     run: str
+    training: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,9 +147,12 @@ def read_plan(text: str) -> Plan:
 
 
 def recipes(plan: Plan) -> dict[str, RunConfig]:
-    """The recipe of each model, by the model's name, with the seed 0."""
+    """The recipe of each model as it was ablated, by the model's name, with the seed 0."""
     runs = {run.name.removesuffix("-seed0"): run.config for run in load_experiment(plan.experiment, [0]).runs}
-    return {model.name: runs[model.run] for model in plan.model}
+    return {
+        model.name: replace(runs[model.run], training=replace(runs[model.run].training, **model.training))
+        for model in plan.model
+    }
 
 
 def variant(model: Model, recipe: RunConfig, value: Value) -> Variant:
@@ -222,7 +233,9 @@ def run(
     provenance = environment(["statetrack"])
     wanted = {name: to_data(recipe) for name, recipe in recipes(plan).items()}
     results = json.loads(path.read_text()) if path.exists() else {"recipes": wanted, "results": []}
-    if any(results["recipes"].get(name, recipe) != recipe for name, recipe in wanted.items()):
+    # Options that are younger than the file have their defaults there.
+    there = {name: from_data(RunConfig, recipe) for name, recipe in results["recipes"].items() if name in wanted}
+    if any(recipe != recipes(plan)[name] for name, recipe in there.items()):
         raise ValueError(f"{path} has the ablation of another recipe; move it away to ablate the one of today")
     rows = {_key(row["model"], row["changes"]): row for row in results["results"]}
     for one in variants(plan):

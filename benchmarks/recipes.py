@@ -5,7 +5,7 @@
 
 Writes for each task and model the seeds that are right at each length, the measured eigenvalues of the trained
 transition matrices, and training times, which are wall-clock seconds of one thread with as many runs at once as there
-are cores.
+are workers.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument(
         "--models", choices=["winners", "all"], default="winners", help="leave out the models that fail"
     )
+    parser.add_argument("--sequences", type=int, default=256, help="judged at every length")
+    parser.add_argument("--workers", type=int, help="runs at the same time; one for each core if left out")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "recipes.json")
     options = parser.parse_args()
 
@@ -43,7 +45,8 @@ def main() -> None:
     loaded = load_experiment(options.experiment, seeds)
     runs = [run for run in loaded.runs if options.models == "all" or not _fails(run.config.model.mixer)]
     # A million tokens would take most of the time; the demo itself goes that far.
-    experiment = Experiment(title=loaded.title, runs=tuple(replace(run, winner_lengths=()) for run in runs))
+    judged = tuple(replace(run, winner_lengths=(), sequences=options.sequences) for run in runs)
+    experiment = Experiment(title=loaded.title, runs=judged)
     console = Console()
 
     def show(event: object) -> None:
@@ -51,7 +54,7 @@ def main() -> None:
             console.print(_name(record), "seed", record.seed, {n: round(a, 3) for n, a in record.accuracy.items()})
 
     with tempfile.TemporaryDirectory() as directory:
-        records = run_experiment(experiment, Path(directory), on_event=show)
+        records = run_experiment(experiment, Path(directory), workers=options.workers, on_event=show)
     assert records is not None
     groups: dict[str, list[Record]] = {}
     for record in records:
@@ -61,7 +64,7 @@ def main() -> None:
         options.out,
         {
             "what": f"the recipes of the experiment {options.experiment!r} on unseen seeds: a seed counts as right "
-            f"at a length if its accuracy there is at least {SOLVED_ACCURACY}; 512 sequences, 32 from 10,000 tokens on",
+            f"at a length if its accuracy there is at least {SOLVED_ACCURACY}; {options.sequences} sequences",
             "environment": environment(["statetrack"]),
             "seeds": seeds,
             "results": results,

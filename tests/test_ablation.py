@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import ablation
 from benchmarks.ablation import Value, draw, horizon, read_plan, recipes, run, table, variant, variants
+from statetrack.config import to_data
 from statetrack.mixers import Mixer
 from statetrack.model import LanguageModel
 from statetrack.training import TrainingError
@@ -78,10 +79,15 @@ def test_a_run_that_breaks_down_is_counted(tmp_path, short, monkeypatch):
 
 
 def test_results_of_another_recipe_are_refused(tmp_path):
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps({"recipes": {"mamba": {"task": "parity"}}, "results": []}), encoding="utf-8")
+    path, plan = tmp_path / "results.json", read_plan(SMALL)
+    recipe = to_data(recipes(plan)["mamba"])
+    del recipe["training"]["curriculum"]  # an option that is younger than the file, and off by default
+    path.write_text(json.dumps({"recipes": {"mamba": recipe}, "results": []}), encoding="utf-8")
+    run(plan, [], path)
+    recipe["training"]["z_loss"] = 0.7
+    path.write_text(json.dumps({"recipes": {"mamba": recipe}, "results": []}), encoding="utf-8")
     with pytest.raises(ValueError, match="another recipe"):
-        run(read_plan(SMALL), [5], path)
+        run(plan, [], path)
 
 
 def test_unknown_models_are_refused():

@@ -59,6 +59,8 @@ def changed(path, value):
         ("training.steps", True, "training.steps"),
         ("training.steps", 0, "steps must be at least 1, got 0"),
         ("training.min_length", 50, "min_length = 50 must not exceed max_length = 40"),
+        ("training.curriculum", 1.5, r"curriculum must lie in \[0, 1\], got 1.5"),
+        ("training.part_labels", True, "sequences of the task parity have no parts with labels of their own"),
         ("training.max_length", 0, "max_length must be at least 1"),
         ("training.learning_rate", -1, "learning_rate must be a positive number"),
         ("training.decay", 0.95, "decay must lie in"),

@@ -1,20 +1,24 @@
 """Experiments: how their files are read, and that a grid runs on worker processes, stops and goes on."""
 
+import json
 import multiprocessing
 import os
+import queue
 import signal
+import threading
 from dataclasses import replace
 
 import pytest
 
 from statetrack import EigenvalueRange
 from statetrack.cli import main
-from statetrack.experiments import load_experiment, run_experiment
+from statetrack.demo import run_demo
+from statetrack.experiments import load_experiment, run_experiment, runner
 from statetrack.experiments.experiment import read_experiment
 from statetrack.experiments.runner import finished_records
 from statetrack.report.record import group
 from statetrack.runs import RunDirectory
-from statetrack.training import train
+from statetrack.training import train, train_together
 
 SMALL = {
     "title": "small",
@@ -188,6 +192,88 @@ def test_a_run_that_breaks_down_is_reported_not_dropped(tmp_path):
     assert records is not None
     assert all(record.failed is not None and "the loss became" in record.failed for record in records)
     assert not any(record.solved for record in records)
+
+
+def run_here(experiment, out, monkeypatch):
+    """What a worker of `run_experiment` makes of the runs, seeds together, in this process."""
+    monkeypatch.setattr(runner, "_events", queue.Queue(), raising=False)
+    monkeypatch.setattr(runner, "_stop", threading.Event(), raising=False)
+    monkeypatch.setattr(runner, "_device", "cpu", raising=False)
+    records = []
+    for indices in runner._groups(experiment.runs, 8):
+        runs = [experiment.runs[index] for index in indices]
+        records += runner._run(indices, runs, [out / run.name for run in runs], 0)
+    return records
+
+
+def test_a_run_that_raises_is_given_up_and_the_others_of_its_group_go_on(tmp_path, monkeypatch):
+    experiment, calls = read_experiment({**SMALL, "run": [{**SMALL["run"][0], "sweep": [{}]}]}), []
+
+    def breaks_for_seed_3(configs, *args, **options):
+        seeds = [config.training.seed for config in configs]
+        calls.append(seeds)
+        outcomes = train_together(configs, *args, **options)
+        if 3 in seeds:
+            raise RuntimeError("out of\nmemory")
+        return outcomes
+
+    monkeypatch.setattr(runner, "train_together", breaks_for_seed_3)
+    failed, done = run_here(experiment, tmp_path, monkeypatch)
+    assert calls == [[3, 4], [3], [4]]
+    assert (failed.failed, failed.seed, done.failed, done.seed) == ("RuntimeError: out of memory", 3, None, 4)
+    directory = RunDirectory(tmp_path / experiment.runs[0].name)
+    assert "breaks_for_seed_3" in json.loads(directory.failure_file.read_text())["traceback"]
+    assert finished_records(experiment, tmp_path, range(2)) == {0: failed, 1: done}
+
+    # It is not tried again, whatever its file looks like, until its failure is forgotten.
+    assert run_here(experiment, tmp_path, monkeypatch) == [failed, done]
+    directory.failure_file.write_text("{")
+    (damaged, _) = run_here(experiment, tmp_path, monkeypatch)
+    assert "is damaged and does not say why" in damaged.failed
+    assert calls[3:] == [[4], [4]]
+    monkeypatch.setattr(runner, "train_together", train_together)
+    runner.forget_failures(experiment, tmp_path)
+    assert [record.failed for record in run_here(experiment, tmp_path, monkeypatch)] == [None, None]
+
+
+def test_a_full_disk_is_no_fault_of_the_run(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runner, "train_together", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_here(read_experiment(SMALL), tmp_path, monkeypatch)
+    assert list(tmp_path.glob("*/failure.json")) == []
+
+
+def test_damaged_files_stop_their_run_alone(tmp_path, monkeypatch):
+    experiment = read_experiment(SMALL, [3])
+    records = run_here(experiment, tmp_path, monkeypatch)
+    RunDirectory(tmp_path / experiment.runs[0].name).state_file.write_bytes(b"cut short")
+    (tmp_path / experiment.runs[1].name / "evaluation.json").write_text("{")
+    damaged, judged_again = run_here(experiment, tmp_path, monkeypatch)
+    assert "training_state.safetensors" in damaged.failed
+    assert judged_again == records[1]
+    assert list(tmp_path.glob("*/failure.json")) == []  # once the file is restored, the run goes on
+
+
+def test_what_another_process_is_at_is_left_alone(tmp_path, monkeypatch):
+    experiment = read_experiment(SMALL, [3])
+    first, second = (tmp_path / run.name for run in experiment.runs)
+    with runner._claim(first) as claimed:
+        assert claimed
+        nothing, record = run_here(experiment, tmp_path, monkeypatch)
+        assert (nothing, str(record.eigenvalue_range), first.exists()) == (None, "-1,1", False)
+        with runner._claim(second) as other:
+            assert other
+    assert run_here(experiment, tmp_path, monkeypatch)[1] == record
+    assert first.exists()
+
+
+def test_two_demos_at_once_in_one_directory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("statetrack.demo.run_experiment", lambda *args, **options: [])
+    with pytest.raises(RuntimeError, match="another process trains runs of the demo"):
+        run_demo(tmp_path)
 
 
 def test_the_demo_is_the_experiment_that_it_says_it_is():

@@ -1,11 +1,10 @@
 """What becomes a CUDA graph, and when; with a graph that only remembers, as the machine may have no GPU."""
 
-import contextlib
+import warnings
 
 import pytest
 import torch
 
-from statetrack import graphs
 from statetrack.graphs import Graphs, Side
 
 
@@ -39,7 +38,10 @@ made: list[Remembering] = []
 def on_gpu(monkeypatch):
     made.clear()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Remembering)
-    monkeypatch.setattr(graphs, "_refusing_to_wait", contextlib.nullcontext)
+    mode = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
+    monkeypatch.setattr(Remembering, "sync_debug_mode", mode, raising=False)
     side = Side(torch.device("cpu"))
     side.stream = object()
     return Graphs(torch.device("cpu"), side)
@@ -59,18 +61,24 @@ def test_a_function_is_captured_at_its_third_call_and_replayed_from_then_on(on_g
     ]
 
 
+def wait():
+    """Waits for the device as PyTorch does, which only its debug mode notices."""
+    if Remembering.sync_debug_mode[-1] == "warn":
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+
+
 def test_what_waits_for_the_device_or_can_not_be_captured_is_called_as_it_is(on_gpu, monkeypatch):
     done = []
 
     def waits():
         done.append("call")
-        if len(done) == 2:
-            raise RuntimeError("called a synchronizing CUDA operation")
+        wait()
 
     for _ in range(4):
         on_gpu.run("waits", waits)
-    assert len(done) == 5  # the second call again
+    assert done == ["call"] * 4
     assert not made
+    assert Remembering.sync_debug_mode == [0, "warn", 0]
 
     monkeypatch.setattr(Remembering, "capture_end", lambda self: (_ for _ in ()).throw(RuntimeError("invalidated")))
     calls = []
@@ -78,6 +86,41 @@ def test_what_waits_for_the_device_or_can_not_be_captured_is_called_as_it_is(on_
         on_gpu.run("refused", lambda: calls.append(0))
     assert len(calls) == 5  # one of them in vain
     assert made[0].calls == [("begin", None)]
+
+
+def test_a_step_that_waits_after_it_has_changed_the_weights_is_taken_once_a_call(on_gpu):
+    weight = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0)
+
+    def step():
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        wait()
+
+    for _ in range(5):
+        on_gpu.run("step", step)
+    assert optimizer.state[weight]["step"] == 5
+    assert weight.item() == pytest.approx(0.5)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_step_that_waits_is_noticed_and_taken_once_a_call():
+    device = torch.device("cuda")
+    weight = torch.ones(1, device=device, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0, fused=True)
+    on_device, losses = Graphs(device), []
+
+    def step():
+        loss = weight.sum()
+        weight.grad = None
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    with on_device.context():
+        for _ in range(5):
+            on_device.run("step", step)
+    assert losses == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6], abs=1e-5)
 
 
 def test_errors_of_a_function_are_its_own(on_gpu):
@@ -88,6 +131,7 @@ def test_errors_of_a_function_are_its_own(on_gpu):
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
         on_gpu.run("wrong", wrong)
+    assert Remembering.sync_debug_mode[-1] == 0
 
 
 def test_on_a_cpu_functions_are_just_called():

@@ -20,7 +20,16 @@ import pytest
 from report_records import history, parity_records, record, s3_records
 from rich.console import Console
 
-from statetrack.report import Record, provenance, read_summary, table, write_figure, write_report, write_summary
+from statetrack.report import (
+    Record,
+    ReportTable,
+    provenance,
+    read_summary,
+    table,
+    write_figure,
+    write_report,
+    write_summary,
+)
 from statetrack.report.figures import spread, thin
 from statetrack.report.record import group, percent, short_length, true_minus
 from statetrack.report.spectrum import describe
@@ -103,6 +112,24 @@ def test_the_page_is_one_well_formed_document(page: Page) -> None:
     assert "<title>Linear RNNs &amp; state</title>" in page.source
     assert "Is the number of ones &lt;odd&gt;?" in page.source
     assert len(page.source.encode()) < 2_000_000
+
+
+def test_tables_of_the_page_name_a_task_once_and_keep_numbers_on_a_line(tmp_path: Path) -> None:
+    rows = [("parity", "A", "0.5 / -0.5"), ("parity", "B", "`=` < 1"), ("S3", "B", "–")]
+    source = render(tmp_path, [record()], tables=[ReportTable("T", "", ("task", "model", "ours"), rows)]).source
+    cells = re.findall(r"<td( class=\"short\")?>(.*?)</td>", source)[:9]
+    assert [text for _, text in cells] == [
+        "parity",
+        "A",
+        "0.5 / −0.5",
+        "",
+        "B",
+        "<code>=</code> &lt; 1",
+        "S3",
+        "B",
+        "–",
+    ]
+    assert [bool(short) for short, _ in cells] == [False, False, True, False, False, True, False, False, True]
 
 
 def test_the_page_needs_nothing_but_itself(page: Page) -> None:

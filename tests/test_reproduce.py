@@ -129,14 +129,16 @@ def test_a_grid_runs_stops_at_its_budget_and_goes_on(tmp_path):
         assert all(words in text for words in ("0.250 / 0.125", "perfect", "fewer steps", "a paper", "1 of 1"))
 
 
-def test_best_and_median_leave_out_what_is_missing_and_name_what_failed():
+def test_best_and_median_leave_out_what_is_missing_and_count_what_failed_as_0():
     runs = read_experiment(SMALL, [0, 1, 2, 3]).runs[:4]
     shares = [record({4: 0.2, 8: 0.2}), record({4: 1.0, 8: 1.0}), None, record({}, failed="the loss became nan")]
     outcomes = [Outcome(run, one) for run, one in zip(runs, shares, strict=True)]
     (table, differences) = comparison(read_experiment(SMALL).published, outcomes)
     assert table.rows == [
-        ("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer", "1.000", "0.500", "0.250 / 0.125", "3 of 4, 1 failed")
+        ("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer", "1.000 / 0.000", "0.250 / 0.125", "3 of 4, 1 failed")
     ]
+    assert table.text.endswith("A run that failed counts as 0.")
+    assert "failed" not in comparison(read_experiment(SMALL).published, outcomes[:3])[0].text
     assert differences.rows == [("fewer steps",)]
     data = [outcome.data(read_experiment(SMALL).published) for outcome in outcomes]
     assert [line["state"] for line in data] == ["done", "done", "missing", "failed"]
@@ -146,21 +148,26 @@ def test_best_and_median_leave_out_what_is_missing_and_name_what_failed():
 def test_a_recipe_has_columns_of_its_own_beside_the_protocol():
     sweep = [{"eigenvalue_range": [-1, 1], "published": {"best": 0.25}}]
     sweep += [{"eigenvalue_range": [-1, 1], "recipe": True, "training": {"steps": 1}}]
-    sweep += [{"mixer": {"name": "mamba"}, "recipe": True}]
+    sweep += [{"mixer": {"name": "mamba"}, "recipe": True, "variant": "two words, more"}]
     experiment = read_experiment({**SMALL, "run": [{"sweep": sweep}]}, [0, 1])
     assert [run.config.training.steps for run in experiment.runs] == [2, 2, 1, 1, 2, 2]
     assert experiment.runs[2].name == experiment.runs[0].name.replace("-seed", "-recipe-seed")
+    assert "-two_words_more-recipe-seed" in experiment.runs[4].name
     shares = [0.2, 0.6, 0.6, 1.0, None, 1.0]
     records = [None if share is None else record({4: share}) for share in shares]
     outcomes = [Outcome(run, one) for run, one in zip(experiment.runs, records, strict=True)]
     table = comparison(experiment.published, outcomes)[0]
-    assert table.header == (
-        *("task", "model", "best", "median", "recipe: best", "recipe: median", "published", "seeds"),
-    )  # fmt: skip
+    assert table.header == ("task", "model", "ours", "published", "our recipe", "seeds")
+    # On the page the runs of one model are told apart as well.
+    page = reproduce._on_the_page(experiment.published, outcomes)
+    assert [one.variant for one in page] == ["", "", "our recipe", "our recipe", "two words, more, our recipe"]
+    sentences = replace(experiment.published, recipe=["shorter"])
+    assert comparison(sentences, outcomes)[-1].rows == [("shorter",)]
+    assert comparison(sentences, outcomes[:2])[-1].rows == [("fewer steps",)]
     task = "modular_arithmetic:3"
     assert table.rows == [
-        (task, "DeltaNet [-1, 1], 1 layer", "0.500", "0.250", "1.000", "0.750", "0.250", "2 of 2; recipe 2 of 2"),
-        (task, "Mamba [-1, 1], 1 layer", "–", "–", "1.000", "1.000", "–", "recipe 1 of 2"),
+        (task, "DeltaNet [-1, 1], 1 layer", "0.500 / 0.250", "0.250", "1.000 / 0.750", "2 of 2; recipe 2 of 2"),
+        (task, "Mamba [-1, 1], 1 layer, two words, more", "–", "–", "1.000 / 1.000", "recipe 1 of 2"),
     ]
 
 
@@ -174,10 +181,10 @@ def test_the_learning_rate_is_chosen_by_the_median_over_seeds():
     records = [None if share is None else record({4: share}) for share in shares]
     outcomes = [Outcome(run, one) for run, one in zip(experiment.runs, records, strict=True)]
     table = comparison(experiment.published, outcomes)[0]
-    assert table.rows == [
-        ("modular_arithmetic:3", "DeltaNet [-1, 1], 1 layer", "0.500", "0.500", "–", "0.01", "6 of 9")
-    ]
+    assert table.rows == [("modular_arithmetic:3", "DeltaNet [-1, 1], 1 layer", "0.500 / 0.500", "–", "0.01", "6 of 9")]
     assert table.header[-2] == "learning rate"
+    page = reproduce._on_the_page(experiment.published, outcomes)
+    assert [(one.variant, one.accuracy[4]) for one in page] == [("learning rate 0.01", share) for share in shares[:3]]
     assert {outcome.data(experiment.published)["learning_rate"] for outcome in outcomes} == {1e-2, 1e-3, 1e-4}
 
 
@@ -205,6 +212,27 @@ def test_the_horizon_ends_where_accuracy_first_fails(accuracy, horizon):
     assert outcome.data(published)["sequence_accuracy"] == {str(length): share for length, share in accuracy.items()}
 
 
+def test_runs_that_failed_stay_failed_until_they_are_retried(tmp_path, monkeypatch, capsys):
+    broken = {**SMALL["shared"]["training"], "learning_rate": 1e38, "gradient_clip": 0, "warmup": 0}
+    sweep = [{"eigenvalue_range": [0, 1], "training": broken}, {"eigenvalue_range": [-1, 1]}]
+    data = {**SMALL, "run": [{"sweep": sweep}]}
+    monkeypatch.setattr(reproduce, "reproductions", lambda: {"small": data})
+    monkeypatch.setattr("statetrack.experiments.load_experiment", lambda *options: read_experiment(data))
+    words = ["reproduce", "small", "--out", str(tmp_path), "--workers", "1", "--devices", "cpu"]
+    assert main(words) == 0
+    assert "1 of 2 runs failed; --retry-failed lets them go on" in capsys.readouterr().err
+    (failure,) = tmp_path.glob("runs/*/failure.json")
+    assert json.loads(failure.read_text())["reason"].startswith("the loss became")
+    states = [(run["state"], run["failed"]) for run in json.loads((tmp_path / "summary.json").read_text())["runs"]]
+    assert states == [("failed", json.loads(failure.read_text())["reason"]), ("done", None)]
+    assert "1 of 1, 1 failed" in (tmp_path / "table.md").read_text()
+    assert "2 of 2 runs have ended, 1 of them in failure." in (tmp_path / "report.html").read_text()
+
+    written = failure.stat().st_mtime_ns
+    assert main([*words, "--retry-failed"]) == 0
+    assert failure.stat().st_mtime_ns > written
+
+
 def test_an_experiment_of_our_own_reproduces_nothing(tmp_path):
     with pytest.raises(ValueError, match="reproduces no publication"):
         run_reproduction(load_experiment("demo"), tmp_path)
@@ -215,7 +243,7 @@ def test_an_experiment_of_our_own_reproduces_nothing(tmp_path):
     [
         (
             "reproduce",
-            "unknown experiment ''; those that can be reproduced are formal-languages, ",
+            "unknown experiment ''; those that can be reproduced are arithmetic, formal-languages, ",
         ),
         ("reproduce demo", "unknown experiment 'demo'"),
         ("reproduce word-problems --preset big", "unknown preset 'big'"),
@@ -233,7 +261,10 @@ def test_wrong_commands_get_one_sentence(words, message, capsys):
 def test_the_list_has_every_grid_and_preset(capsys):
     assert main(["reproduce", "--list"]) == 0
     text = capsys.readouterr().out
-    assert all(word in text for word in ("formal-languages", "word-problems", "--preset", "smoke", "81", "111", "336"))
+    assert all(
+        word in text
+        for word in ("formal-languages", "word-problems", "--preset", "smoke", "arithmetic", "120", "93", "111", "336")
+    )
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from statetrack import LanguageModel, mixer_config
+from statetrack import LanguageModel, mixer_config, seeds
 from statetrack.config import TrainingConfig, run_config
 from statetrack.evaluation import evaluate
 from statetrack.runs import RunDirectory, RunError
@@ -22,6 +22,7 @@ from statetrack.training import TrainingError, train
 from statetrack.training_step import (
     data_generator,
     draw_batch,
+    draw_length,
     fitting_lengths,
     learning_rate_at,
     loss_and_accuracy,
@@ -218,6 +219,29 @@ def test_training_draws_the_lengths_that_a_task_has(task, lengths):
     assert set(fitting_lengths(get_task(task), options)) == lengths
     with pytest.raises(ValueError, match="modular_arithmetic:3 has no sequences of 3 to 3 tokens"):
         fitting_lengths(get_task("modular_arithmetic:3"), TrainingConfig(min_length=3, max_length=3))
+
+
+def test_in_a_curriculum_long_sequences_come_later():
+    options = TrainingConfig(steps=100, min_length=4, max_length=12, curriculum=0.5)
+    fitting = fitting_lengths(get_task("modular_arithmetic:3"), options)
+    steps = (0, 25, 49, 50, 99)
+    drawn = [draw_length(replace(options, seed=seed), fitting, step) for seed in range(60) for step in steps]
+    assert [set(drawn[i::5]) for i in range(5)] == [{4}, {4, 6, 8}, {4, 6, 8, 10}, *[{4, 6, 8, 10, 12}] * 2]
+    # Bounds that no sequence has leave the shortest that there is.
+    odd = replace(options, min_length=3)
+    assert draw_length(odd, fitting_lengths(get_task("modular_arithmetic:3"), odd), 0) == 4
+
+
+def test_parts_may_be_learned_from_as_well():
+    options = TrainingConfig(steps=1, batch_size=4, min_length=8, max_length=8, part_labels=True)
+    config = run_config("modular_arithmetic:3", mixer_config("deltanet")(), {"d_model": 8, "num_layers": 1}, options)
+    losses = []
+    train(config, on_progress=lambda progress: losses.append(progress.loss))
+    torch.manual_seed(seeds.number("initial weights", options.seed))
+    model, task = LanguageModel(config.model), get_task(config.task)
+    batch = draw_batch(task.with_parts(), options, 8, data_generator(options, 0, torch.device("cpu")))
+    assert (batch.labels != IGNORE).sum() == 4 * 5
+    assert losses == pytest.approx([loss_and_accuracy(model, *batch, 0.0)[0].item()])
 
 
 def test_the_last_label_alone_may_be_learned_from():

@@ -97,6 +97,7 @@ class Reproduce:
         workers: runs at the same time; one for each core or GPU if left out.
         devices: where they run, such as cpu or cuda:0,cuda:1; if left out, all GPUs, or the CPU where there are none.
         budget_minutes: stop after so many minutes, with checkpoints and with what is done on the page.
+        retry_failed: let runs that have failed go on from their last checkpoints; else they stay failed.
         slurm: run the grid as jobs of a SLURM cluster, from a machine that can submit to it, and wait for them; the
             other options of this name say what each job asks for.
         slurm_partition: the partition; the cluster's own choice if left out.
@@ -115,6 +116,7 @@ class Reproduce:
     workers: int | None = None
     devices: str | None = None
     budget_minutes: float | None = None
+    retry_failed: bool = False
     slurm: bool = False
     slurm_partition: str | None = None
     slurm_account: str | None = None
@@ -157,7 +159,14 @@ class Reproduce:
                     cpus=self.slurm_cpus,
                     runs_per_job=self.slurm_runs,
                 )
-                outcomes = reproduce_on_cluster(experiment, out, cluster, workers=self.workers, should_stop=stopping)
+                outcomes = reproduce_on_cluster(
+                    experiment,
+                    out,
+                    cluster,
+                    workers=self.workers,
+                    retry_failed=self.retry_failed,
+                    should_stop=stopping,
+                )
             else:
                 outcomes = run_reproduction(
                     experiment,
@@ -165,6 +174,7 @@ class Reproduce:
                     workers=self.workers,
                     devices=_devices(self.devices),
                     budget_minutes=self.budget_minutes,
+                    retry_failed=self.retry_failed,
                     should_stop=stopping,
                 )
             interrupted = stopping()
@@ -172,6 +182,9 @@ class Reproduce:
         missing = sum(outcome.record is None for outcome in outcomes)
         if missing:
             print(f"{missing} of {len(outcomes)} runs are left; the same command goes on", file=sys.stderr)
+        failed = sum(outcome.failed for outcome in outcomes)
+        if failed:
+            print(f"{failed} of {len(outcomes)} runs failed; --retry-failed lets them go on", file=sys.stderr)
         return INTERRUPTED if interrupted else 0
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from statetrack.experiments import Experiment
-from statetrack.experiments.runner import RunEvent, finished_records, run_experiment
+from statetrack.experiments.runner import RunEvent, finished_records, forget_failures, run_experiment
 from statetrack.machine import available_devices
 from statetrack.report import Record
 from statetrack.reproduce import Outcome, publication_of, write_results
@@ -55,18 +55,20 @@ def reproduce_on_cluster(
     cluster: Cluster,
     *,
     workers: int | None = None,
+    retry_failed: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Outcome]:
     """`run_reproduction` by jobs: submits what is left of a grid, waits, and writes the same files below `out`.
 
-    Runs that are done are not submitted, and half-finished ones go on, so that the same call again continues. The
-    directory must be one that the cluster's machines share; the logs of the jobs are in `out / "jobs"`.
+    Runs that are done or have failed are not submitted, and half-finished ones go on, so that the same call again
+    continues. The directory must be one that the cluster's machines share; the logs of the jobs are in `out / "jobs"`.
 
     Args:
         experiment: a grid with a `Publication`.
         out: the directory of the results.
         cluster: what a job asks for.
         workers: runs at the same time in a job; None for one on each GPU, or one on each core.
+        retry_failed: let runs that have failed go on from their last checkpoints.
         should_stop: asked every second; on True the jobs are cancelled. Their runs go on from their last checkpoints.
 
     Returns:
@@ -79,6 +81,8 @@ def reproduce_on_cluster(
     """
     publication_of(experiment)
     executor = _executor(out / "jobs", cluster, workers)
+    if retry_failed:
+        forget_failures(experiment, out / "runs")
     records = finished_records(experiment, out / "runs", range(len(experiment.runs)))
     left = [index for index in range(len(experiment.runs)) if index not in records]
     size = cluster.runs_per_job or workers or cluster.gpus or cluster.cpus or 1

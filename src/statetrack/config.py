@@ -28,7 +28,10 @@ class TrainingConfig:
         min_length: shortest training sequence, in tokens; every batch draws one length, uniformly among those that the
             task has.
         max_length: longest training sequence, in tokens.
+        curriculum: share of the steps, at the start, in which the longest length that is drawn rises linearly from
+            min_length to max_length.
         last_label_only: learn from the last label of every sequence alone, as from one question at the end.
+        part_labels: learn also from a label wherever a part of a sequence ends (`Task.with_parts`).
         learning_rate: peak learning rate.
         warmup: share of the steps, at the start, in which the learning rate rises linearly from 0.
         decay: share of the steps, at the end, in which it falls to 0; it is constant in between.
@@ -52,7 +55,9 @@ class TrainingConfig:
     batch_size: int = 64
     min_length: int = 3
     max_length: int = 40
+    curriculum: float = 0.0
     last_label_only: bool = False
+    part_labels: bool = False
     learning_rate: float = 1e-3
     warmup: float = 0.1
     decay: float = 0.9
@@ -88,6 +93,10 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be 0 or positive, got {value}")
         if not 0 <= self.decay <= 1 - self.warmup:
             raise ValueError(f"decay must lie in [0, 1 - warmup] = [0, {1 - self.warmup:g}], got {self.decay}")
+        if not 0 <= self.curriculum <= 1:
+            raise ValueError(f"curriculum must lie in [0, 1], got {self.curriculum}")
+        if self.last_label_only and self.part_labels:
+            raise ValueError("last_label_only and part_labels exclude each other: choose one")
         if self.decay_shape not in ("cosine", "linear"):
             raise ValueError(f"decay_shape must be cosine or linear, got {self.decay_shape!r}")
         if not 0 <= self.seed < 2**63:
@@ -102,6 +111,9 @@ class RunConfig:
         task: the task's name, as `statetrack tasks` lists them.
         model: the model; its vocabulary and outputs must be the task's.
         training: the training.
+
+    Raises:
+        ValueError: for an unknown task, sizes that are not the task's, and `part_labels` with a task that has no parts.
     """
 
     task: str
@@ -116,6 +128,8 @@ class RunConfig:
                 f"the task {self.task} has {task.vocab_size} tokens and {task.num_labels} labels, "
                 f"but the model was given {sizes[0]} and {sizes[1]}"
             )
+        if self.training.part_labels:
+            task.with_parts()
 
 
 def run_config(task: str, mixer: Mixers, model: Mapping[str, Any], training: TrainingConfig) -> RunConfig:

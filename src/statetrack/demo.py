@@ -47,6 +47,10 @@ def run_demo(
         )
     if records is None:
         return False
+    if len(records) < len(experiment.runs):
+        raise RuntimeError(
+            f"another process trains runs of the demo in {out}; wait for it, or choose another directory"
+        )
     console.print(table(records))
     write_report(
         records,

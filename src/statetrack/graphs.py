@@ -108,16 +108,12 @@ class Graphs:
 
     def _check(self, key: Hashable, function: Callable[[], None], before: Callable[[], object]) -> None:
         before()
-        try:
-            with _refusing_to_wait():
-                function()
-        except RuntimeError as error:
-            if "synchroniz" not in str(error):
-                raise
-            _log.info("no CUDA graph for %r, as it waits for the device: %s", key, error)
-            self._waiting.add(key)
-            before()
+        # It is called once, waits included: what it has changed by the first wait, such as weights, can't be undone.
+        with _noticing_waits() as waits:
             function()
+        if waits:
+            _log.info("no CUDA graph for %r, as it waits for the device: %s", key, waits[0].message)
+            self._waiting.add(key)
 
     def _capture(self, key: Hashable, function: Callable[[], None], random: torch.Generator | None) -> bool:
         """Makes the graph of a key, which does nothing yet; False if that can't be done."""
@@ -151,13 +147,14 @@ def _current(stream: torch.cuda.Stream) -> Generator[None]:
 
 
 @contextmanager
-def _refusing_to_wait() -> Generator[None]:
-    """Operations that make the host wait for the device raise RuntimeError."""
+def _noticing_waits() -> Generator[list[warnings.WarningMessage]]:
+    """Gathers a warning for each operation that makes the host wait for the device."""
     mode = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as waits:
         warnings.simplefilter("ignore")  # PyTorch calls this mode a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
+        warnings.filterwarnings("always", message="called a synchronizing")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield waits
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)

@@ -41,7 +41,11 @@ def record_of_run(directory: RunDirectory, *, explanation: str = "") -> Record:
 
 
 def record_of_failure(directory: RunDirectory, reason: str, *, explanation: str = "") -> Record:
-    """A run that broke down, why, and its learning curve until then."""
+    """A run that broke down, why, and its learning curve until then.
+
+    Raises:
+        RunError: if its config can't be read.
+    """
     config = directory.read_config()
     return Record(
         **_facts(config),

@@ -6,14 +6,15 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from statetrack.experiments import Experiment, ExperimentRun, Publication, RunEvent, list_experiments, run_experiment
-from statetrack.experiments.runner import finished_records
+from statetrack.experiments.runner import finished_records, forget_failures
 from statetrack.files import atomic_write
 from statetrack.mixers import mixer_configs
 from statetrack.progress import describe
@@ -24,9 +25,9 @@ HORIZON_ACCURACY = 0.9
 """The failure horizon is the longest length at which so many sequences are right, and at all shorter ones."""
 
 PROTOCOLS = {
-    "paper": "as the paper's text has it",
-    "released": "as the code released with the paper has it",
-    "ours": "our own",
+    "paper": "the paper's text",
+    "released": "the code released with the paper",
+    "ours": "a protocol of our own",
 }
 
 
@@ -49,7 +50,7 @@ class Outcome:
 
     @property
     def model(self) -> str:
-        """The model as tables call it: `DeltaNet [-1, 1], 2 layers`."""
+        """The model as tables call it: `DeltaNet [-1, 1], 2 layers`, and the variant if it is one."""
         config = self.run.config.model
         mixers = []
         for mixer in config.mixer_pattern:
@@ -57,11 +58,16 @@ class Outcome:
             range_ = getattr(mixer, "eigenvalue_range", None)
             parts = [mixer_configs()[mixer.name].title, f"[{range_.lo:g}, {range_.hi:g}]" if range_ else ""]
             mixers.append(" ".join(filter(None, [*parts, f"n = {factors}" if (factors or 1) > 1 else ""])))
-        return f"{' + '.join(mixers)}, {config.num_layers} layer{'s' * (config.num_layers > 1)}"
+        layers = f"{config.num_layers} layer{'s' * (config.num_layers > 1)}"
+        return ", ".join(filter(None, [" + ".join(mixers), layers, self.run.variant]))
 
     @property
     def judged(self) -> bool:
         return self.record is not None and self.record.failed is None
+
+    @property
+    def failed(self) -> bool:
+        return self.record is not None and self.record.failed is not None
 
     def scaled_accuracy(self) -> float | None:
         """(accuracy - chance) / (1 - chance), on average over the lengths; None if the run was not judged."""
@@ -92,9 +98,10 @@ class Outcome:
             "layers": config.model.num_layers,
             "seed": config.training.seed,
             "protocol": "ours" if self.run.recipe else publication.protocol,
+            "variant": self.run.variant,
             "learning_rate": config.training.learning_rate,
             "steps": config.training.steps,
-            "state": "missing" if record is None else "failed" if record.failed is not None else "done",
+            "state": "missing" if record is None else "failed" if self.failed else "done",
         }
         if record is not None:
             line |= {"seconds": record.train_seconds, "failed": record.failed}
@@ -115,12 +122,13 @@ def run_reproduction(
     workers: int | None = None,
     devices: Sequence[str] = ("cpu",),
     budget_minutes: float | None = None,
+    retry_failed: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Outcome]:
     """Runs what is left of a grid; writes `summary.json`, `table.md` and `report.html` below `out`.
 
-    Finished runs are not repeated and half-finished ones go on, so that the same call again continues. What is written
-    says which runs are missing.
+    Finished and failed runs are not repeated and half-finished ones go on, so that the same call again continues. What
+    is written says which runs are missing, and which failed and why.
 
     Args:
         experiment: a grid with a `Publication`.
@@ -128,6 +136,7 @@ def run_reproduction(
         workers: as of `run_experiment`.
         devices: as of `run_experiment`.
         budget_minutes: stop, with checkpoints, after so many minutes of wall-clock time; None for no limit.
+        retry_failed: let runs that have failed go on from their last checkpoints.
         should_stop: asked a few times a second; on True it stops as well.
 
     Returns:
@@ -138,7 +147,10 @@ def run_reproduction(
     """
     publication_of(experiment)
     out.mkdir(parents=True, exist_ok=True)
-    began, console = time.monotonic(), Console()
+    if retry_failed:
+        forget_failures(experiment, out / "runs")
+    began = time.monotonic()
+    say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
     records: dict[int, Record] = {}
     shown: dict[int, int] = {}
 
@@ -151,12 +163,12 @@ def run_reproduction(
         if event.record is not None:
             records[event.run] = event.record
             state = f"failed: {event.record.failed}" if event.record.failed is not None else "done"
-            console.print(f"[{len(records)}/{len(experiment.runs)}] {name}  {state}", highlight=False, markup=False)
+            say(f"[{len(records)}/{len(experiment.runs)}] {name}  {state}")
         elif event.progress is not None and (tenth := 10 * event.progress.step // event.progress.steps) > shown.get(
             event.run, 0
         ):
             shown[event.run] = tenth
-            console.print(f"{name}  {describe(event.progress)}", highlight=False, markup=False)
+            say(f"{name}  {describe(event.progress)}")
 
     run_experiment(experiment, out / "runs", workers=workers, devices=devices, on_event=show, should_stop=stop)
     # A call that stops before it gets to them still knows of the runs that earlier ones have finished.
@@ -186,19 +198,38 @@ def write_results(experiment: Experiment, records: Mapping[int, Record], out: Pa
     atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     tables = comparison(publication, outcomes)
     atomic_write(out / "table.md", _markdown(title, tables, origin))
-    done = [outcome.record for outcome in outcomes if outcome.record is not None]
-    if done:
+    ended = sum(outcome.record is not None for outcome in outcomes)
+    failed = sum(outcome.failed for outcome in outcomes)
+    headline = f"{ended} of {len(outcomes)} runs have ended" + (f", {failed} of them in failure" if failed else "")
+    if ended:
+        shown = _on_the_page(publication, outcomes)
         measured = "whole sequences" if publication.measure == "sequence_accuracy" else "labels"
         write_report(
-            done,
+            shown,
             out / "report.html",
             title=title,
-            headline=f"{len(done)} of {len(outcomes)} runs are done. Accuracies below are shares of {measured}.",
-            descriptions={record.task: get_task(record.task).description for record in done},
+            headline=f"{headline}. Accuracies below are shares of {measured}.",
+            descriptions={record.task: get_task(record.task).description for record in shown},
             provenance=origin,
             tables=tables,
         )
     return outcomes
+
+
+def _on_the_page(publication: Publication, outcomes: Sequence[Outcome]) -> list[Record]:
+    """The records of what has ended, of several learning rates only those of the best, and recipes told apart."""
+    records = []
+    for members in _by_row(outcomes).values():
+        plain = [outcome for outcome in members if not outcome.run.recipe]
+        rate, _ = _best_learning_rate(plain, _summarize(publication))
+        for outcome in members:
+            run, record = outcome.run, outcome.record
+            own = f"{run.config.training.learning_rate:g}"
+            if record is None or (run.tuned and own != rate):
+                continue
+            parts = [record.variant, run.variant, f"learning rate {own}" * run.tuned, "our recipe" * run.recipe]
+            records.append(replace(record, variant=", ".join(filter(None, parts))))
+    return records
 
 
 def publication_of(experiment: Experiment) -> Publication:
@@ -213,19 +244,16 @@ def publication_of(experiment: Experiment) -> Publication:
 
 
 def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[ReportTable]:
-    """Ours beside theirs, a row for each model and task, and in what the protocols differ.
+    """Ours beside theirs, a row for each model and task; in what the protocols differ, and our recipe from them.
 
-    Runs by our own recipe have columns of their own. Of several learning rates the one with the best median counts.
+    Runs by our own recipe have a column of their own. Of several learning rates the one with the best median counts.
     """
-    groups: dict[tuple[str, str], list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault((outcome.run.config.task, outcome.model), []).append(outcome)
     by_sequence = publication.measure == "sequence_accuracy"
-    summarize = _lengths if by_sequence else _scaled
+    summarize = _summarize(publication)
     recipes = any(outcome.run.recipe for outcome in outcomes)
     tuned = any(outcome.run.tuned for outcome in outcomes)
     rows = []
-    for (task, model), members in groups.items():
+    for (task, model), members in _by_row(outcomes).items():
         plain, recipe = ([o for o in members if o.run.recipe == own] for own in (False, True))
         rate, best = _best_learning_rate(plain, summarize)
         published = next((o.run.published for o in members if o.run.published), {})
@@ -233,18 +261,15 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         seeds += [f"recipe {_seeds(recipe)}"] if recipe else []
         rows.append(
             (
-                *(task, model, *_shown(best)),
-                *(_shown(summarize(recipe)) if recipes else ()),
-                _theirs(published),
+                *(task, model, _shown(best), _theirs(published)),
+                *((_shown(summarize(recipe)),) if recipes else ()),
                 *((rate,) if tuned else ()),
                 "; ".join(seeds),
             )
         )
-    columns = ("right to, best", "median") if by_sequence else ("best", "median")
     header = (
-        *("task", "model", *columns),
-        *((f"recipe: {column}" for column in columns) if recipes else ()),
-        "published",
+        *("task", "model", "ours", "published"),
+        *(("our recipe",) if recipes else ()),
         *(("learning rate",) if tuned else ()),
         "seeds",
     )
@@ -253,18 +278,40 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         if by_sequence
         else "Scaled accuracy, (accuracy - chance) / (1 - chance), on average over the lengths"
     )
-    text = f"{measured}; over seeds. Published: {publication.source}. Protocol: {PROTOCOLS[publication.protocol]}."
+    text = (
+        f"{measured}: best / median of the seeds. Published: {publication.source}. Ours follows "
+        f"{PROTOCOLS[publication.protocol]}."
+    )
+    if any(outcome.failed for outcome in outcomes):
+        text += " A run that failed counts as 0."
     if recipes:
-        text += " Recipe: the same models trained in our own way in place of that protocol."
+        text += " Our recipe: models trained in our own way in place of that protocol."
     if tuned:
         text += " Of the learning rates the one with the best median counts."
-    differences = [(difference,) for difference in publication.differences]
     tables = [ReportTable("Ours and theirs", text, header, rows)]
-    return tables + ([ReportTable("Where the protocols differ", "", ("ours",), differences)] if differences else [])
+    for title, of, sentences in (
+        ("Where the protocols differ", "ours", publication.differences),
+        ("What our recipe does otherwise", "our recipe", publication.recipe if recipes else []),
+    ):
+        if sentences:
+            tables.append(ReportTable(title, "", (of,), [(sentence,) for sentence in sentences]))
+    return tables
+
+
+def _by_row(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
+    """The outcomes of each task and model."""
+    rows: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        rows.setdefault((outcome.run.config.task, outcome.model), []).append(outcome)
+    return rows
+
+
+def _summarize(publication: Publication) -> Callable[[Sequence[Outcome]], Summary]:
+    return _lengths if publication.measure == "sequence_accuracy" else _scaled
 
 
 Summary = tuple[float, float] | None
-"""The best and the median over seeds; None if no seed was judged."""
+"""The best and the median over seeds, those that failed included; None if no seed has come to its end."""
 
 
 def _best_learning_rate(
@@ -282,20 +329,20 @@ def _best_learning_rate(
 
 
 def _scaled(members: Sequence[Outcome]) -> Summary:
-    values = [value for outcome in members if (value := outcome.scaled_accuracy()) is not None]
+    reached = [0.0 if outcome.failed else outcome.scaled_accuracy() for outcome in members]
+    values = [value for value in reached if value is not None]
     return (max(values), statistics.median(values)) if values else None
 
 
 def _lengths(members: Sequence[Outcome]) -> Summary:
-    values = [outcome.horizon() for outcome in members if outcome.judged]
+    values = [outcome.horizon() for outcome in members if outcome.record is not None]
     return (max(values), statistics.median_low(values)) if values else None
 
 
-def _shown(summary: Summary) -> tuple[str, str]:
+def _shown(summary: Summary) -> str:
     if summary is None:
-        return "–", "–"
-    best, median = (f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for value in summary)
-    return best, median
+        return "–"
+    return " / ".join(f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for value in summary)
 
 
 def _theirs(published: Mapping[str, Any]) -> str:
@@ -306,9 +353,9 @@ def _theirs(published: Mapping[str, Any]) -> str:
 
 def _seeds(members: Sequence[Outcome]) -> str:
     """How many are done, and how many of them failed."""
-    done = [outcome.record for outcome in members if outcome.record is not None]
-    failed = sum(record.failed is not None for record in done)
-    return f"{len(done)} of {len(members)}" + (f", {failed} failed" if failed else "")
+    done = sum(outcome.record is not None for outcome in members)
+    failed = sum(outcome.failed for outcome in members)
+    return f"{done} of {len(members)}" + (f", {failed} failed" if failed else "")
 
 
 def _markdown(title: str, tables: Sequence[ReportTable], origin: Mapping[str, str]) -> str:

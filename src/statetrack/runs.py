@@ -5,6 +5,7 @@ model.safetensors            the weights of the last checkpoint
 metrics.jsonl                a line every few steps
 training_state.safetensors   weights, optimizer and step of the last checkpoint, from which training goes on
 evaluation.json              what the last `statetrack evaluate` found, and of which step
+failure.json                 why the run can't go on, if a grid has given it up
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.evaluation_file = self.path / "evaluation.json"
         self.state_file = self.path / "training_state.safetensors"
+        self.failure_file = self.path / "failure.json"
 
     def exists(self) -> bool:
         return self.config_file.exists()
@@ -212,6 +214,23 @@ class RunDirectory:
             raise RunError(f"{self.evaluation_file} is not valid JSON ({error}); evaluate the run again") from None
         # Files of before the step was written down are of a finished run.
         return evaluation if evaluation.get("step", self.weights_step()) == self.weights_step() else {}
+
+    def write_failure(self, reason: str, traceback: str = "") -> None:
+        """Gives the run up: whoever does what is left of a grid leaves it alone until `forget_failure`."""
+        atomic_write(self.failure_file, json.dumps({"reason": reason, "traceback": traceback}, indent=2) + "\n")
+
+    def read_failure(self) -> str | None:
+        """Why the run was given up; None if it wasn't. A damaged file says as much."""
+        if not self.failure_file.exists():
+            return None
+        try:
+            return str(json.loads(self.failure_file.read_text(encoding="utf-8"))["reason"])
+        except (ValueError, TypeError, KeyError):
+            return f"it was given up, but {self.failure_file} is damaged and does not say why"
+
+    def forget_failure(self) -> None:
+        """The run may go on, from its last checkpoint."""
+        self.failure_file.unlink(missing_ok=True)
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the metrics of steps after `step`: training goes on from there and will write them again."""

@@ -58,7 +58,8 @@ class TrainingStep:
         *,
         fixed: bool,
     ) -> None:
-        self._task = get_task(configs[0].task)
+        task = get_task(configs[0].task)
+        self._task = task.with_parts() if configs[0].training.part_labels else task
         self._options = [config.training for config in configs]
         self._fitting = fitting_lengths(self._task, self._options[0])
         self._optimizers = optimizers
@@ -320,7 +321,11 @@ def padded_length(length: int, longest: int) -> int:
 
 
 def draw_length(options: TrainingConfig, fitting: Sequence[int], step: int) -> int:
-    """The length of the batch of a step."""
+    """The length of the batch of a step; in a curriculum the longest of them come later."""
+    if options.curriculum:
+        share = min(1.0, step / (options.curriculum * options.steps))
+        longest = options.min_length + share * (options.max_length - options.min_length)
+        fitting = [length for length in fitting if length <= max(longest, fitting[0])]
     generator = seeds.generator("training length", options.seed, step)
     return fitting[int(torch.randint(len(fitting), (), generator=generator))]
 

@@ -52,6 +52,38 @@ def test_arithmetic_is_what_python_makes_of_it(name, modulus):
             assert ("(" in text) <= ("brackets" in name)
 
 
+@pytest.mark.parametrize(("name", "modulus"), ARITHMETIC)
+def test_parts_of_expressions_are_labelled_with_what_python_makes_of_them(name, modulus):
+    task = get_task(name)
+    for length in filter(task.fits, (2, 3, 4, 5, 6, 7, 8, 10, 15, 40, 101)):
+        ids, labels = task.with_parts().sample(20, length, torch.Generator().manual_seed(length))
+        whole = task.sample(20, length, torch.Generator().manual_seed(length))
+        assert torch.equal(ids, whole.ids)
+        assert torch.equal(labels[:, -1], whole.labels[:, -1])
+        for row, answers in zip(ids.tolist(), labels.tolist(), strict=True):
+            tokens = [task.token_names[i] for i in row]
+            ends = ends_of_parts(tokens) if "brackets" in name else {i: 0 for i, t in enumerate(tokens) if t.isdigit()}
+            assert {place for place, label in enumerate(answers) if label != IGNORE} == {*ends, length - 1}
+            for end, start in ends.items():
+                assert answers[end] == eval("".join(tokens[start : end + 1])) % modulus
+
+
+def ends_of_parts(tokens):
+    """Where the subexpressions of an expression with brackets end, and where each begins."""
+    ends, opened = {}, []
+    for place, token in enumerate(tokens):
+        if token == "(":
+            opened.append(place)
+        elif token == ")":
+            ends[place] = opened.pop()
+        elif token.isdigit():
+            # A sign stands at the beginning or behind a bracket or an operator, and `(d)` and `(-d)` are one part.
+            start = place - (tokens[place - 1 : place] == ["-"] and (place < 2 or tokens[place - 2] in "(+-*"))
+            if not (start and tokens[start - 1] == "(" and tokens[place + 1] == ")"):
+                ends[place] = start
+    return ends
+
+
 def test_digits_and_operators_without_brackets_are_uniform():
     counts = Counter("".join(token) for tokens, _ in words("modular_arithmetic:5", 2000, 40) for token in tokens[:-1])
     assert {token: counts[token] / 40_000 for token in "01234"} == pytest.approx(dict.fromkeys("01234", 0.2), abs=0.01)

@@ -21,7 +21,8 @@ a list of mixers, `mixer = [ { name = "deltanet" }, { name = "mamba" } ]`, which
 of a sweep may also replace the mixer or the list as a whole, with `mixer = ...`, and lay its own `model` and `training`
 over the run's. With `learning_rates = [1e-2, 1e-3]` every seed is trained at each of them, and tables show the one with
 the best median over seeds. An entry with `recipe = true` is by our own recipe in place of the experiment's protocol: it
-has columns of its own beside the same model's.
+has a column of its own beside the same model's. `variant = "three layers"` names what tells an entry from others of the
+same mixer.
 
 An experiment that others have published says so in a table `[published]` (see `Publication`), and what they measured
 stands beside each model as `published = { best = 1.0, median = 0.9 }`, or in words as `published = { text = "..." }`.
@@ -32,6 +33,7 @@ table `recipe` in them, `model` and `training` of that one are laid over the run
 from __future__ import annotations
 
 import itertools
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -57,6 +59,7 @@ class ExperimentRun:
         published: what others measured for such a model: `best`, `median` or `text`.
         recipe: whether it is by our own recipe in place of the experiment's protocol.
         tuned: whether it is one of several that differ in their learning rate, of which the best counts.
+        variant: what tells it from others of the same model, in a few words.
     """
 
     config: RunConfig
@@ -69,19 +72,21 @@ class ExperimentRun:
     published: Mapping[str, Any] = field(default_factory=dict)
     recipe: bool = False
     tuned: bool = False
+    variant: str = ""
 
     @property
     def name(self) -> str:
         """A name for directories and progress lines: `parity-deltanet[-1,1]n1-seed0`, or `...+attention-seed0`.
 
-        `x5` behind the mixers says that there are five layers, where the pattern alone doesn't; `-recipe` and `-lr0.01`
-        tell runs apart that differ in nothing else.
+        `x5` behind the mixers says that there are five layers, where the pattern alone doesn't; the variant, `-recipe`
+        and `-lr0.01` tell runs apart that differ in nothing else.
         """
         model = self.config.model
         mixers = "+".join(_mixer_name(mixer) for mixer in model.mixer_pattern)
         layers = "" if model.num_layers == len(model.mixer_pattern) else f"x{model.num_layers}"
         training = self.config.training
-        parts = [self.config.task.replace(":", "_"), mixers + layers, "recipe" if self.recipe else ""]
+        parts = [self.config.task.replace(":", "_"), mixers + layers, "_".join(re.findall(r"[\w.]+", self.variant))]
+        parts += ["recipe" if self.recipe else ""]
         parts += [f"lr{training.learning_rate:g}" if self.tuned else "", f"seed{training.seed}"]
         return "-".join(filter(None, parts))
 
@@ -96,12 +101,14 @@ class Publication:
         measure: "scaled_accuracy", (accuracy - chance) / (1 - chance) on average over the lengths, or
             "sequence_accuracy", the share of sequences that are right throughout, by length.
         differences: what is done otherwise here, a sentence each.
+        recipe: what the runs by our own recipe do otherwise, a sentence each.
     """
 
     source: str
     protocol: Literal["paper", "released", "ours"]
     measure: Literal["scaled_accuracy", "sequence_accuracy"]
     differences: list[str] = field(default_factory=list)
+    recipe: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +204,10 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
         )
     published = file.published
     if published is not None and preset is not None:
-        note = f"This is the preset {preset}: smaller models and fewer steps, to see the ordering and not the numbers."
+        note = (
+            f"This is the preset {preset}: smaller models, fewer steps, and fewer sequences at fewer lengths than is "
+            "said below, to see the ordering and not the numbers."
+        )
         published = replace(published, protocol="ours", differences=[note, *published.differences])
     return Experiment(title=file.title, runs=tuple(runs), published=published)
 
@@ -211,7 +221,7 @@ def _laid_over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, A
     return both
 
 
-_NO_OPTIONS = ("explanation", "mixer", "model", "training", "published", "recipe")
+_NO_OPTIONS = ("explanation", "mixer", "model", "training", "published", "recipe", "variant")
 """Keys of an entry of a sweep that are no options of its mixer."""
 
 
@@ -236,6 +246,7 @@ def _expand(table: _RunTable, changes: Mapping[str, Any], seeds: list[int], whol
             published=changes.get("published", table.published),
             recipe=recipe,
             tuned=tuned,
+            variant=changes.get("variant", ""),
         )
 
 

@@ -2,6 +2,9 @@
 
 On a GPU, runs that differ in seed and learning rate alone are trained together, as one model (`train_together`), which
 takes little longer than one of them; on a CPU, where arithmetic and not launching it takes the time, one by one.
+
+A run that breaks down is given up: its directory says why, and it is not tried again until `forget_failures`. Several
+processes may work on one directory of runs, since each leaves alone what another is at.
 """
 
 from __future__ import annotations
@@ -12,19 +15,22 @@ import queue
 import shutil
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from statetrack.evaluation import Accuracy, default_sequences, evaluate, evaluation_data, solved
 from statetrack.experiments.experiment import Experiment, ExperimentRun
 from statetrack.machine import available_cores
+from statetrack.model import LanguageModel
 from statetrack.records import record_of_failure, record_of_run
 from statetrack.report import Record
 from statetrack.runs import RunDirectory, RunError
@@ -65,7 +71,8 @@ def run_experiment(
 ) -> list[Record] | None:
     """Trains and evaluates every run, each in a directory of its own below `out`.
 
-    Runs that are finished there already, with the same config, are not repeated; half-finished ones go on.
+    Runs that are finished there already, with the same config, are not repeated, nor are those that have failed;
+    half-finished ones go on.
 
     Args:
         experiment: what to run.
@@ -79,7 +86,12 @@ def run_experiment(
         should_stop: asked a few times a second; on True all runs write a checkpoint and stop.
 
     Returns:
-        A record for each run, in the experiment's order, those that failed included; None if it was told to stop.
+        A record for each run, in the experiment's order, those that failed included, without those that another
+        process is at; None if it was told to stop.
+
+    Raises:
+        OSError: if results can't be written; the other runs have saved what they had.
+        RunError: if there is something else where a run directory should be.
     """
     on_cpu = set(devices) == {"cpu"}
     workers = workers or (available_cores() if on_cpu else len(devices))
@@ -129,7 +141,7 @@ def run_experiment(
 def finished_records(
     experiment: Experiment, out: Path, indices: Iterable[int], *, evaluation_seed: int = 0
 ) -> dict[int, Record]:
-    """The records of those runs that `run_experiment` has trained and judged below `out`, by index.
+    """The records of those runs that `run_experiment` has trained and judged, or given up, below `out`, by index.
 
     Runs with damaged files are left out: whoever goes on with one is told what is wrong with it.
     """
@@ -138,11 +150,21 @@ def finished_records(
         run = experiment.runs[index]
         directory = RunDirectory(out / run.name)
         try:
-            if _holds(directory, run) and _is_done(directory, run, evaluation_seed):
+            if not _holds(directory, run):
+                continue
+            if (reason := directory.read_failure()) is not None:
+                records[index] = record_of_failure(directory, reason, explanation=run.explanation)
+            elif _is_done(directory, run, evaluation_seed):
                 records[index] = record_of_run(directory, explanation=run.explanation)
         except RunError:
             continue
     return records
+
+
+def forget_failures(experiment: Experiment, out: Path) -> None:
+    """Lets the runs below `out` that have failed go on, from their last checkpoints, at the next `run_experiment`."""
+    for run in experiment.runs:
+        RunDirectory(out / run.name).forget_failure()
 
 
 def _is_done(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int) -> bool:
@@ -151,7 +173,10 @@ def _is_done(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int) 
 
 def _is_judged(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int) -> bool:
     """Whether the evaluation in a directory is the experiment's: `statetrack evaluate` may have written another."""
-    evaluation = directory.read_evaluation()
+    try:
+        evaluation = directory.read_evaluation()
+    except RunError:  # damaged, and nothing is lost with it
+        return False
     judged = {int(length): count for length, count in evaluation.get("sequences", {}).items()}
     return (
         set(run.lengths) <= judged.keys() <= {*run.lengths, *run.winner_lengths}
@@ -222,19 +247,88 @@ def _groups(runs: Sequence[ExperimentRun], most: int) -> list[list[int]]:
 def _run(
     indices: Sequence[int], runs: Sequence[ExperimentRun], paths: Sequence[Path], evaluation_seed: int
 ) -> list[Record | None]:
-    """Trains runs together and judges them one by one; None for those that were stopped."""
-    directories = [_directory(run, path) for run, path in zip(runs, paths, strict=True)]
-    outcomes = train_together(
-        [run.config for run in runs],
-        directories,
-        device=_device,
-        on_progress=lambda run, progress: _events.put(RunEvent(indices[run], progress=progress)),
-        should_stop=_stop.is_set,
-    )
-    return [
-        _judge(index, run, directory, outcome, evaluation_seed)
-        for index, run, directory, outcome in zip(indices, runs, directories, outcomes, strict=True)
-    ]
+    """Trains runs together and judges them one by one; None for those that were stopped or are another process's."""
+    records: dict[int, Record | None] = {}
+    if _stop.is_set():  # it waited in the queue of this worker, where nobody could cancel it
+        return [None] * len(indices)
+    with ExitStack() as claims:
+        group: list[_Job] = []
+        for index, run, path in zip(indices, runs, paths, strict=True):
+            if not claims.enter_context(_claim(path)):
+                continue
+            directory = _directory(run, path)
+            if (reason := directory.read_failure()) is not None:
+                records[index] = record_of_failure(directory, reason, explanation=run.explanation)
+            else:
+                group.append(_Job(index, run, directory))
+        for job, outcome in zip(group, _train(group), strict=True):
+            records[job.index] = _judge(job, outcome, evaluation_seed)
+    return [records.get(index) for index in indices]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A run, its index in the experiment, and its directory."""
+
+    index: int
+    run: ExperimentRun
+    directory: RunDirectory
+
+    def failed(self, error: Exception) -> Record:
+        """The record of the run, which is given up because of the error."""
+        reason = str(error)
+        if not isinstance(error, (TrainingError, RunError)):
+            reason = f"{type(error).__name__}: {' '.join(reason.split())}"
+        if not isinstance(error, RunError):  # of damaged files, which are seen each time until they are restored
+            self.directory.write_failure(reason, "".join(traceback.format_exception(error)))
+        return record_of_failure(self.directory, reason, explanation=self.run.explanation)
+
+
+@contextmanager
+def _claim(path: Path) -> Iterator[bool]:
+    """Keeps a run to this process; False if it is another's."""
+    locks = path.parent / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(locks / path.name, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def _train(group: Sequence[_Job]) -> Sequence[TrainingResult | Exception]:
+    """Trains runs together: for each its result, or why it broke down.
+
+    Raises:
+        OSError, AcceleratorError: what is no fault of the runs.
+    """
+    if not group:
+        return []
+    try:
+        return train_together(
+            [job.run.config for job in group],
+            [job.directory for job in group],
+            device=_device,
+            on_progress=lambda run, progress: _events.put(RunEvent(group[run].index, progress=progress)),
+            should_stop=_stop.is_set,
+        )
+    except Exception as error:
+        if _is_nobodys_fault(error) or not all(job.directory.exists() for job in group):
+            raise
+        if len(group) == 1:
+            return [error]
+    # Alone it shows whose fault it is, or that together they only were too many.
+    return [outcome for job in group for outcome in _train([job])]
+
+
+def _is_nobodys_fault(error: Exception) -> bool:
+    """Whether an error says nothing of the run that met it: a full disk, or a GPU that needs a new process."""
+    return isinstance(error, (OSError, torch.AcceleratorError))
 
 
 def _directory(run: ExperimentRun, path: Path) -> RunDirectory:
@@ -245,46 +339,48 @@ def _directory(run: ExperimentRun, path: Path) -> RunDirectory:
     return directory
 
 
-def _judge(
-    index: int,
-    run: ExperimentRun,
-    directory: RunDirectory,
-    outcome: TrainingResult | TrainingError,
-    evaluation_seed: int,
-) -> Record | None:
+def _judge(job: _Job, outcome: TrainingResult | Exception, evaluation_seed: int) -> Record | None:
     """The record of a run that was trained, evaluated unless it has been; None if it was stopped."""
-    if isinstance(outcome, TrainingError):
-        return record_of_failure(directory, str(outcome), explanation=run.explanation)
-    if outcome.step < run.config.training.steps:
+    if isinstance(outcome, Exception):
+        return job.failed(outcome)
+    if outcome.step < job.run.config.training.steps:
         return None
-    if not _is_judged(directory, run, evaluation_seed):
-        task = get_task(run.config.task)
+    try:
+        if not _is_judged(job.directory, job.run, evaluation_seed):
+            _evaluate(job, outcome.model, evaluation_seed)
+        return record_of_run(job.directory, explanation=job.run.explanation)
+    except _Stopped:
+        return None
+    except Exception as error:
+        if _is_nobodys_fault(error):
+            raise
+        return job.failed(error)
 
-        def judge(lengths: tuple[int, ...]) -> list[Accuracy]:
-            def on_progress(done: int, total: int) -> None:
-                if _stop.is_set():
-                    raise _Stopped
-                _events.put(RunEvent(index, evaluated=done / total))
 
-            return evaluate(
-                outcome.model,
-                task,
-                lengths,
-                seed=evaluation_seed,
-                sequences=run.sequences,
-                whole=run.whole,
-                device=_device,
-                on_progress=on_progress,
-            )
+def _evaluate(job: _Job, model: LanguageModel, evaluation_seed: int) -> None:
+    run, task = job.run, get_task(job.run.config.task)
 
-        try:
-            results = judge(run.lengths)
-            if run.winner_lengths and solved({result.length: result.accuracy for result in results}):
-                results += judge(run.winner_lengths)
-        except _Stopped:
-            return None
-        directory.write_evaluation(evaluation_data(results, task, evaluation_seed, whole=run.whole))
-    return record_of_run(directory, explanation=run.explanation)
+    def on_progress(done: int, total: int) -> None:
+        if _stop.is_set():
+            raise _Stopped
+        _events.put(RunEvent(job.index, evaluated=done / total))
+
+    def judge(lengths: tuple[int, ...]) -> list[Accuracy]:
+        return evaluate(
+            model,
+            task,
+            lengths,
+            seed=evaluation_seed,
+            sequences=run.sequences,
+            whole=run.whole,
+            device=_device,
+            on_progress=on_progress,
+        )
+
+    results = judge(run.lengths)
+    if run.winner_lengths and solved({result.length: result.accuracy for result in results}):
+        results += judge(run.winner_lengths)
+    job.directory.write_evaluation(evaluation_data(results, task, evaluation_seed, whole=run.whole))
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from statetrack.files import atomic_write
 from statetrack.report.record import Group, Record, group, percent, short_length, true_minus
@@ -197,9 +198,20 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "short": short_length, "seconds": seconds, "minus": true_minus}
+    environment.filters |= {
+        "percent": percent,
+        "short": short_length,
+        "seconds": seconds,
+        "minus": true_minus,
+        "code": _code,
+    }
     file = resources.files("statetrack").joinpath("templates", "report.html.jinja")
     return environment.from_string(file.read_text(encoding="utf-8"))
+
+
+def _code(text: str) -> Markup:
+    """Text with what stands in backticks as code."""
+    return Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _groups(records: Iterable[Record]) -> list[Group]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -28,6 +28,7 @@ class ModularArithmetic(Task):
     Attributes:
         modulus: M.
         operators: which there are, of "+-*".
+        parts: whether every digit has a label too, the value of the expression up to there.
     """
 
     name: str = field(init=False)
@@ -37,6 +38,7 @@ class ModularArithmetic(Task):
     chance: float = field(init=False)
     modulus: int
     operators: str = OPERATORS
+    parts: bool = False
 
     def __post_init__(self) -> None:
         for key, value in {
@@ -62,6 +64,9 @@ class ModularArithmetic(Task):
 
     def fits(self, length: int) -> bool:
         return length >= 2 and length % 2 == 0
+
+    def with_parts(self) -> ModularArithmetic:
+        return replace(self, parts=True)
 
     @cached_property
     def automaton(self) -> Automaton:
@@ -98,6 +103,8 @@ class ModularArithmetic(Task):
         ids[:, ::2] = letters.T % m
         ids[:, 1:-1:2] = torch.div(letters[1:].T, m, rounding_mode="floor") + m
         labels = torch.full_like(ids, IGNORE)
+        if self.parts:
+            labels[:, ::2] = automaton.outputs[states].T
         labels[:, -1] = automaton.outputs[states[-1]]
         return Batch(ids, labels)
 

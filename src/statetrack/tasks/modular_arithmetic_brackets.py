@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class ModularArithmeticWithBrackets(Task):
     Attributes:
         modulus: M.
         operators: which there are, of "+-*".
+        parts: whether the last token of every subexpression has a label too, its value.
     """
 
     name: str = field(init=False)
@@ -40,6 +41,7 @@ class ModularArithmeticWithBrackets(Task):
     chance: float = field(init=False)
     modulus: int
     operators: str = OPERATORS
+    parts: bool = False
 
     def __post_init__(self) -> None:
         for key, value in {
@@ -65,6 +67,9 @@ class ModularArithmeticWithBrackets(Task):
 
     def fits(self, length: int) -> bool:
         return length >= 2
+
+    def with_parts(self) -> ModularArithmeticWithBrackets:
+        return replace(self, parts=True)
 
     def sample(
         self, batch_size: int, length: int, generator: torch.Generator, device: torch.device | str | None = None
@@ -94,13 +99,17 @@ class ModularArithmeticWithBrackets(Task):
         negative = (tree.leaf_length % 2 == 0).long()
         leaves = torch.where(digit, digits * (1 - 2 * negative), 0)
         labels = torch.full(shape, IGNORE, device=there)
-        labels[:, -1] = self._values(tree, leaves, operators)
+        values = self._values(tree, leaves, operators)
+        if self.parts:
+            ends = tree.closes | ((tree.leaf_length > 0) & (tree.offset == tree.leaf_length - 1))
+            labels = torch.where(ends, values.gather(1, tree.start), IGNORE)
+        labels[:, -1] = values[:, 0]
         return Batch(ids.contiguous(), labels)
 
     def _values(self, tree: _Tree, leaves: Tensor, operators: Tensor) -> Tensor:
-        """The value of each expression, from the innermost operations outwards: int64 [B].
+        """The value of each subexpression at its first place, from the innermost operations outwards: int64 [B, T].
 
-        The value of a subexpression is kept at its first place; the digit of a leaf has to be brought there.
+        The digit of a leaf has to be brought there.
         """
         values = torch.zeros_like(leaves).scatter_add_(1, tree.start, leaves)
         for opens, middle in reversed(tree.levels):
@@ -112,7 +121,7 @@ class ModularArithmeticWithBrackets(Task):
                 outcome = left + right if operator == "+" else left - right if operator == "-" else left * right
                 result = torch.where(which == number, outcome, result)
             values = torch.where(opens, result % self.modulus, values)
-        return values[:, 0] % self.modulus
+        return values % self.modulus
 
 
 class _Tree:
@@ -123,8 +132,8 @@ class _Tree:
         length: of the expressions, at most T; places behind it mean nothing.
 
     Attributes:
-        start, leaf_length, offset: of the leaf that a place is in, its first place and its tokens, and the place in it:
-            int64 [B, T].
+        start, leaf_length, offset: of the leaf that a place is in, its first place and its tokens, and the place in it;
+            where an operation closes, `start` is where it opens: int64 [B, T].
         opens, operates, closes: whether an operation has its opening bracket, its operator or its closing one at a
             place: bool [B, T].
         levels: for every depth of nesting, whether an operation of that depth opens at a place, and where its operator

@@ -79,6 +79,14 @@ class Task(ABC):
         """Whether there are sequences of so many tokens, with a label at the end."""
         return length >= 1
 
+    def with_parts(self) -> Task:
+        """The same task, with a label also wherever a part of a sequence ends that has a value, to learn from.
+
+        Raises:
+            ValueError: if its sequences have no such parts.
+        """
+        raise ValueError(f"sequences of the task {self.name} have no parts with labels of their own")
+
     @abstractmethod
     def sample(
         self, batch_size: int, length: int, generator: torch.Generator, device: torch.device | str | None = None
