@@ -3,12 +3,14 @@
 Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`, those about data in
 `data/commands.py`, `pretrain` in `pretraining/commands.py`.
 
-Bad input ends with one sentence on standard error and exit status 2, an interruption with 130.
+Bad input ends with one sentence on standard error and exit status 2, an interruption with 130, a reader that closes the
+pipe with 141.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -49,6 +51,7 @@ from statetrack.training import train
 from statetrack.transition import EigenvalueRange
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141  # 128 + the number of SIGPIPE, as shells have it
 
 
 @dataclass
@@ -266,6 +269,8 @@ class Evaluate:
         )
 
     def _tracker(self) -> int:
+        if not self.run.exists():
+            raise ValueError(f"there is no run directory {self.run}")
         for name in ("data", "domains", "tokens", "probes", "probe_lengths"):
             if getattr(self, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for language models, and {self.run} is none")
@@ -388,6 +393,8 @@ class Generate:
                 f"{self.model} is a run of the task {config['task']}, whose model answers with labels; generate needs "
                 "a language model"
             )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2^63 - 1, got {self.seed}")
         device = _device(self.device)
         model, tokenizer = from_pretrained(place).to(device), load_tokenizer(place)
         (prompt,) = tokenizer.encode([self.prompt])
@@ -553,7 +560,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command: Callable[[], int] = tyro.extras.subcommand_cli_from_dict(
             commands, prog="statetrack", description=description, args=words, registry=_registry()
         )
-        return command()
+        status = command()
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever reads the output has seen enough, as `head` has. What is buffered must not be written at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except (ValueError, RuntimeError, MemoryError, OverflowError, OSError, ModuleNotFoundError) as error:
         print(f"statetrack: {_sentence(error)}", file=sys.stderr)
         return 2

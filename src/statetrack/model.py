@@ -115,6 +115,8 @@ class ModelConfig:
             raise ValueError(f"mlp_depth = {self.mlp_depth} needs mlp = relu; a gated MLP has one hidden layer")
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a small positive number, got {self.norm_eps}")
+        if self.mlp_ratio * self.d_model > MAX_SIZE:
+            raise ValueError(f"mlp_ratio * d_model must be at most {MAX_SIZE:,}, got {self.mlp_ratio} * {self.d_model}")
         if self.mlp_size is not None and self.mlp_ratio:
             raise ValueError(f"give mlp_ratio or mlp_size, not both; got {self.mlp_ratio} and {self.mlp_size}")
         if self.tie_embeddings and self.output_size not in (None, self.vocab_size):

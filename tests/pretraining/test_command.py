@@ -95,7 +95,13 @@ def test_metrics_go_to_tensorboard(file, tmp_path):
         (["training.stepz=3"], "[training] unknown key stepz"),
         (["trainning.steps=3"], "unknown table trainning"),
         (["training.steps=0"], "[training] steps must be at least 1, got 0"),
-        (["training.steps=many"], "steps"),
+        (["training.steps=many"], "[training] steps must be an integer, got 'many'"),
+        (["training.precision=float16"], "[training] precision must be float32 or bfloat16, got 'float16'"),
+        (["optimizer.learning_rate=nan"], "[optimizer] learning_rate must be a positive number, got nan"),
+        (["data.directory=5"], "[data] directory must be a string, got 5"),
+        (["data.shares=5"], "[data] shares must be a table, in which each value is a number, got 5"),
+        (["model.preset=5"], "[model] preset must be a string, got 5"),
+        (["model.mlp_ratio=1e300"], "[model] mlp_ratio * d_model must be at most"),
         (["steps=3"], "an override is table.key=value"),
         (["model.vocab_size=300"], "[model] vocab_size = 300 is not the data's, 257"),
         (["model.preset=deltanet-11m"], "unknown preset 'deltanet-11m'"),
@@ -114,6 +120,19 @@ def test_bad_input_gets_one_sentence(options, message, file, tmp_path, capsys):
     assert message in error
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "run" / "checkpoints").exists() or "wandb" in message
+
+
+def test_a_table_that_is_none_gets_one_sentence(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text("data = 5\n")
+    assert run("pretrain", tmp_path / "config.toml", "--out", tmp_path / "run", "--data", tmp_path) == 2
+    assert capsys.readouterr().err == "statetrack: data must be a table [data], got 5\n"
+
+
+def test_want_of_memory_is_said_plainly(file, tmp_path, capsys):
+    assert run("pretrain", file, "--out", tmp_path / "run", "--set", f"training.spike_window={10**15}") == 1
+    error = capsys.readouterr().err
+    assert "not enough memory for another 8000000000000000 bytes" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_a_plan_trains_nothing(file, tmp_path, capsys):

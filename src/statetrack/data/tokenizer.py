@@ -161,16 +161,29 @@ def load_tokenizer(name: Path | str) -> TextTokenizer:
     """The tokenizer "bytes", one that `save` has written to a directory, or one of transformers, by directory or name.
 
     Raises:
-        ValueError: if there is none, or it has no token to separate documents with.
+        ValueError: if there is none, its files are damaged, or it has no token to separate documents with.
         ModuleNotFoundError: if transformers is needed and missing.
     """
     if str(name) == "bytes":
         return byte_tokenizer()
     config = Path(name) / "tokenizer_config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get(_MARK) if config.exists() else None
+    data = {}
+    if config.exists():
+        try:
+            data = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config} is not valid JSON ({error})") from None
+        if not isinstance(data, dict):
+            raise ValueError(f"{config} must hold a JSON object")
     for ours in (_BytePairs, _Bytes):
-        if ours.kind == kind:
-            return ours(_tokenizers().Tokenizer.from_file(str(Path(name) / "tokenizer.json")))
+        if ours.kind == data.get(_MARK):
+            file = Path(name) / "tokenizer.json"
+            try:
+                return ours(_tokenizers().Tokenizer.from_file(str(file)))
+            except ModuleNotFoundError:
+                raise
+            except Exception as error:  # the package has no class of its own for it
+                raise ValueError(f"{file} can't be read as a tokenizer ({error})") from None
     return _Transformers(str(name))
 
 

@@ -52,7 +52,7 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
     from statetrack.pretraining.checkpoints import CheckpointError
     from statetrack.pretraining.config import config_of, data_table, read_tables
     from statetrack.pretraining.loop import pretrain
-    from statetrack.pretraining.processes import processes
+    from statetrack.pretraining.processes import SharedError, processes
     from statetrack.pretraining.run import PretrainRun
     from statetrack.progress import pretraining_progress
     from statetrack.training import TrainingError
@@ -65,8 +65,8 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
             tables = read_tables(command.config, command.set)
         if command.data is not None:
             tables.setdefault("data", {})["directory"] = str(command.data)
-        if "directory" in tables.get("data", {}):
-            tables["data"]["directory"] = str(Path(tables["data"]["directory"]))
+        if isinstance(place := tables.get("data", {}).get("directory"), str):
+            tables["data"]["directory"] = str(Path(place))
         return run, config_of(tables, read_manifest(data_table(tables).directory)["vocab_size"])
 
     if command.plan:
@@ -84,7 +84,9 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
         except (TrainingError, CheckpointError, RuntimeError, OSError) as error:
             return _failed(error, command.out, several, started)
         except ValueError as error:
-            # All processes have it alike (`Processes.together`).
+            if several and started and not isinstance(error, SharedError):
+                return _failed(error, command.out, several, started)
+            # All processes have it alike.
             if int(os.environ.get("RANK", "0")) == 0:
                 print(f"statetrack: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
