@@ -72,14 +72,21 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
     if command.plan:
         return _plan(read()[1])
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    parent = os.getppid()
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
     started = False
     with stop_on_signal() as stopping:
+
+        def should_stop() -> bool:
+            # torchrun that is killed on the spot can't end its processes: they would go on unseen.
+            return stopping() or (launched and os.getppid() != parent)
+
         try:
             with processes(command.device) as own:
                 run, config = own.together(read)
                 started = True
                 with pretraining_progress(config, own.is_first) as (show, say):
-                    result = pretrain(config, run, own, on_progress=show, on_message=say, should_stop=stopping)
+                    result = pretrain(config, run, own, on_progress=show, on_message=say, should_stop=should_stop)
                 first = own.is_first
         except (TrainingError, CheckpointError, RuntimeError, OSError) as error:
             return _failed(error, command.out, several, started)

@@ -108,7 +108,7 @@ def pretrain(
         DataError: if there is no such data.
         ValueError: if sizes don't go together.
         TrainingError: after `max_skipped` steps in a row without a usable loss or gradient.
-        CheckpointError: if a checkpoint can't be written; those before it are intact.
+        CheckpointError: if a checkpoint or the model can't be written; what was written before is intact.
     """
     place = {"rank": processes.rank, "world_size": processes.size}
     processes.together(lambda: check(config.data.directory, **place, max_bytes=_CHECKED_BYTES))

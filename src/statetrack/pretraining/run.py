@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from statetrack.data import read_manifest
 from statetrack.files import atomic_write
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.plain import difference, to_data
-from statetrack.pretraining.checkpoints import Checkpoints
+from statetrack.pretraining.checkpoints import CheckpointError, Checkpoints
 from statetrack.pretraining.config import PretrainConfig, config_of
 from statetrack.pretraining.processes import Processes
 from statetrack.runs import RunError
@@ -190,8 +191,11 @@ class PretrainRun:
         return facts
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(record)) + "\n")
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(record)) + "\n")
+        except OSError as error:  # an error of writing knows no name
+            raise OSError(error.errno, error.strerror, str(self.metrics_file)) from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics; one that a crash has cut short is left out."""
@@ -242,12 +246,26 @@ def export_model(config: ModelConfig, weights: Mapping[str, Tensor], data: Path 
         directory: where to write; what was there is replaced.
 
     Raises:
-        OSError: if it can't be written.
+        CheckpointError: if it can't be written.
     """
     temporary = directory.parent / ".export" / directory.name
+    try:
+        _export(config, weights, Path(data), temporary)
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.rename(directory)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the model could not be written to {directory} ({getattr(error, 'strerror', None) or error}); the last "
+            "checkpoint is intact, and the same command goes on from there"
+        ) from None
+    finally:
+        shutil.rmtree(temporary.parent, ignore_errors=True)
+
+
+def _export(config: ModelConfig, weights: Mapping[str, Tensor], data: Path, temporary: Path) -> None:
     shutil.rmtree(temporary.parent, ignore_errors=True)
-    shutil.copytree(Path(data) / "tokenizer", temporary)
-    separator = read_manifest(Path(data))["separator"]
+    shutil.copytree(data / "tokenizer", temporary)
+    separator = read_manifest(data)["separator"]
     try:
         from statetrack.hf import StatetrackForCausalLM, export
     except ModuleNotFoundError as error:
@@ -264,9 +282,6 @@ def export_model(config: ModelConfig, weights: Mapping[str, Tensor], data: Path 
         options = {"eos_token_id": separator, "bos_token_id": separator, "pad_token_id": separator}
         with _without_bars():
             export(StatetrackForCausalLM.of(model, **options), temporary)
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
-    temporary.parent.rmdir()
 
 
 @contextmanager
