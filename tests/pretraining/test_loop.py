@@ -182,6 +182,20 @@ def test_a_run_without_usable_steps_ends_with_a_sentence(tables, tmp_path, monke
         train(tables, tmp_path / "run")
 
 
+def test_what_led_to_skipped_steps_takes_no_checkpoint_away(tables, tmp_path, monkeypatch):
+    real, calls = loop.batch_loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (float("nan") if len(calls) in (4, 5) or len(calls) > 6 else 1)
+
+    monkeypatch.setattr(loop, "batch_loss", broken)
+    tables["training"] |= {"steps": 12, "max_skipped": 4}
+    with pytest.raises(TrainingError, match="4 steps in a row before step 10 of 12"):
+        train(tables, tmp_path / "run")
+    assert PretrainRun(tmp_path / "run").checkpoints.steps() == [2, 6]
+
+
 def test_a_skipped_step_changes_neither_weights_nor_moments():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], fused=True)

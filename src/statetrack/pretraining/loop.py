@@ -18,7 +18,7 @@ from torch import Tensor
 
 from statetrack import seeds
 from statetrack.data import PackedBatch, PackedBatches, PackedTokens, check
-from statetrack.model import LanguageModel, ModelConfig
+from statetrack.model import LanguageModel
 from statetrack.pretraining.config import PretrainConfig
 from statetrack.pretraining.flops import peak_flops, training_flops_per_token
 from statetrack.pretraining.guard import StepGuard, guarded_step
@@ -135,7 +135,7 @@ class _Training:
         self._batches(0)  # refuses data that is too short
         run.check(config)
         torch.manual_seed(int(seeds.generator("initial weights", config.training.seed).initial_seed()))
-        model = initial_model(config.model)
+        model = LanguageModel(config.model)
         self.parallel = ParallelModel(model, processes, config.execution, config.training.precision)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.guard = StepGuard(config.training, processes.device)
@@ -165,7 +165,7 @@ class _Training:
         batches = iter(self._batches(step).loader(execution.num_workers, pin_memory=processes.device.type == "cuda"))
         clock, skipped = _Clock(seconds_before), -1
         evaluated: dict[str, float] = {}
-        stopping = False
+        stopping = due = False
         while step < steps and not stopping:
             factor = learning_rate_factor(step, steps, config.schedule)
             loss, norm = self._step(next(batches), factor)
@@ -194,7 +194,10 @@ class _Training:
                     texts = ", ".join(f"{domain} {value:.4f}" for domain, value in evaluated.items())
                     if texts:
                         on_message(f"step {step}: held-out loss {texts}")
-            if step % execution.checkpoint_every == 0 or last or stopping:
+            due = due or step % execution.checkpoint_every == 0
+            # What led to steps that had to be skipped shall not take the place of what was before it.
+            if last or stopping or (due and not self.guard.state["in_a_row"].item()):
+                due = False
                 with clock.stopped():
                     self.run.save(step, clock.seconds(), self._tensors(), config, processes)
         self.run.checkpoints.wait()
@@ -323,13 +326,3 @@ class _Clock:
         before = time.perf_counter()
         yield
         self._pause += time.perf_counter() - before
-
-
-def initial_model(config: ModelConfig) -> LanguageModel:
-    """A model with the weights that pre-training begins with: tied embeddings are normal with deviation 0.02."""
-    model = LanguageModel(config)
-    if config.tie_embeddings:
-        # Logits of normalized activations and embeddings of deviation 1 have a deviation of sqrt(D): the first loss
-        # would be far above that of a uniform guess, ln(vocab_size).
-        torch.nn.init.normal_(model.embedding.weight, std=0.02)
-    return model
