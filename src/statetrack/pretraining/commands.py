@@ -114,12 +114,17 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
     return 0
 
 
+_PLAN_WIDTH = 160
+
+
 def _plan(config: PretrainConfig) -> int:
     from rich.console import Console
 
     from statetrack.pretraining.plan import plan
 
-    Console().print(
+    console = Console()
+    # Numbers are worth more than the frame: a narrower table would cut them off.
+    Console(width=max(console.width, _PLAN_WIDTH)).print(
         plan(
             config.model,
             sequence_length=config.data.sequence_length,
