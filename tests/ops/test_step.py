@@ -35,8 +35,10 @@ def make_case(
     write = None if kind.startswith("householder") else randn(b, 1, h, key_dim).to(dtype)
     values = randn(*((b, 1, n, h, value_dim) if write is None else (b, 1, h, value_dim))).to(dtype)
     if kind.startswith("householder"):
-        beta = uniform(b, 1, n, h) + 1
-        transition = Householder(randn(b, 1, n, h, key_dim).to(dtype), beta, decay, normalize="raw" not in kind)
+        beta, keys = uniform(b, 1, n, h) + 1, randn(b, 1, n, h, key_dim)
+        if "raw" in kind:  # of about length 1: longer ones' states would leave float16
+            keys /= key_dim**0.5
+        transition = Householder(keys.to(dtype), beta, decay, normalize="raw" not in kind)
     elif kind.startswith("diagonal"):
         assert decay is not None
         transition = Diagonal(decay)

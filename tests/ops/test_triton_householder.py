@@ -19,11 +19,15 @@ from statetrack.ops import available_backends, linear_recurrence, triton_common,
 
 @pytest.fixture(params=["whole", "split", "segments"])
 def path(request, monkeypatch):
-    """float32 operands; the same in two halves; and that with segments scanned at once."""
+    """float32 operands; the same in two halves; and that with segments scanned at once.
+
+    Returns the tolerance for cases with decays, which gradients of halves take to be no smaller than 2^-12.
+    """
     if request.param != "whole":
         monkeypatch.setattr(triton_householder, "_operands", lambda dtypes: (torch.float32, True))
     if request.param == "segments":
         short_segments(monkeypatch)
+    return None if request.param == "whole" else 5e-4
 
 
 def test_without_a_gpu_the_backend_says_why(monkeypatch):
@@ -62,14 +66,16 @@ def test_what_is_not_served_is_said(arguments, reason, monkeypatch):
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("t", [1, 63, 64, 65, 300])
 def test_lengths_around_the_chunk_agree_with_the_reference(t, n, decay, path):
-    check_against_reference(make_case(1, t, n, 1, 8, 5, decay=decay, **FLOAT32), "triton")
+    case = make_case(1, t, n, 1, 8, 5, decay=decay, **FLOAT32)
+    check_against_reference(case, "triton", path if decay == "head" else None)
 
 
 @interpreted
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("n", "k", "v"), [(1, 1, 1), (2, 40, 72), (16, 17, 9), (5, 130, 20)])
 def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(n, k, v, normalize, path):
-    check_against_reference(make_case(1, 30, n, 2, k, v, decay="head", normalize=normalize, **FLOAT32), "triton")
+    case = make_case(1, 30, n, 2, k, v, decay="head", normalize=normalize, **FLOAT32)
+    check_against_reference(case, "triton", path)
 
 
 @interpreted
@@ -122,7 +128,9 @@ def test_gradients_of_one_of_the_results_agree_with_the_reference(wanted, path):
     for name, computed, expected in zip(case.tensors(), *found, strict=True):
         # A final state does not depend on the queries.
         assert expected is not None or name == "q"
-        assert relative_error(computed, torch.zeros_like(computed) if expected is None else expected) < 2e-5, name
+        assert relative_error(computed, torch.zeros_like(computed) if expected is None else expected) < (
+            path or 2e-5
+        ), name
 
 
 @interpreted
@@ -149,7 +157,8 @@ def test_one_key_repeated(beta, path):
 @pytest.mark.parametrize("n", [1, 3])
 def test_gradients_of_keys_in_several_tiles_agree_with_the_reference(n, decay, path, monkeypatch):
     monkeypatch.setattr(triton_householder, "_KEYS", 16)
-    check_against_reference(make_case(1, 40, n, 1, 37, 5, decay=decay, normalize=n == 1, **FLOAT32), "triton")
+    case = make_case(1, 40, n, 1, 37, 5, decay=decay, normalize=n == 1, **FLOAT32)
+    check_against_reference(case, "triton", path if decay == "head" else None)
 
 
 @interpreted

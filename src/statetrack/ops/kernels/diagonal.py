@@ -5,8 +5,9 @@ A chunk has BC tokens. All tensors are contiguous; the states lie transposed, [V
 each key channel `channels.py` leaves queries as they read the state at the chunk's start, and keys as they write the
 one at its end.
 
-Decays are only ever multiplied, in the backward too: 0 and negative numbers are ordinary. The state is accumulated in
-float32 and rounded to the operands' dtype only where it is read, so that no rounding error is fed back.
+Decays are multiplied, and never divided by but for their own gradients: 0 and negative numbers are ordinary. The state
+is accumulated in float32 and rounded to the operands' dtype only where it is read, so that no rounding error is fed
+back.
 """
 
 from __future__ import annotations
@@ -14,8 +15,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.products import dot_precise
-from statetrack.ops.kernels.tiles import load_tile, outer_products, state_overlap, state_products, store_tile
+from statetrack.ops.kernels.products import dot_masks
+from statetrack.ops.kernels.tiles import (
+    TINY,
+    load_tile,
+    not_below,
+    outer_products,
+    overlap,
+    state_products,
+    store_tile,
+)
 
 
 @triton.jit
@@ -196,8 +205,9 @@ def gradients_heads(
 ):  # fmt: skip
     """For every chunk by itself the gradients of q, k and one decay for each head.
 
-    Decay t is one factor of every D(i, j) = D(i, t) a_t D(t - 1, j) with j < t <= i, where j may be the chunk's start
-    and i its end; its gradient sums the products without it.
+    A decay's gradient is the sum, over the products of decays with it in them, of each times its own gradient, divided
+    by the decay, for which TINY stands where it is smaller. Sums run only over such products, so that nothing large
+    cancels.
     """
     OPERAND: tl.constexpr = k.dtype.element_ty
     pid = tl.program_id(0)
@@ -210,38 +220,36 @@ def gradients_heads(
     rows_ok = row < tokens_left
     state_at = (head * chunks + chunk) * K * V
     keys_at, values_at = (first * H + h) * K, (first * H + h) * V
+    d_o, v, starts, d_ends = d_o + values_at, v + values_at, starts + state_at, d_ends + state_at
 
+    both_ends = overlap(starts, None, d_ends, None, 0, K * V, False)
+    d_scores = outer_products(d_o, d_o, v, v, tokens_left, H * V, V, BC, 1, BV, OPERAND, PRECISION)
     i, j = row[:, None], row[None, :]
     decays = decay + first * H + h
-    a = tl.load(decays + row * H, mask=rows_ok, other=1.0)
-    pairs = tl.where(i >= j, tl.cumprod(tl.where(i > j, a[:, None], 1.0), axis=0), 0.0)
-    into, out_of = tl.cumprod(a, axis=0), _last_row(pairs, BC)
-    d_o, v, starts, d_ends = d_o + values_at, v + values_at, starts + state_at, d_ends + state_at
-    d_scores = outer_products(d_o, d_o, v, v, tokens_left, H * V, V, BC, 1, BV, OPERAND, PRECISION)
-    weights = (d_scores * pairs).to(OPERAND)
+    a = not_below(tl.load(decays + row * H, mask=rows_ok, other=1.0), TINY)
+    following = not_below(tl.load(decays + (row + 1) * H, mask=row + 1 < tokens_left, other=1.0), TINY)
+    into, out_of = tl.cumprod(a, axis=0), tl.cumprod(following, axis=0, reverse=True)
+    weights = tl.where(i >= j, d_scores * tl.cumprod(tl.where(i > j, a[:, None], 1.0), axis=0), 0.0)
+    operand = weights.to(OPERAND)
     scores = tl.zeros([BC, BC], tl.float32)
-    d_into, d_out_of = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
-    d_across = tl.zeros([BD], tl.float32)
+    asks, writes = tl.zeros([BC], tl.float32), tl.zeros([BC], tl.float32)
     for start in range(0, K, BD):
         queries = load_tile(q + keys_at, rows_ok, H * K, start, K, BC, BD)
         keys = load_tile(k + keys_at, rows_ok, H * K, start, K, BC, BD)
         scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
         d_queries = state_products(d_o, d_o, starts, tokens_left, H * V, start, K, V, BC, 1, BD, BV, OPERAND, PRECISION)
-        d_into += tl.sum(d_queries * queries.to(tl.float32), axis=1)
-        d_queries = tl.dot(weights, keys, d_queries * into[:, None], input_precision=PRECISION)
+        d_queries *= into[:, None]
+        asks += tl.sum(d_queries * queries.to(tl.float32), axis=1)
+        d_queries = tl.dot(operand, keys, d_queries, input_precision=PRECISION)
         store_tile(d_q + keys_at, d_queries, rows_ok, H * K, start, K, BC, BD)
         d_keys = state_products(v, v, d_ends, tokens_left, H * V, start, K, V, BC, 1, BD, BV, OPERAND, PRECISION)
-        d_out_of += tl.sum(d_keys * keys.to(tl.float32), axis=1)
-        d_keys = tl.dot(tl.trans(weights), queries, d_keys * out_of[:, None], input_precision=PRECISION)
+        d_keys *= out_of[:, None]
+        writes += tl.sum(d_keys * keys.to(tl.float32), axis=1)
+        d_keys = tl.dot(tl.trans(operand), queries, d_keys, input_precision=PRECISION)
         store_tile(d_k + keys_at, d_keys, rows_ok, H * K, start, K, BC, BD)
-        d_across += state_overlap(starts, d_ends, start, K, V, BD, BV)
 
-    # before[t, j] = D(t - 1, j) for j < t, and for the chunk's start.
-    a_before = tl.load(decays + (row - 1) * H, mask=(row > 0) & (row <= tokens_left), other=1.0)
-    before = tl.where(i > j, tl.cumprod(tl.where(i - 1 > j, a_before[:, None], 1.0), axis=0), 0.0)
-    into_before = tl.cumprod(a_before, axis=0)
-    d_pairs = tl.where(i > j, d_scores * scores, 0.0)
-    left = dot_precise(d_pairs, tl.trans(before), OPERAND, SPLIT, PRECISION)
-    d_a = tl.sum(pairs * (left + d_into[:, None] * into_before[None, :]), axis=0)
-    to_end = tl.sum(before * d_out_of[None, :], axis=1) + tl.sum(d_across, axis=0) * into_before
-    tl.store(d_decay + first * H + h + row * H, d_a + out_of * to_end, mask=rows_ok)
+    # [t, j]: what the products that end at t or later and begin after j add up to.
+    spanning = dot_masks(i <= j, weights * scores, OPERAND, SPLIT, PRECISION)
+    total = tl.sum(tl.where(i > j, spanning + writes[None, :], asks[None, :]), axis=1)
+    total += tl.sum(tl.where(row == BC - 1, into, 0.0), axis=0) * both_ends
+    tl.store(d_decay + first * H + h + row * H, total / a, mask=rows_ok)

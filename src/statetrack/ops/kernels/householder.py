@@ -16,11 +16,9 @@ import triton
 import triton.language as tl
 
 from statetrack.ops.kernels.products import halves, unit_triangular_inverse
+from statetrack.ops.kernels.tiles import TINY, not_below
 from statetrack.transition import SHORTEST_KEY
 
-# Stands for a beta or, in the backward, a decay of exactly 0: it moves no result by more than the rounding, and lets
-# the gradient divide. The square is still a normal float32.
-TINY = tl.constexpr(2.0**-40)
 # Up to this |k|^2 a normalized key counts as 0.
 SHORTEST = tl.constexpr(SHORTEST_KEY**2)
 
@@ -40,30 +38,32 @@ def clamped_beta(beta):
 
 
 @triton.jit
-def decays(decay, tokens_left, H, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, EXACT: tl.constexpr):
+def decays(decay, tokens_left, H, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, LEAST: tl.constexpr):
     """Products of decays, from the decay of the chunk's first token on.
 
     Returns, with D(i, j) the product of the decays after micro-step j up to micro-step i: the decays of the micro-steps
     [BM], D(i, j) [BM, BM] (1 for i <= j), D(end of token t, j) [BC, BM], D(i, start) [BM], D(end of t, start) [BC],
-    D(end, j) [BM] and D(end, start). Unless EXACT, TINY stands for 0.
+    and D(end, j) [BM]. LEAST as in `not_below`.
     """
     row, token = tl.arange(0, BM), tl.arange(0, BC)
-    starts = (row % N == 0) & (row // N < tokens_left)
-    a = tl.load(decay + (row // N) * H, mask=starts, other=1.0).to(tl.float32)
-    of_token = tl.load(decay + token * H, mask=token < tokens_left, other=1.0).to(tl.float32)
-    if not EXACT:
-        a = tl.where(a == 0, TINY, a)
-        of_token = tl.where(of_token == 0, TINY, of_token)
+    a = _decays_of_rows(decay, row, tokens_left, H, N, LEAST)
     pairs = tl.cumprod(tl.where(row[:, None] > row[None, :], a[:, None], 1.0), axis=0)
-    if N == 1:
-        to_token = pairs
-    else:
-        to_token = tl.cumprod(tl.where((token * N)[:, None] > row[None, :], of_token[:, None], 1.0), axis=0)
     into = tl.cumprod(a, axis=0)
-    into_token = tl.cumprod(of_token, axis=0)
-    out_of = tl.sum(tl.where((row == BM - 1)[:, None], pairs, 0.0), axis=0)
-    across = tl.sum(tl.where(row == BM - 1, into, 0.0), axis=0)
-    return a, pairs, to_token, into, into_token, out_of, across
+    if N == 1:
+        to_token, into_token = pairs, into
+    else:
+        of_token = not_below(tl.load(decay + token * H, mask=token < tokens_left, other=1.0).to(tl.float32), LEAST)
+        to_token = tl.cumprod(tl.where((token * N)[:, None] > row[None, :], of_token[:, None], 1.0), axis=0)
+        into_token = tl.cumprod(of_token, axis=0)
+    out_of = tl.cumprod(_decays_of_rows(decay, row + 1, tokens_left, H, N, LEAST), axis=0, reverse=True)
+    return a, pairs, to_token, into, into_token, out_of
+
+
+@triton.jit
+def _decays_of_rows(decay, row, tokens_left, H, N: tl.constexpr, LEAST: tl.constexpr):
+    """Each token's decay at its first micro-step, and 1 elsewhere."""
+    starts = (row % N == 0) & (row // N < tokens_left)
+    return not_below(tl.load(decay + (row // N) * H, mask=starts, other=1.0).to(tl.float32), LEAST)
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
@@ -98,8 +98,8 @@ def prepare(
     seen = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     seen = tl.where(row[None, :] < (token * N + N)[:, None], seen, 0.0)
     if DECAY:
-        _, d_pairs, d_token, d_into, d_into_token, d_out_of, _ = decays(
-            decay + first * H + h, tokens_left, H, N, BM, BC, True
+        _, d_pairs, d_token, d_into, d_into_token, d_out_of = decays(
+            decay + first * H + h, tokens_left, H, N, BM, BC, 0
         )
         seen *= d_token
         tl.store(into + place * BM + row, d_into)

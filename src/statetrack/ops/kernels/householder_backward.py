@@ -8,9 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import SHORTEST, TINY, clamped_beta, decays, load_rows
+from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays, load_rows
 from statetrack.ops.kernels.products import dot_masks, halves
-from statetrack.ops.kernels.tiles import load_tile, store_tile
+from statetrack.ops.kernels.tiles import TINY, load_tile, overlap, store_tile
+
+# The least size of a decay in the gradients where results are rounded to bfloat16 anyway: what an accumulator has
+# gained is then its difference.
+SMALL = tl.constexpr(2.0**-12)
 
 
 @triton.jit
@@ -137,6 +141,7 @@ def gradients(
     Those of q and k in tiles of BD key channels, one after the other: one of 256 would not fit the registers.
     """
     OPERAND: tl.constexpr = k.dtype.element_ty
+    ROUNDED: tl.constexpr = SPLIT and not HIGH
     pid = tl.program_id(0)
     chunk = pid % chunks
     head = (pid // chunks).to(tl.int64)
@@ -146,6 +151,8 @@ def gradients(
     rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
     first = b * T + chunk * C
     place = head * chunks + chunk
+    if DECAY:  # here, where registers are free
+        both_ends = overlap(starts, starts_low, d_ends, d_ends_low, place * K * V, K * V, HIGH)
     key_rows = (first * N * H + h) * K
     query_rows = (first * H + h) * K
     squared_norm = tl.zeros([BM], tl.float32)
@@ -187,13 +194,9 @@ def gradients(
     tl.store(d_beta + first * N * H + h + row * H, d_scaled, mask=rows_ok)
     between_keys = tl.where(i > j, -between_keys, 0.0)
     to_queries = tl.where(row[None, :] < (token * N + N)[:, None], to_queries, 0.0)
-    if BD == BK:
-        queries = load_rows(q + query_rows, tokens_ok, H * K, BC, K, BK)
-    later_token = token[None, :] * N >= (row // N * N)[:, None]
-    total = tl.zeros([BM], tl.float32)
     if DECAY:
-        a, d_pairs, d_token, d_into, d_into_token, d_out_of, across = decays(
-            decay + first * H + h, tokens_left, H, N, BM, BC, False
+        a, d_pairs, d_token, d_into, d_into_token, d_out_of = decays(
+            decay + first * H + h, tokens_left, H, N, BM, BC, SMALL if ROUNDED else TINY
         )
         between_keys *= d_pairs
         to_queries *= d_token
@@ -201,26 +204,27 @@ def gradients(
         # them, divided by it. Sums run only over such products, so that nothing large cancels.
         gram, scores = tl.zeros([BM, BM], tl.float32), tl.zeros([BC, BM], tl.float32)
         for start_key in tl.static_range(0, BK, BD):
-            if BD < BK:
-                keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
-                queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
+            keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
+            queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
             gram = tl.dot(keys, tl.trans(keys), gram, input_precision=PRECISION)
             scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
         of_pairs = between_keys * gram
         of_queries = to_queries * scores
+        later_token = token[None, :] * N >= (row // N * N)[:, None]
         if N == 1:
             spanning = dot_masks(i <= j, of_pairs + of_queries, OPERAND, SPLIT, PRECISION)
         else:
             spanning = dot_masks(i <= j, of_pairs, OPERAND, SPLIT, PRECISION)
             spanning += dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
-        total += tl.sum(tl.where(i > j, spanning, 0.0), axis=1)
+        total = tl.sum(tl.where(i > j, spanning, 0.0), axis=1)
+        total += tl.sum(tl.where(row == BM - 1, d_into, 0.0), axis=0) * both_ends
+        asks, reads, writes = tl.zeros([BC], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
 
     for start_key in range(0, BK, BD):
         key = start_key + tl.arange(0, BD)
         states_at = place * K * V + key[None, :]
-        if BD < BK:
-            keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
-            queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
+        # Loaded once more for every use, from the cache: kept, they would not leave the accumulators enough registers.
+        queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
         d_queries = tl.zeros([BC, BD], tl.float32)
         for start in range(0, V, BV):
             value = start + tl.arange(0, BV)
@@ -233,8 +237,8 @@ def gradients(
                 d_queries = tl.dot(d_out, low, d_queries, input_precision=PRECISION)
         if DECAY:
             d_queries *= d_into_token[:, None]
-            asks = tl.sum(d_queries * queries.to(tl.float32), axis=1)
-            total += tl.sum(tl.where(later_token, asks[None, :], 0.0), axis=1)
+            asks += tl.sum(d_queries * queries.to(tl.float32), axis=1)
+        keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
         if SPLIT:
             query_high, query_low = halves(to_queries, OPERAND)
             d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
@@ -243,6 +247,7 @@ def gradients(
         d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
         store_tile(d_q + query_rows, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
 
+        keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
         d_keys = tl.zeros([BM, BD], tl.float32)
         for start in range(0, V, BV):
             value = start + tl.arange(0, BV)
@@ -259,41 +264,33 @@ def gradients(
         d_keys = -d_keys
         if DECAY:
             d_keys *= d_into[:, None]
-            reads = tl.sum(d_keys * keys.to(tl.float32), axis=1)
-            total += tl.sum(tl.where(i <= j, reads[None, :], 0.0), axis=1)
-            d_reading = d_keys
-            d_keys = tl.zeros([BM, BD], tl.float32)
-        d_across = tl.zeros([BD], tl.float32)
+            of_reading = tl.sum(d_keys * keys.to(tl.float32), axis=1)
+            reads += of_reading
+            if not ROUNDED:
+                d_reading = d_keys
+                d_keys = tl.zeros([BM, BD], tl.float32)
         for start in range(0, V, BV):
             value = start + tl.arange(0, BV)
             ok = rows_ok[:, None] & (value < V)[None, :]
             u = tl.load(u_high + values_at + value[None, :], mask=ok, other=0.0)
             states_ok = (value < V)[:, None] & (key < K)[None, :]
             d_end = tl.load(d_ends + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+            if DECAY and ROUNDED:
+                u = (u.to(tl.float32) * d_out_of[:, None]).to(OPERAND)
             d_keys = tl.dot(u, d_end, d_keys, input_precision=PRECISION)
             if HIGH:
                 low = tl.load(u_low + values_at + value[None, :], mask=ok, other=0.0)
                 d_keys = tl.dot(low, d_end, d_keys, input_precision=PRECISION)
                 end_low = tl.load(d_ends_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
                 d_keys = tl.dot(u, end_low, d_keys, input_precision=PRECISION)
-            if DECAY:
-                state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-                both_ends = state.to(tl.float32) * d_end.to(tl.float32)
-                if HIGH:
-                    low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-                    both_ends += low.to(tl.float32) * d_end.to(tl.float32) + state.to(tl.float32) * end_low.to(
-                        tl.float32
-                    )
-                d_across += tl.sum(both_ends, axis=0)
         if DECAY:
-            d_keys *= d_out_of[:, None]
-            writes = tl.sum(d_keys * keys.to(tl.float32), axis=1)
-            total += tl.sum(tl.where(i > j, writes[None, :], 0.0), axis=1)
-            total += across * tl.sum(d_across, axis=0)
-            if start_key + BD >= BK:
-                starts_token = (row % N == 0) & rows_ok
-                tl.store(d_decay + first * H + h + (row // N) * H, total / a, mask=starts_token)
-            d_keys += d_reading
+            if ROUNDED:
+                writes += tl.sum(d_keys * keys.to(tl.float32), axis=1) - of_reading
+            else:
+                d_keys *= d_out_of[:, None]
+                writes += tl.sum(d_keys * keys.to(tl.float32), axis=1)
+                d_keys += d_reading
+        queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
         both = between_keys + tl.trans(between_keys)
         if NORMALIZE:
             both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)
@@ -307,3 +304,7 @@ def gradients(
             d_keys = tl.dot(tl.trans(query_low), queries, d_keys, input_precision=PRECISION)
         d_keys = tl.dot(tl.trans(query_high), queries, d_keys, input_precision=PRECISION)
         store_tile(d_k + key_rows, d_keys, rows_ok, H * K, start_key, K, BM, BD)
+    if DECAY:
+        total += tl.sum(tl.where(later_token, asks[None, :], 0.0), axis=1)
+        total += tl.sum(tl.where(i <= j, reads[None, :], 0.0) + tl.where(i > j, writes[None, :], 0.0), axis=1)
+        tl.store(d_decay + first * H + h + (row // N) * H, total / a, mask=(row % N == 0) & rows_ok)

@@ -12,6 +12,12 @@ import triton.language as tl
 
 @triton.jit
 def halves(x, dtype: tl.constexpr):
+    if dtype == tl.bfloat16:
+        # The high half by integers: a cast whose result is also extended again is one slow instruction for every
+        # number, where the two casts below are one for every two. Ties are rounded away from zero.
+        bits = (x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
+        high = bits.to(tl.float32, bitcast=True)
+        return high.to(dtype), (x - high).to(dtype)
     high = x.to(dtype)
     return high, (x - high.to(tl.float32)).to(dtype)
 
@@ -44,42 +50,73 @@ def unit_triangular_inverse(
 ):
     """(I + system)^-1 for a strictly lower triangular `system` [BM, BM].
 
-    Blocks of BASE on the diagonal by forward substitution; then twice as large ones from pairs of blocks,
-    [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]: forward substitution by blocks.
+    Blocks of BASE (4 or 16) on the diagonal by forward substitution; then twice as large ones from pairs of blocks,
+    [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]: forward substitution by blocks. With SPLIT the blocks of up
+    to 16 are multiplied one by one, each by one warp, and not as parts of the whole.
     """
-    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BM)[None, :]
-    if BASE == 2:
-        x = tl.where(i == j, 1.0, tl.where(i // 2 == j // 2, -system, 0.0))
+    if SPLIT and BM > 16:
+        system_16 = _diagonal_blocks(system, BM // 16, 16)
+        x = _substitute(system_16, BM // 16, 16, BASE)
+        if BASE == 4:
+            x = _join_pairs(x, system_16, _pairs(4, 16)[None, :, :], OPERAND, SPLIT, PRECISION)
+            x = _join_pairs(x, system_16, _pairs(8, 16)[None, :, :], OPERAND, SPLIT, PRECISION)
+        x = _as_diagonal_blocks(x, BM // 16, 16)
     else:
-        BLOCKS: tl.constexpr = BM // BASE
-        block, inside = tl.arange(0, BLOCKS), tl.arange(0, BASE)
-        same = (block[:, None] == block[None, :])[:, None, :, None]
-        diagonal = tl.sum(tl.where(same, tl.reshape(system, [BLOCKS, BASE, BLOCKS, BASE]), 0.0), axis=2)
-        x = tl.where((inside[:, None] == inside[None, :])[None, :, :], 1.0, tl.zeros_like(diagonal))
-        for step in range(1, BASE):
-            is_row = (inside == step)[None, :, None]
-            row = tl.sum(tl.where(is_row, diagonal, 0.0), axis=1)
-            x = tl.where(is_row, x - tl.sum(row[:, :, None] * x, axis=1)[:, None, :], x)
-        x = tl.reshape(tl.where(same, x[:, :, None, :], 0.0), [BM, BM])
-    if BASE <= 2:
-        x = _join_pairs(x, system, 2, BM, OPERAND, SPLIT, PRECISION)
-    if BASE <= 4:
-        x = _join_pairs(x, system, 4, BM, OPERAND, SPLIT, PRECISION)
-    if BASE <= 8:
-        x = _join_pairs(x, system, 8, BM, OPERAND, SPLIT, PRECISION)
+        x = tl.reshape(_substitute(system[None, :, :], 1, BM, BASE), [BM, BM])
+        if BASE == 4:
+            x = _join_pairs(x, system, _pairs(4, BM), OPERAND, SPLIT, PRECISION)
+            x = _join_pairs(x, system, _pairs(8, BM), OPERAND, SPLIT, PRECISION)
     if BM > 16:
-        x = _join_pairs(x, system, 16, BM, OPERAND, SPLIT, PRECISION)
+        x = _join_pairs(x, system, _pairs(16, BM), OPERAND, SPLIT, PRECISION)
     if BM > 32:
-        x = _join_pairs(x, system, 32, BM, OPERAND, SPLIT, PRECISION)
+        x = _join_pairs(x, system, _pairs(32, BM), OPERAND, SPLIT, PRECISION)
     return x
 
 
 @triton.jit
-def _join_pairs(
-    x, system, SIZE: tl.constexpr, BM: tl.constexpr, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """From the inverses of the diagonal blocks of SIZE, those of twice the size."""
-    i, j = tl.arange(0, BM)[:, None], tl.arange(0, BM)[None, :]
-    pair = (i // (2 * SIZE) == j // (2 * SIZE)) & (i // SIZE != j // SIZE)
-    left = dot_precise(x, tl.where(pair, system, 0.0), OPERAND, SPLIT, PRECISION)
+def _is_on_diagonal(BLOCKS: tl.constexpr):
+    """[BLOCKS, 1, BLOCKS, 1]"""
+    block = tl.arange(0, BLOCKS)
+    return (block[:, None] == block[None, :])[:, None, :, None]
+
+
+@triton.jit
+def _diagonal_blocks(x, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
+    """Of x [BLOCKS SIZE, BLOCKS SIZE] the blocks on the diagonal, [BLOCKS, SIZE, SIZE]."""
+    return tl.sum(tl.where(_is_on_diagonal(BLOCKS), tl.reshape(x, [BLOCKS, SIZE, BLOCKS, SIZE]), 0.0), axis=2)
+
+
+@triton.jit
+def _as_diagonal_blocks(x, BLOCKS: tl.constexpr, SIZE: tl.constexpr):
+    """The reverse of `_diagonal_blocks`, with zeros elsewhere."""
+    whole = tl.where(_is_on_diagonal(BLOCKS), x[:, :, None, :], 0.0)
+    return tl.reshape(whole, [BLOCKS * SIZE, BLOCKS * SIZE])
+
+
+@triton.jit
+def _substitute(system, BATCH: tl.constexpr, ROWS: tl.constexpr, BASE: tl.constexpr):
+    """The inverses of the blocks of BASE on the diagonals of I + system [BATCH, ROWS, ROWS], row after row."""
+    BLOCKS: tl.constexpr = ROWS // BASE
+    inside = tl.arange(0, BASE)
+    same = _is_on_diagonal(BLOCKS)[None, :, :, :, :]
+    blocks = tl.sum(tl.where(same, tl.reshape(system, [BATCH, BLOCKS, BASE, BLOCKS, BASE]), 0.0), axis=3)
+    x = tl.where((inside[:, None] == inside[None, :])[None, None, :, :], 1.0, tl.zeros_like(blocks))
+    for step in range(1, BASE):
+        is_row = (inside == step)[None, None, :, None]
+        row = tl.sum(tl.where(is_row, blocks, 0.0), axis=2)
+        x = tl.where(is_row, x - tl.sum(row[:, :, :, None] * x, axis=2)[:, :, None, :], x)
+    return tl.reshape(tl.where(same, x[:, :, :, None, :], 0.0), [BATCH, ROWS, ROWS])
+
+
+@triton.jit
+def _pairs(SIZE: tl.constexpr, ROWS: tl.constexpr):
+    """[ROWS, ROWS]: the blocks of SIZE beside the diagonal that belong to a block of twice the size."""
+    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
+    return (i // (2 * SIZE) == j // (2 * SIZE)) & (i // SIZE != j // SIZE)
+
+
+@triton.jit
+def _join_pairs(x, system, pairs, OPERAND: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
+    """From the inverses of the diagonal blocks of one size, those of twice the size, where `pairs` belong."""
+    left = dot_precise(x, tl.where(pairs, system, 0.0), OPERAND, SPLIT, PRECISION)
     return x - dot_precise(left, x, OPERAND, SPLIT, PRECISION)

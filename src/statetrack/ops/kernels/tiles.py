@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Stands for a beta or, in the backward, a decay of exactly 0: it moves no result by more than the rounding, and lets
+# the gradient divide. The square is still a normal float32.
+TINY = tl.constexpr(2.0**-40)
+
 
 @triton.jit
 def load_tile(pointer, rows_ok, row_stride, start, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -94,3 +98,26 @@ def state_products(
         right = load_tile(state + start * K, ok, K, start_key, K, BV, BD).to(OPERAND)
         products = tl.dot(left, right, products, input_precision=PRECISION)
     return products
+
+
+@triton.jit
+def overlap(x, x_low, y, y_low, first, SIZE: tl.constexpr, HIGH: tl.constexpr):
+    """The sum of the products of SIZE numbers from `first` on, which with HIGH are given in halves."""
+    BLOCK: tl.constexpr = 2048
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, SIZE, BLOCK):
+        ok = start + tl.arange(0, BLOCK) < SIZE
+        place = first + start + tl.arange(0, BLOCK)
+        left = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
+        right = tl.load(y + place, mask=ok, other=0.0).to(tl.float32)
+        if HIGH:
+            left += tl.load(x_low + place, mask=ok, other=0.0).to(tl.float32)
+            right += tl.load(y_low + place, mask=ok, other=0.0).to(tl.float32)
+        sums += left * right
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
+def not_below(x, LEAST: tl.constexpr):
+    """Numbers of less than LEAST are taken to be LEAST in size."""
+    return tl.where(tl.abs(x) < LEAST, tl.where(x < 0, -LEAST, LEAST), x)
