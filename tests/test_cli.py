@@ -158,6 +158,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert (out / "model.safetensors").exists()
 
 
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "statetrack", "tasks", "--json", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
 def test_importing_statetrack_is_light():
     script = (
         "import torch, time, sys; start = time.perf_counter(); import statetrack; "

@@ -222,6 +222,34 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on_exactly(file, t
 
 
 @pytest.mark.slow
+def test_ranks_end_when_torchrun_is_killed(file, tmp_path):
+    words = (file, "--out", tmp_path / "run", *LONG)
+    process = command(2, *words)
+    wait_for_step(tmp_path / "run", 10, process)
+    process.kill()
+    _, text = finish(process)  # waits until the last of its processes has closed the pipes
+    assert "To go on" in text
+    last = max((tmp_path / "run" / "checkpoints").glob("step-*")).name
+    assert 10 <= int(last.removeprefix("step-")) < 400
+
+
+@pytest.mark.slow
+def test_damage_that_one_rank_finds_ends_all_of_them(file, tmp_path):
+    words = (file, "--out", tmp_path / "run")
+    assert finish(command(2, *words))[0] == 0
+    second = sorted((tmp_path / "run" / "checkpoints" / "step-00000008").glob("*.safetensors"))[1]
+    data = bytearray(second.read_bytes())
+    data[-1] ^= 1
+    second.write_bytes(data)
+    began = time.monotonic()
+    status, text = finish(command(2, *words))
+    assert status != 0
+    assert time.monotonic() - began < 60
+    assert text.count("statetrack: ") == 1
+    assert f"{second.name} is not the file that was written: its hash differs" in text
+
+
+@pytest.mark.slow
 def test_sigkill_loses_nothing_but_the_steps_since_the_last_checkpoint(file, tmp_path):
     words = (file, "--out", tmp_path / "run", *LONG)
     for step in (25, 90):
