@@ -29,6 +29,7 @@ from rich.table import Table
 import statetrack
 from statetrack.config import RunConfig, TrainingConfig, run_config
 from statetrack.data.commands import Data
+from statetrack.interruption import handle_again
 from statetrack.machine import available_devices
 from statetrack.mixers import mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNetConfig
@@ -537,6 +538,7 @@ def _train(config: RunConfig, out: Path, device: str | None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
+    handle_again()
     words = bare_json(sys.argv[1:] if arguments is None else arguments)
     try:
         commands = {

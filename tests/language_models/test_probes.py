@@ -3,8 +3,8 @@
 import contextlib
 import io
 import json
-import sys
 import re
+import sys
 
 import pytest
 import torch
