@@ -158,6 +158,23 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert (out / "model.safetensors").exists()
 
 
+def test_ctrl_c_while_torch_is_imported_shows_no_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    for command, quiet in ((["-m", "statetrack", "tasks"], True), (["-c", "import statetrack"], False)):
+        result = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+        assert result.returncode == -signal.SIGINT
+        assert ("Traceback" in result.stderr) != quiet
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "statetrack", "tasks", "--json", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
 def test_importing_statetrack_is_light():
     script = (
         "import torch, time, sys; start = time.perf_counter(); import statetrack; "

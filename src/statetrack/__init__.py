@@ -1,5 +1,6 @@
 """Linear RNNs that track state: eigenvalue ranges from [0, 1] to [-1, 1] for every model, on CPU and GPU."""
 
+import statetrack.interruption  # noqa: F401 (before anything that takes long to import)
 from statetrack.mixers import Mixer, MixerConfig, mixer_config, mixer_configs
 from statetrack.mixers.attention import Attention, AttentionConfig
 from statetrack.mixers.deltanet import (

@@ -3,8 +3,8 @@
 Those about theory (analyze, compile, verify, certify) are in `theory/commands.py`, those about data in
 `data/commands.py`, `pretrain` in `pretraining/commands.py`.
 
-Bad input ends with one sentence on standard error and exit status 2, an interruption with 130, and a reader that has
-had enough, as `head` has, without a word with 141.
+Bad input ends with one sentence on standard error and exit status 2, an interruption with 130, a reader that closes the
+pipe with 141.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rich.table import Table
 import statetrack
 from statetrack.config import RunConfig, TrainingConfig, run_config
 from statetrack.data.commands import Data
+from statetrack.interruption import handle_again
 from statetrack.machine import available_devices
 from statetrack.mixers import mixer_config, mixer_configs
 from statetrack.mixers.deltanet import DeltaNetConfig
@@ -51,7 +52,7 @@ from statetrack.training import train
 from statetrack.transition import EigenvalueRange
 
 INTERRUPTED = 130
-BROKEN_PIPE = 141
+BROKEN_PIPE = 141  # 128 + the number of SIGPIPE, as shells have it
 
 
 @dataclass
@@ -286,6 +287,8 @@ class Evaluate:
         )
 
     def _tracker(self) -> int:
+        if not self.run.exists():
+            raise ValueError(f"there is no run directory {self.run}")
         for name in ("data", "domains", "tokens", "probes", "probe_lengths", "generation"):
             if getattr(self, name) is not None:
                 raise ValueError(f"--{name.replace('_', '-')} is for language models, and {self.run} is none")
@@ -410,6 +413,8 @@ class Generate:
                 f"{self.model} is a run of the task {config['task']}, whose model answers with labels; generate needs "
                 "a language model"
             )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2^63 - 1, got {self.seed}")
         device = _device(self.device)
         model, tokenizer = from_pretrained(place).to(device), load_tokenizer(place)
         (prompt,) = tokenizer.encode([self.prompt])
@@ -552,6 +557,7 @@ def _train(config: RunConfig, out: Path, device: str | None) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status."""
+    handle_again()
     words = bare_json(sys.argv[1:] if arguments is None else arguments)
     try:
         commands = {
@@ -575,9 +581,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command: Callable[[], int] = tyro.extras.subcommand_cli_from_dict(
             commands, prog="statetrack", description=description, args=words, registry=_registry()
         )
-        return command()
+        status = command()
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
-        # Whoever read the output, such as `head`, has had enough; what is left of it would raise once more at the end.
+        # Whoever reads the output has seen enough, as `head` has. What is buffered must not be written at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (ValueError, RuntimeError, MemoryError, OverflowError, OSError, ModuleNotFoundError) as error:

@@ -1,7 +1,8 @@
-"""Files that are replaced whole or not at all."""
+"""Files that are replaced whole or not at all, and hashes that tell whether they still are what was written."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import stat
@@ -55,3 +56,13 @@ def sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal.
+
+    Raises:
+        OSError: if it can't be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

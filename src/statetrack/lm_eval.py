@@ -17,8 +17,11 @@ from importlib import import_module
 
 def main() -> int:
     """Runs lm-eval on the arguments of this process; returns the exit status."""
-    import statetrack.hf  # noqa: F401 (registers the model type)
-
+    try:
+        import statetrack.hf  # noqa: F401 (registers the model type)
+    except ModuleNotFoundError as error:
+        print(f"statetrack: {error}", file=sys.stderr)
+        return 2
     try:
         harness = import_module("lm_eval.__main__")
     except ModuleNotFoundError as error:

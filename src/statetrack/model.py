@@ -81,7 +81,8 @@ class ModelConfig:
             ("none": compiled models, whose activations are exact integers); a tuple is a pattern that is repeated over
             the layers, as with `mixer`.
         residual_in_float32: keep the sum over the blocks in float32 where the weights have fewer bits.
-        tie_embeddings: the output layer is the transposed embedding; output_size must then be vocab_size.
+        tie_embeddings: the output layer is the transposed embedding, which begins with the standard deviation 0.02;
+            output_size must then be vocab_size.
         mixer: the token mixer of every block; or a tuple of them, a hybrid: the pattern is repeated over the layers,
             and its length divides num_layers.
     """
@@ -116,6 +117,8 @@ class ModelConfig:
             raise ValueError(f"mlp_depth = {self.mlp_depth} needs mlp = relu; a gated MLP has one hidden layer")
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a small positive number, got {self.norm_eps}")
+        if self.mlp_ratio * self.d_model > MAX_SIZE:
+            raise ValueError(f"mlp_ratio * d_model must be at most {MAX_SIZE:,}, got {self.mlp_ratio} * {self.d_model}")
         if self.mlp_size is not None and self.mlp_ratio:
             raise ValueError(f"give mlp_ratio or mlp_size, not both; got {self.mlp_ratio} and {self.mlp_size}")
         if self.tie_embeddings and self.output_size not in (None, self.vocab_size):
@@ -256,6 +259,10 @@ class LanguageModel(nn.Module):
         self.norm = _norm(config, config.final_norm)
         # Tied embeddings are one parameter with one name, so that checkpoints hold it once.
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, self.output_size, bias=False)
+        if config.tie_embeddings:
+            # Of deviation 1 as usual, their products with normalized activations would have the deviation sqrt(D): the
+            # first loss would be far above that of a uniform guess, ln(vocab_size).
+            nn.init.normal_(self.embedding.weight, std=0.02)
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token."""

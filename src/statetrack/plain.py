@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import dacite
 
@@ -14,6 +14,8 @@ from statetrack.model import Mixers, NormPlacements
 from statetrack.transition import EigenvalueRange
 
 Config = TypeVar("Config")
+
+_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
 def to_data(config: Any) -> Any:
@@ -46,6 +48,8 @@ def from_data(kind: type[Config], data: Mapping[str, Any]) -> Config:
     except dacite.UnexpectedDataError as error:
         known = ", ".join(f.name for f in fields(kind))  # type: ignore[arg-type]
         raise ValueError(f"unknown key {', '.join(sorted(error.keys))}; the keys here are {known}") from None
+    except dacite.WrongTypeError as error:
+        raise ValueError(f"{error.field_path} must be {_wanted(error.field_type)}, got {error.value!r}") from None
     except dacite.DaciteError as error:
         raise ValueError(str(error)) from None
 
@@ -61,6 +65,19 @@ def difference(there: Any, here: Any, prefix: str = "") -> str:
         return difference(there[index], here[index], f"{prefix}[{index}]")
     there, here = (_written(value) for value in (there, here))
     return f"{prefix} is {there} there, not {here}"
+
+
+def _wanted(kind: Any) -> str:
+    """What a field of a type must be, in words."""
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if get_origin(kind) is dict:
+        _, values = get_args(kind)
+        return f"a table, in which each value is {_wanted(values)}"
+    parts = [part for part in get_args(kind) if part is not type(None)]
+    if parts and get_origin(kind) is not tuple:
+        return " or ".join(map(_wanted, parts))
+    return "a table" if is_dataclass(kind) else _WORDS.get(kind, f"of the type {kind}")
 
 
 def _written(value: Any) -> Any:

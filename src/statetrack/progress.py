@@ -72,9 +72,9 @@ def pretraining_progress(
                 line += f"  MFU {progress.mfu:.1%}"
             bars.update(bar, completed=progress.step, description=line)
             if not console.is_terminal:
-                console.print(f"{line}  {progress.seconds_left:,.0f} s left", highlight=False)
+                console.print(f"{line}  {progress.seconds_left:,.0f} s left", highlight=False, soft_wrap=True)
 
-        yield show, lambda text: console.print(text, highlight=False)
+        yield show, lambda text: console.print(text, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ def expected_shapes(config: ModelConfig, found: Mapping[str, Tensor]) -> dict[st
 
 
 def misfit(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -> str:
-    """Every missing, extra or misshapen tensor, in words; empty if the tensors are exactly the expected ones.
+    """The missing, extra and misshapen tensors in words, a few of each; empty if they are exactly the expected ones.
 
     Args:
         expected: shapes by name.
@@ -64,4 +64,9 @@ def misfit(expected: Mapping[str, Sequence[int]], found: Mapping[str, Tensor]) -
         if name in found and tuple(found[name].shape) != tuple(shape)
     ]
     problems = (("missing", missing), ("extra", extra), ("misshapen", misshapen))
-    return "; ".join(f"{kind} {', '.join(names)}" for kind, names in problems if names)
+    return "; ".join(f"{kind} {_some(names)}" for kind, names in problems if names)
+
+
+def _some(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

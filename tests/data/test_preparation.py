@@ -179,6 +179,58 @@ def test_other_text_and_other_options_need_another_directory(tmp_path):
         prepare(source, tmp_path / "out", SMALL)
 
 
+def test_text_that_is_gone_is_noticed(tmp_path):
+    write_text(tmp_path / "in")
+    source = [TextSource("text", str(tmp_path / "in"))]
+    manifest = prepare(source, tmp_path / "out", SMALL)
+    total = sum(manifest["shards"][0][split]["documents"] for split in ("train", "held_out"))
+    for file in sorted((tmp_path / "in").rglob("*.txt"))[total:]:
+        file.unlink()
+    with pytest.raises(DataError, match="the text of text has changed since"):
+        prepare(source, tmp_path / "out", SMALL)
+
+
+def test_a_misspelled_source_does_not_take_the_directory(tmp_path):
+    write_text(tmp_path / "in")
+    with pytest.raises(ValueError, match="no file or directory"):
+        prepare([TextSource("text", str(tmp_path / "inn"))], tmp_path / "out", SMALL)
+    other = PrepareConfig(tokenizer="bpe", vocab_size=300, held_out=0.25)
+    prepare([TextSource("text", str(tmp_path / "in"))], tmp_path / "out", other)
+    prepare([TextSource("text", str(tmp_path / "in"))], tmp_path / "whole", other)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("key", ["sources", "shards", "tokens", "vocab_size", "separator", "dtype", "tokenizer_files"])
+def test_a_manifest_that_lacks_something_is_named(key, tmp_path):
+    write_text(tmp_path / "in")
+    prepare([TextSource("text", str(tmp_path / "in"))], tmp_path / "out", SMALL)
+    file = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for value in (None, -1, [{}]):
+        file.write_text(json.dumps({**manifest, key: value}))
+        with pytest.raises(DataError, match=r"manifest.json is not what was written"):
+            PackedTokens(tmp_path / "out")
+
+
+def test_nothing_is_read_that_was_not_written(tmp_path):
+    write_text(tmp_path / "in")
+    manifest = prepare([TextSource("text", str(tmp_path / "in"))], tmp_path / "out", SMALL)
+    tokens, starts = (tmp_path / "out" / e["path"] for e in manifest["shards"][0]["train"]["files"])
+    for file, old, new in ((tokens, b"<u2", b"|O2"), (tokens, b"NUMPY", b"numpy"), (starts, b"<i8", b"<f8")):
+        data = file.read_bytes()
+        file.write_bytes(data.replace(old, new, 1))
+        with pytest.raises(DataError, match=f"{file.name} is not the file that was written"):
+            PackedTokens(tmp_path / "out")
+        file.write_bytes(data)
+    for file, broken in ((tokens, b"\xff" * 8), (starts, b"\xff" * 8)):
+        data = file.read_bytes()
+        file.write_bytes(data[:-8] + broken)
+        stream = PackedTokens(tmp_path / "out")
+        with pytest.raises(DataError, match="beyond its vocabulary or documents out of order"):
+            stream.read(0, manifest["shards"][0]["train"]["tokens"])
+        file.write_bytes(data)
+
+
 def test_hashes_find_a_changed_file(tmp_path):
     write_text(tmp_path / "in")
     manifest = prepare([TextSource("text", str(tmp_path / "in"))], tmp_path / "out", SMALL)
@@ -189,6 +241,9 @@ def test_hashes_find_a_changed_file(tmp_path):
     file.write_bytes(data)
     with pytest.raises(DataError, match=r"text-00001\.tokens.npy is not the file that was written"):
         check(tmp_path / "out")
+    assert check(tmp_path / "out", max_bytes=99) == 0
+    parts = [check(tmp_path / "out", rank=rank, world_size=4) for rank in (1, 2, 3)]
+    assert sum(parts) == 3 * len(manifest["shards"])
     file.unlink()
     with pytest.raises(DataError, match="lacks files of text-00001"):
         check(tmp_path / "out")
@@ -257,13 +312,24 @@ def test_long_documents_are_encoded_in_pieces(monkeypatch):
         (lambda p: list(TextSource.of(str(p / "bad.jsonl")).documents()), "line 2: not valid JSON"),
         (lambda p: list(TextSource.of(str(p / "bad.jsonl")).documents("body")), "there is no field 'body', but text"),
         (lambda p: list(TextSource.of(str(p / "n.jsonl")).documents()), "must be a string, got int"),
+        (lambda p: list(TextSource.of(str(p / "bytes.jsonl")).documents()), "bytes.jsonl, line 2: not UTF-8"),
+        (lambda p: list(TextSource.of(str(p / "half.jsonl")).documents()), "half.jsonl, line 1: .*surrogate pair"),
+        (lambda p: list(TextSource.of(str(p / "cut.jsonl.gz")).documents()), "cut.jsonl.gz is damaged or cut short"),
+        (lambda p: list(TextSource.of(str(p / "no.txt.gz")).documents()), "no.txt.gz is damaged or cut short"),
+        (lambda p: list(TextSource.of(str(p / "no.xz")).documents()), "no.xz is damaged or cut short"),
+        (lambda p: list(TextSource.of(str(p / "no.parquet")).documents()), "no.parquet is damaged, or no parquet file"),
         (lambda p: list(TextSource.of("hf:a:b:c:d").documents()), "a dataset is hf:NAME"),
         (lambda p: prepare([], p / "out"), "at least one source"),
         (lambda p: prepare([TextSource.of(str(p / "empty"))], p / "out", SMALL), "the domain text has no text"),
+        (lambda p: prepare([TextSource.of(str(p / "latin"))], p / "out", SMALL), "no text: 1 files were skipped"),
         (lambda p: prepare([TextSource.of(str(p / "ok"))], p, SMALL), "has files in it but no manifest.json"),
         (lambda p: prepare([TextSource.of(str(p / "ok"))], p / "ok", SMALL), "is a file; prepared data"),
         (lambda p: PackedTokens(p), "has no manifest.json"),
         (lambda p: load_tokenizer(p / "none"), "can't be read"),
+        (lambda p: load_tokenizer(p / "damaged"), "damaged/tokenizer.json is missing or damaged"),
+        (lambda p: load_tokenizer(p / "list"), "list/tokenizer_config.json is no JSON object"),
+        (lambda p: load_tokenizer(p / "garbage"), "garbage/tokenizer_config.json is no JSON object"),
+        (lambda p: PrepareConfig(seed=-1), r"seed must lie in 0\.\.2\^63 - 1"),
         (lambda p: train_tokenizer(["a"], 256), "vocab_size must be at least 257"),
         (lambda p: PrepareConfig(vocab_size=9), "vocab_size must be at least 257"),
         (lambda p: PrepareConfig(held_out=1), r"held_out must lie in \[0, 1\)"),
@@ -274,6 +340,14 @@ def test_bad_input_is_named(call, message, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", type(sys)("datasets"))
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "n.jsonl").write_text('{"text": 3}\n')
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "fine"}\n{"text": "\xff"}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud800"}\n')
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n' * 99)[:-9])
+    for name in ("no.txt.gz", "no.xz", "no.parquet", "latin"):
+        (tmp_path / name).write_bytes(b"\xe9t\xe9")
+    for name, text in (("damaged", '{"statetrack_tokenizer": "bpe"}'), ("list", "[]"), ("garbage", "{")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer_config.json").write_text(text)
     (tmp_path / "ok").write_text("ok")
     (tmp_path / "empty").write_text("")
     with pytest.raises(ValueError, match=message):

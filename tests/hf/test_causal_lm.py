@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from typing import Any
@@ -220,6 +221,14 @@ def test_new_models_begin_as_language_models_do():
     torch.manual_seed(5)
     got = AutoModelForCausalLM.from_config(StatetrackConfig.of(make_config("mamba"))).model.state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_first_loss_of_a_new_model_is_near_that_of_a_uniform_guess(tied):
+    config = ModelConfig(vocab_size=1000, d_model=256, num_layers=2, tie_embeddings=tied)
+    ids = torch.randint(1000, (4, 65))
+    loss = AutoModelForCausalLM.from_config(StatetrackConfig.of(config))(ids, labels=ids).loss.item()
+    assert loss == pytest.approx(math.log(1000), rel=0.07)
 
 
 def test_weights_that_a_checkpoint_lacks_begin_as_in_a_new_model(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -122,6 +123,16 @@ def test_lm_eval_finds_the_same(kind, tmp_path):
         for sample in theirs["samples"][name]:
             likely = [response[0][0] for response in sample["resps"]]
             assert likely == pytest.approx(ours[sample["doc_id"]], abs=1e-3)
+
+
+def test_lm_eval_without_transformers_says_what_is_missing(monkeypatch, capsys):
+    from statetrack.lm_eval import main as lm_eval_main
+
+    for name in [name for name in sys.modules if name.startswith("statetrack.hf")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert lm_eval_main() == 2
+    assert "needs transformers, which comes with: pip install 'statetrack[hf]'" in capsys.readouterr().err
 
 
 def test_the_command_writes_tasks(tmp_path, capsys):

@@ -95,7 +95,13 @@ def test_metrics_go_to_tensorboard(file, tmp_path):
         (["training.stepz=3"], "[training] unknown key stepz"),
         (["trainning.steps=3"], "unknown table trainning"),
         (["training.steps=0"], "[training] steps must be at least 1, got 0"),
-        (["training.steps=many"], "steps"),
+        (["training.steps=many"], "[training] steps must be an integer, got 'many'"),
+        (["training.precision=float16"], "[training] precision must be float32 or bfloat16, got 'float16'"),
+        (["optimizer.learning_rate=nan"], "[optimizer] learning_rate must be a positive number, got nan"),
+        (["data.directory=5"], "[data] directory must be a string, got 5"),
+        (["data.shares=5"], "[data] shares must be a table, in which each value is a number, got 5"),
+        (["model.preset=5"], "[model] preset must be a string, got 5"),
+        (["model.mlp_ratio=1e300"], "[model] mlp_ratio * d_model must be at most"),
         (["steps=3"], "an override is table.key=value"),
         (["model.vocab_size=300"], "[model] vocab_size = 300 is not the data's, 257"),
         (["model.preset=deltanet-11m"], "unknown preset 'deltanet-11m'"),
@@ -116,9 +122,24 @@ def test_bad_input_gets_one_sentence(options, message, file, tmp_path, capsys):
     assert not (tmp_path / "run" / "checkpoints").exists() or "wandb" in message
 
 
+def test_a_table_that_is_none_gets_one_sentence(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text("data = 5\n")
+    assert run("pretrain", tmp_path / "config.toml", "--out", tmp_path / "run", "--data", tmp_path) == 2
+    assert capsys.readouterr().err == "statetrack: data must be a table [data], got 5\n"
+
+
+def test_want_of_memory_is_said_plainly(file, tmp_path, capsys):
+    assert run("pretrain", file, "--out", tmp_path / "run", "--set", f"training.spike_window={10**15}") == 1
+    error = capsys.readouterr().err
+    assert "not enough memory for another 8000000000000000 bytes" in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_plan_trains_nothing(file, tmp_path, capsys):
     assert run("pretrain", file, "--out", tmp_path / "run", "--plan") == 0
-    assert "GFLOP a token" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "GFLOP a token" in out
+    assert "checkpointing ┃ weights" in out  # no heading is cut off
     assert not (tmp_path / "run").exists()
 
 
@@ -198,6 +219,34 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_goes_on_exactly(file, t
     assert finish(command(2, *words))[0] == 0
     assert finish(command(2, file, "--out", tmp_path / "whole", *LONG))[0] == 0
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_ranks_end_when_torchrun_is_killed(file, tmp_path):
+    words = (file, "--out", tmp_path / "run", *LONG)
+    process = command(2, *words)
+    wait_for_step(tmp_path / "run", 10, process)
+    process.kill()
+    _, text = finish(process)  # waits until the last of its processes has closed the pipes
+    assert "To go on" in text
+    last = max((tmp_path / "run" / "checkpoints").glob("step-*")).name
+    assert 10 <= int(last.removeprefix("step-")) < 400
+
+
+@pytest.mark.slow
+def test_damage_that_one_rank_finds_ends_all_of_them(file, tmp_path):
+    words = (file, "--out", tmp_path / "run")
+    assert finish(command(2, *words))[0] == 0
+    second = sorted((tmp_path / "run" / "checkpoints" / "step-00000008").glob("*.safetensors"))[1]
+    data = bytearray(second.read_bytes())
+    data[-1] ^= 1
+    second.write_bytes(data)
+    began = time.monotonic()
+    status, text = finish(command(2, *words))
+    assert status != 0
+    assert time.monotonic() - began < 60
+    assert text.count("statetrack: ") == 1
+    assert f"{second.name} is not the file that was written: its hash differs" in text
 
 
 @pytest.mark.slow

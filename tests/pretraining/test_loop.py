@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from torch.nn import functional as F
 
 import statetrack
 from statetrack import LanguageModel, cross_entropy, mixer_configs, seeds
-from statetrack.data import PackedBatches, PackedTokens
+from statetrack.data import DataError, PackedBatches, PackedTokens
+from statetrack.files import file_hash
 from statetrack.pretraining import loop
 from statetrack.pretraining.checkpoints import CheckpointError, Checkpoints
 from statetrack.pretraining.config import config_of
@@ -180,6 +184,20 @@ def test_a_run_without_usable_steps_ends_with_a_sentence(tables, tmp_path, monke
         train(tables, tmp_path / "run")
 
 
+def test_what_led_to_skipped_steps_takes_no_checkpoint_away(tables, tmp_path, monkeypatch):
+    real, calls = loop.batch_loss, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) * (float("nan") if len(calls) in (4, 5) or len(calls) > 6 else 1)
+
+    monkeypatch.setattr(loop, "batch_loss", broken)
+    tables["training"] |= {"steps": 12, "max_skipped": 4}
+    with pytest.raises(TrainingError, match="4 steps in a row before step 10 of 12"):
+        train(tables, tmp_path / "run")
+    assert PretrainRun(tmp_path / "run").checkpoints.steps() == [2, 6]
+
+
 def test_a_skipped_step_changes_neither_weights_nor_moments():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight], fused=True)
@@ -216,11 +234,66 @@ def test_a_checkpoint_counts_only_when_it_is_complete(tables, tmp_path):
     assert not [path for path in checkpoints.directory.rglob("*") if path.suffix not in ("", ".json", ".safetensors")]
 
 
-def test_a_damaged_checkpoint_is_named(tables, tmp_path):
+def flip(file, place):
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard: shard.write_bytes(shard.read_bytes()[:-10]), r"model-00001-of-00001.safetensors is missing or"),
+        (lambda shard: shard.unlink(), r"model-00001-of-00001.safetensors is missing or cut short"),
+        (lambda shard: flip(shard, 7), "its hash differs"),  # the length of the header
+        (lambda shard: flip(shard, -1), "its hash differs"),
+        (lambda shard: shard.with_name("other.safetensors").write_text("x"), "other.safetensors does not belong to it"),
+        (lambda shard: (shard.parent / "progress.json").unlink(), "its progress.json is missing"),
+        (lambda shard: (shard.parent / "progress.json").write_text("[]"), "its progress.json is missing or"),
+        (
+            lambda shard: (shard.parent / "progress.json").write_bytes(b"\xff"),
+            "its progress.json is missing or not what",
+        ),
+    ],
+)
+def test_damage_is_named_and_what_is_before_it_is_offered(damage, message, tables, tmp_path):
     train(tables, tmp_path / "run", stop_after=3)
-    (shard,) = PretrainRun(tmp_path / "run").checkpoints.path(3).glob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(RunError, match="missing or cut short"):
+    checkpoints = PretrainRun(tmp_path / "run").checkpoints
+    (shard,) = checkpoints.path(3).glob("*.safetensors")
+    damage(shard)
+    with pytest.raises(RunError, match=f"{message}.*; remove that directory to go on from step-00000002") as raised:
+        train(tables, tmp_path / "run")
+    assert str(checkpoints.path(3)) in str(raised.value)
+    shutil.rmtree(checkpoints.path(3))
+    assert train(tables, tmp_path / "run").step == 6
+
+
+def test_tensors_that_cannot_be_read_are_named_even_if_they_are_what_was_written(tables, tmp_path):
+    train(tables, tmp_path / "run", stop_after=2)
+    place = PretrainRun(tmp_path / "run").checkpoints.path(2)
+    (shard,) = place.glob("*.safetensors")
+    flip(shard, 7)
+    facts = json.loads((place / "progress.json").read_text())
+    facts["files"][shard.name]["sha256"] = file_hash(shard)
+    (place / "progress.json").write_text(json.dumps(facts))
+    with pytest.raises(RunError, match=r"its tensors can't be read .*begin anew: there is none before it"):
+        train(tables, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value", "message"),
+    [
+        ("model", "num_layers", 1, "model.num_layers is 1 there, not 2"),
+        ("model", "mixer", {"name": "deltanet", "num_heads": 2}, "model.mixer is deltanet there, not gated_deltanet"),
+        ("optimizer", "name", "muon", "optimizer.name is muon there, not adamw"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(table, key, value, message, tables, tmp_path):
+    train(tables, tmp_path / "run", stop_after=2)
+    train({**tables, table: {**tables[table], key: value}}, tmp_path / "other", stop_after=3)
+    name = "checkpoints/step-00000003"
+    shutil.copytree(tmp_path / "other" / name, tmp_path / "run" / name)
+    with pytest.raises(RunError, match=f"step-00000003 is a checkpoint of another run than .*{message}"):
         train(tables, tmp_path / "run")
 
 
@@ -236,6 +309,62 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before_it(tables, tmp_
     with pytest.raises(CheckpointError, match="No space left on device"):
         train(tables, tmp_path / "run")
     assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [2, 3]
+
+
+@pytest.mark.parametrize("method", ["mkdir", "rename"])
+def test_a_directory_that_cannot_be_written_is_named(method, tables, tmp_path, monkeypatch):
+    train(tables, tmp_path / "run", stop_after=3)
+    original = getattr(Path, method)
+
+    def refused(path, *args, **kwargs):
+        if "step-" in path.name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, method, refused)
+    with pytest.raises(CheckpointError, match=r"could not be written to .*checkpoints \(Permission denied\)"):
+        train(tables, tmp_path / "run")
+    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [2, 3]
+
+
+def test_a_run_has_one_trainer_at_a_time(tables, config, tmp_path):
+    train(tables, tmp_path / "run", stop_after=2)
+    code = f"""
+import sys, time
+from statetrack.pretraining.run import PretrainRun
+run = PretrainRun({str(tmp_path / "run")!r})
+run.begin(run.read_config())
+print("holds it", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"holds it\n"
+        with pytest.raises(RunError, match=f"is in use by process {other.pid} on "):
+            train(tables, tmp_path / "run")
+        other.kill()
+        other.wait()
+    assert train(tables, tmp_path / "run").step == 6
+
+
+def test_data_that_has_changed_is_named_before_training(tables, text_data, tmp_path):
+    shutil.copytree(text_data, tmp_path / "data")
+    tables["data"]["directory"] = str(tmp_path / "data")
+    flip(tmp_path / "data" / "train" / "code-00000.tokens.npy", -1)
+    with pytest.raises(DataError, match=r"train/code-00000.tokens.npy is not the file that was written"):
+        train(tables, tmp_path / "run")
+    flip(tmp_path / "data" / "train" / "code-00000.tokens.npy", -1)
+    (tmp_path / "data" / "tokenizer" / "tokenizer.json").unlink()  # needed when training ends
+    with pytest.raises(DataError, match=r"tokenizer/tokenizer.json is missing"):
+        train(tables, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_of_any_bytes_do_not_stop_a_run(tables, tmp_path):
+    train(tables, tmp_path / "run", stop_after=2)
+    with (tmp_path / "run" / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe{"step": 2')
+    train(tables, tmp_path / "run")
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 7))
 
 
 def test_shares_of_domains_decide_what_is_read(tables, text_data):

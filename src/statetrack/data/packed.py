@@ -58,15 +58,20 @@ class PackedTokens:
         if not parts:
             raise DataError(f"{directory} has no {split} tokens of {', '.join(domains or known)}")
         self._paths = [[entry["path"] for entry in part["files"]] for part in parts]
+        self._dtype = np.dtype(manifest["dtype"])
         self._ends = np.cumsum([part["tokens"] for part in parts])
         self._open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._documents = [part["documents"] for part in parts]
         self.num_tokens = int(self._ends[-1])
+        for part in range(len(parts)):  # better now than in the middle of training
+            self._map(part)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens start..stop - 1, int64, and where among them documents begin.
 
         Raises:
             ValueError: if they lie outside of the stream.
+            DataError: if the files hold something else than was written.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise ValueError(f"tokens lie in 0..{self.num_tokens}, got {start}..{stop}")
@@ -80,14 +85,35 @@ class PackedTokens:
             low, high = np.searchsorted(starts, [first, last])
             begins.append(starts[low:high] + (offset - start))
             position, part = offset + last, part + 1
-        return np.concatenate(pieces), np.concatenate(begins)
+        ids, starts = np.concatenate(pieces), np.concatenate(begins)
+        # A GPU would end with an assertion, or with nonsense.
+        if ids.max(initial=0) >= self.vocab_size or (np.diff(starts, prepend=-1, append=len(ids)) <= 0).any():
+            raise DataError(
+                f"{self.directory} has token ids beyond its vocabulary or documents out of order, so its files are not "
+                "what was written; prepare the data again"
+            )
+        return ids, starts
 
     def _part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
         # Opened at the first use, so that each worker has maps of its own.
         if part not in self._open:
-            tokens, starts = (np.load(self.directory / path, mmap_mode="r") for path in self._paths[part])
-            self._open[part] = tokens, starts
+            self._open[part] = self._map(part)
         return self._open[part]
+
+    def _map(self, part: int) -> tuple[np.ndarray, np.ndarray]:
+        arrays = []
+        length = int(self._ends[part] - (self._ends[part - 1] if part else 0))
+        for name, size, dtype in zip(
+            self._paths[part], (length, self._documents[part]), (self._dtype, np.dtype(np.int64)), strict=True
+        ):
+            try:
+                array = np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
+            except (ValueError, OSError, EOFError):
+                array = None
+            if array is None or array.shape != (size,) or array.dtype != dtype:
+                raise DataError(f"{self.directory / name} is not the file that was written; prepare the data again")
+            arrays.append(array)
+        return arrays[0], arrays[1]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}

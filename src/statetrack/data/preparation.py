@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 from statetrack.data.sources import TextSource
 from statetrack.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
-from statetrack.files import atomic_write
+from statetrack.files import atomic_write, file_hash
 
 FORMAT = 1
 """Number of the layout of a prepared directory; it changes when older readers could not make sense of one."""
@@ -68,6 +69,8 @@ class PrepareConfig:
         for name in ("shard_bytes", "tokenizer_bytes", "max_file_bytes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2^63 - 1, got {self.seed}")
         if self.tokenizer == "bpe" and self.vocab_size < 257:
             raise ValueError(f"vocab_size must be at least 257 (the bytes and the separator), got {self.vocab_size}")
 
@@ -151,12 +154,14 @@ def prepare(
 
     done = {shard["name"]: shard for shard in manifest["shards"]}
     documents = tokens = 0
+    found: set[str] = set()
     skipped: list[Path] = []
     for domain, group in domains.items():
         for shard in _shards(domain, group, config, skipped.append):
             text_hash, known = shard.hash.hexdigest(), done.get(shard.name)
+            found.add(shard.name)
             if known is not None and known["text_hash"] != text_hash:
-                raise DataError(f"the text of {domain} has changed since {directory} was begun: give a new directory")
+                raise _changed(domain, directory)
             if known is None or not _present(directory, known):
                 known = {"name": shard.name, "domain": domain, "text_hash": text_hash}
                 for split, texts in shard.documents.items():
@@ -167,6 +172,8 @@ def prepare(
             documents += sum(known[split]["documents"] for split in SPLITS)
             tokens += sum(known[split]["tokens"] for split in SPLITS)
             on_progress(Progress(domain, documents, tokens, len(skipped)))
+    if gone := sorted(done.keys() - found):
+        raise _changed(done[gone[0]]["domain"], directory)
     manifest |= {"complete": True, "skipped_files": len(skipped)}
     manifest["tokens"] = {
         split: {
@@ -193,25 +200,37 @@ def read_manifest(directory: Path | str) -> dict[str, Any]:
         raise DataError(f"{place} has the data format {manifest.get('format')!r}; this version reads {FORMAT}")
     if not manifest.get("complete"):
         raise DataError(f"the preparation of {place} was interrupted; the same command goes on with it")
+    if not _sound(manifest):
+        raise DataError(f"{place / 'manifest.json'} is not what was written; prepare the data again")
     for shard in manifest["shards"]:
         if not _present(place, shard):
             raise DataError(f"{place} lacks files of {shard['name']}, or they are cut short; prepare it again")
     return manifest
 
 
-def check(directory: Path | str) -> int:
-    """Compares every token file with its hash in the manifest.
+def check(directory: Path | str, *, rank: int = 0, world_size: int = 1, max_bytes: int | None = None) -> int:
+    """Compares the files with their hashes in the manifest, those of the tokenizer too.
+
+    Args:
+        directory: what `prepare` has written.
+        rank: which part of the token files to compare, where several processes share the work.
+        world_size: into how many parts they are divided.
+        max_bytes: compare no token files if together they are larger; None for no limit.
 
     Returns:
-        How many files were compared.
+        How many token files were compared.
 
     Raises:
         DataError: naming the first file that differs, or as `read_manifest` does.
     """
-    place = Path(directory)
-    files = [entry for shard in read_manifest(place)["shards"] for split in SPLITS for entry in shard[split]["files"]]
+    place, manifest = Path(directory), read_manifest(directory)
+    _check_tokenizer(place, manifest)
+    files = [entry for shard in manifest["shards"] for split in SPLITS for entry in shard[split]["files"]]
+    if max_bytes is not None and sum(entry["bytes"] for entry in files) > max_bytes:
+        return 0
+    files = files[rank::world_size]
     for entry in files:
-        if _file_hash(place / entry["path"]) != entry["sha256"]:
+        if file_hash(place / entry["path"]) != entry["sha256"]:
             raise DataError(f"{place / entry['path']} is not the file that was written: its hash differs")
     return len(files)
 
@@ -221,15 +240,22 @@ def _begin(directory: Path, request: dict[str, Any]) -> dict[str, Any]:
         raise DataError(f"{directory} is a file; prepared data needs a directory of its own")
     if (directory / "manifest.json").exists():
         manifest = _load(directory)
-        if {key: manifest.get(key) for key in request} != request:
+        if {key: manifest.get(key) for key in request} == request:
+            return manifest
+        # Nothing is lost of a preparation that failed at once, by a misspelled source for example.
+        if manifest.get("complete") is not False or manifest.get("shards") != []:
             raise DataError(f"{directory} was prepared from other sources or with other options; give a new directory")
-        return manifest
+        return _new_manifest(directory, request)
     # A process killed on the spot may have left a temporary file, whose name begins with a dot.
     if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
         raise DataError(f"{directory} has files in it but no manifest.json; give a new or empty directory")
+    directory.mkdir(parents=True, exist_ok=True)
+    return _new_manifest(directory, request)
+
+
+def _new_manifest(directory: Path, request: dict[str, Any]) -> dict[str, Any]:
     from statetrack import __version__
 
-    directory.mkdir(parents=True, exist_ok=True)
     manifest = {**request, "statetrack": __version__, "complete": False, "shards": []}
     _save(directory, manifest)
     return manifest
@@ -239,19 +265,25 @@ def _tokenizer(
     directory: Path, manifest: dict[str, Any], domains: dict[str, list[TextSource]], config: PrepareConfig
 ) -> TextTokenizer:
     place = directory / "tokenizer"
-    place.mkdir(exist_ok=True)
     if "tokenizer_files" not in manifest:
+        shutil.rmtree(place, ignore_errors=True)  # what an interruption or another attempt has left
+        place.mkdir()
         if config.tokenizer == "bpe":
             made = train_tokenizer(_sample(domains, config), config.vocab_size)
         else:
             made = load_tokenizer(config.tokenizer)
         made.save(place)
-        manifest["tokenizer_files"] = {file.name: _file_hash(file) for file in sorted(place.iterdir())}
+        manifest["tokenizer_files"] = {file.name: file_hash(file) for file in sorted(place.iterdir())}
         _save(directory, manifest)
-    for name, expected in manifest["tokenizer_files"].items():
-        if not (place / name).exists() or _file_hash(place / name) != expected:
-            raise DataError(f"{place / name} is not the file that was written; give a new directory")
+    _check_tokenizer(directory, manifest)
     return load_tokenizer(place)
+
+
+def _check_tokenizer(directory: Path, manifest: dict[str, Any]) -> None:
+    for name, expected in manifest["tokenizer_files"].items():
+        file = directory / "tokenizer" / name
+        if not file.is_file() or file_hash(file) != expected:
+            raise DataError(f"{file} is missing or not the file that was written; prepare the data in a new directory")
 
 
 def _texts(group: Iterable[TextSource], config: PrepareConfig, on_skip: Callable[[Path], None]) -> Iterator[str]:
@@ -262,8 +294,14 @@ def _texts(group: Iterable[TextSource], config: PrepareConfig, on_skip: Callable
 def _shards(
     domain: str, group: list[TextSource], config: PrepareConfig, on_skip: Callable[[Path], None]
 ) -> Iterator[_Shard]:
-    shard = _Shard(domain, 0)
-    for text in _texts(group, config, on_skip):
+    shard, skipped = _Shard(domain, 0), 0
+
+    def skip(path: Path) -> None:
+        nonlocal skipped
+        skipped += 1
+        on_skip(path)
+
+    for text in _texts(group, config, skip):
         shard.add(text, _draw("held out", text, config.seed) < config.held_out)
         if shard.size >= config.shard_bytes:
             yield shard
@@ -271,7 +309,8 @@ def _shards(
     if shard.size:
         yield shard
     elif not shard.index:
-        raise ValueError(f"the domain {domain} has no text")
+        files = f": {skipped} files were skipped, as they are not UTF-8" if skipped else ""
+        raise ValueError(f"the domain {domain} has no text{files}")
 
 
 def _sample(domains: dict[str, list[TextSource]], config: PrepareConfig) -> Iterator[str]:
@@ -322,14 +361,32 @@ def _write(
     return {"documents": len(texts), "tokens": length, "files": files}
 
 
+def _changed(domain: str, directory: Path) -> DataError:
+    return DataError(f"the text of {domain} has changed since {directory} was begun: give a new directory")
+
+
+def _sound(manifest: dict[str, Any]) -> bool:
+    """Whether a complete manifest has all that its readers look up, of the right kinds."""
+    try:
+        domains, kinds = list(manifest["sources"]), [manifest["vocab_size"], manifest["separator"]]
+        kinds += [manifest["tokens"][split][domain] for split in SPLITS for domain in domains]
+        files = []
+        for shard in manifest["shards"]:
+            kinds += [shard[split][key] for split in SPLITS for key in ("tokens", "documents")]
+            files += [(e["path"], e["bytes"], e["sha256"]) for split in SPLITS for e in shard[split]["files"]]
+            if shard["domain"] not in domains or any(len(shard[split]["files"]) != 2 for split in SPLITS):
+                return False
+        kinds += [size for _, size, _ in files]
+        texts = [manifest["dtype"], *manifest["tokenizer_files"], *manifest["tokenizer_files"].values()]
+        texts += [text for path, _, digest in files for text in (path, digest)]
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return all(type(number) is int and number >= 0 for number in kinds) and all(isinstance(x, str) for x in texts)
+
+
 def _present(directory: Path, shard: dict[str, Any]) -> bool:
     paths = [(directory / entry["path"], entry["bytes"]) for split in SPLITS for entry in shard[split]["files"]]
     return all(path.is_file() and path.stat().st_size == size for path, size in paths)
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load(directory: Path) -> dict[str, Any]:

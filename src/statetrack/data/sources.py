@@ -6,7 +6,9 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -58,7 +60,7 @@ class TextSource:
             on_skip: told of each file that is no UTF-8 text, which is skipped.
 
         Raises:
-            ValueError: if there is no such file, or a row that is no JSON object or lacks the field.
+            ValueError: if there is no such file, it is damaged, or a row is no JSON object or lacks the field.
             ModuleNotFoundError: if the package that reads it is missing.
         """
         if self.location.startswith(_DATASET):
@@ -95,33 +97,54 @@ def _file_texts(files: list[Path], text_field: str, on_skip: Callable[[Path], No
         elif kind == ".jsonl":
             yield from _json_texts(file, _OPENERS.get(packed, open), text_field)
         else:
+            with _OPENERS.get(packed, open)(file, "rb") as stream, _undamaged(file):
+                data = stream.read()
             try:
-                with _OPENERS.get(packed, open)(file, "rb") as stream:
-                    yield stream.read().decode("utf-8")
+                text = data.decode("utf-8")
             except UnicodeDecodeError:
                 on_skip(file)
+            else:
+                yield text
 
 
 def _json_texts(file: Path, opener: Callable[..., IO[Any]], text_field: str) -> Iterator[str]:
-    with opener(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with opener(file, "rb") as stream:
+        lines = enumerate(stream, 1)
+        while True:
+            with _undamaged(file):
+                number, line = next(lines, (0, b""))
+            if not number:
+                return
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                raise ValueError(f"{file}, line {number}: not UTF-8") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number}: not valid JSON ({error})") from None
-            yield _field(row, text_field, f"{file}, line {number}")
+            text = _field(row, text_field, f"{file}, line {number}")
+            # JSON can say what no text has: one half of a pair of surrogates.
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"{file}, line {number}: the text has half of a surrogate pair, which is no character"
+                ) from None
+            yield text
 
 
 def _parquet_texts(file: Path, text_field: str) -> Iterator[str]:
     try:
-        from pyarrow import parquet  # pyright: ignore[reportMissingImports]
+        from pyarrow import ArrowException, parquet  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             "parquet files need pyarrow, which comes with: pip install 'statetrack[data]'", name="pyarrow"
         ) from None
-    table = parquet.ParquetFile(file)
+    try:
+        table = parquet.ParquetFile(file)
+    except ArrowException as error:
+        raise ValueError(f"{file} is damaged, or no parquet file: {error}") from None
     if text_field not in table.schema_arrow.names:
         raise ValueError(f"{file} has no column {text_field!r}; it has {', '.join(table.schema_arrow.names)}")
     for batch in table.iter_batches(columns=[text_field]):
@@ -147,6 +170,15 @@ def _dataset_texts(name: str, text_field: str) -> Iterator[str]:
         rows = datasets.load_dataset(parts[0], parts[1] if len(parts) == 3 else None, split=split)
     for number, row in enumerate(rows):
         yield _field(row, text_field, f"hf:{name}, row {number}")
+
+
+@contextmanager
+def _undamaged(file: Path) -> Iterator[None]:
+    """Names the file whose compressed contents can't be read."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{file} is damaged or cut short: {error}") from None
 
 
 def _field(row: Any, text_field: str, place: str) -> str:

@@ -178,6 +178,8 @@ def load_tokenizer(name: Path | str) -> TextTokenizer:
         if ours.kind == kind:
             try:
                 return ours(_tokenizers().Tokenizer.from_file(str(file)))
+            except ModuleNotFoundError:
+                raise
             except Exception as error:  # the package has no exception of its own
                 message = " ".join(str(error).split())
                 raise ValueError(f"{file} is missing or damaged ({message}); copy the tokenizer again") from None

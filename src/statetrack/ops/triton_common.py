@@ -23,11 +23,11 @@ HAS_TRITON = find_spec("triton") is not None
 LARGEST_KEY = 256
 """The most key channels of a state whose tiles fit a multiprocessor; value channels are cut."""
 
-# "auto" leaves transitions to the chunked backends (priority 10) as long as a kernel has passed under Triton's
-# interpreter alone: that does not show what the compiler makes of it, and Triton 3.4 to 3.7 is known to miscompile
-# kernels like these on Hopper. `python -m benchmarks.ops accuracy` on a card is the check; a kernel that has passed
-# it there gets CHECKED_ON_A_CARD.
-INTERPRETED_ONLY = 5
+# "auto" takes kernels that have been checked and timed on a card, before the chunked backends (priority 10), and leaves
+# others to those who ask for them. What passes in Triton's interpreter need not be what the compiler makes of it, and
+# Triton 3.4 to 3.7 is known to miscompile kernels like these on Hopper: `python -m benchmarks.ops accuracy` and
+# `pytest -m gpu tests/ops` are the checks.
+ON_REQUEST = 5
 CHECKED_ON_A_CARD = 20
 
 # Of segments of time that are scanned at once: fewer don't pay, nor do shorter ones (in chunks). Measured on an H100

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, power_of_two, unavailable
 
-# As with backends, "auto" takes these kernels once they have passed `pytest -m gpu tests/ops/test_triton_slstm.py` on a
-# card and this says CHECKED_ON_A_CARD.
+# As that of the backends.
 PRIORITY = CHECKED_ON_A_CARD
 
 _LARGEST_HEAD = 64

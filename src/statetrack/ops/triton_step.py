@@ -25,8 +25,7 @@ from statetrack.ops.triton_common import (
 )
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
 
-# As with backends, "auto" takes these kernels once they have passed `pytest -m gpu tests/ops/test_triton_step.py` on a
-# card and this says CHECKED_ON_A_CARD.
+# As that of the backends.
 PRIORITY = CHECKED_ON_A_CARD
 
 # A program's part of the state, in numbers, at most; and how many value channels it has at least, which are a segment

@@ -2,7 +2,7 @@
 
     checkpoints/step-00001000/
       shard-00001-model-00001-of-00001.safetensors   what each process holds of weights, optimizer and guard
-      progress.json                                  the step, and the files with their sizes
+      progress.json                                  the step, the config, and the files with their sizes and hashes
 
 They are written beside it, to `.step-00001000.tmp`, which gets its name when all processes are done. The files are
 safetensors and JSON: nothing in a checkpoint is a pickle, neither written nor read.
@@ -16,17 +16,23 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
-from statetrack.files import atomic_write, sync_directory
+from statetrack.files import atomic_write, file_hash, sync_directory
 from statetrack.pretraining.processes import Processes
 from statetrack.runs import RunError
 
@@ -83,8 +89,6 @@ class Checkpoints:
         if target.exists():
             return
         temporary = target.with_name(f".{target.name}.tmp")
-        if processes.is_first:
-            temporary.mkdir(parents=True, exist_ok=True)
         writer = _Writer(self, temporary, step, dict(facts), keep)
         future = async_save(dict(tensors), storage_writer=writer, process_group=processes.storage)
         assert isinstance(future, Future)
@@ -102,34 +106,55 @@ class Checkpoints:
         try:
             writing.result()
         except (CheckpointException, OSError) as error:
-            cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-            reason = getattr(cause, "strerror", None) or " ".join(str(cause).split()) or type(cause).__name__
+            reason = _cause(error)
             self.clear()  # a full disk has no room for half a checkpoint
             raise CheckpointError(
                 f"a checkpoint could not be written to {self.directory} ({reason}); those before it are intact"
             ) from None
 
-    def read_facts(self, step: int) -> dict[str, Any]:
-        """What was saved beside the tensors.
+    def read_facts(self, step: int, processes: Processes | None = None) -> dict[str, Any]:
+        """What was saved beside the tensors, once the files are found to be those that were written.
+
+        Args:
+            step: which checkpoint.
+            processes: this process among all, each of which compares its part of the files with their hashes; None to
+                compare all of them.
 
         Raises:
-            RunError: if files of the checkpoint are missing or cut short.
+            RunError: naming a file that is missing, cut short, changed, or does not belong to the checkpoint.
         """
         place = self.path(step)
         try:
             data = json.loads((place / "progress.json").read_text(encoding="utf-8"))
-            files = dict(data["files"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{place} is damaged: its progress.json can't be read ({error}); {_ADVICE}") from None
-        for name, size in files.items():
+            files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in data["files"].items()}
+            right = data["step"] == step and 0 <= float(data["seconds"]) < float("inf")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            right, data, files = False, {}, {}
+        if not right:
+            raise self._damaged(step, "its progress.json is missing or not what was written")
+        for name, (size, _) in files.items():
             file = place / name
             if Path(name).name != name or not file.is_file() or file.stat().st_size != size:
-                raise RunError(f"{place} is damaged: {name} is missing or cut short; {_ADVICE}")
+                raise self._damaged(step, f"{name} is missing or cut short")
+        # Any file of tensors would be read, whoever put it there.
+        if strangers := sorted({path.name for path in place.glob("*.safetensors")} - files.keys()):
+            raise self._damaged(step, f"{strangers[0]} does not belong to it")
+        rank, ranks = (0, 1) if processes is None else (processes.rank, processes.size)
+        for name in sorted(files)[rank::ranks]:
+            if file_hash(place / name) != files[name][1]:
+                raise self._damaged(step, f"{name} is not the file that was written: its hash differs")
         return data
 
     def shapes(self, step: int) -> dict[str, torch.Size]:
-        """The names and shapes of a checkpoint's tensors, each put together from its parts."""
-        metadata = HuggingFaceStorageReader(str(self.path(step))).read_metadata()
+        """The names and shapes of a checkpoint's tensors, each put together from its parts.
+
+        Raises:
+            RunError: if a file can't be read.
+        """
+        try:
+            metadata = HuggingFaceStorageReader(str(self.path(step))).read_metadata()
+        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            raise self._damaged(step, f"its tensors can't be read ({error})") from None
         return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}  # pyright: ignore
 
     def load(self, step: int, tensors: Mapping[str, Tensor], processes: Processes | None = None) -> None:
@@ -151,10 +176,20 @@ class Checkpoints:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             group = None if processes is None else processes.storage
-            load(dict(tensors), storage_reader=reader, process_group=group, no_dist=processes is None)
+            try:
+                load(dict(tensors), storage_reader=reader, process_group=group, no_dist=processes is None)
+            except CheckpointException as error:
+                raise self._damaged(step, f"its tensors can't be read ({_cause(error)})") from None
 
-    def _complete(self, temporary: Path, step: int, facts: Mapping[str, Any], keep: int) -> None:
-        files = {path.name: path.stat().st_size for path in sorted(temporary.glob("*.safetensors"))}
+    def _damaged(self, step: int, what: str) -> RunError:
+        place, before = self.path(step), [other for other in self.steps() if other < step]
+        advice = f"go on from {self.path(before[-1]).name}" if before else "begin anew: there is none before it"
+        return RunError(f"{place} is damaged: {what}; remove that directory to {advice}")
+
+    def _complete(
+        self, temporary: Path, step: int, facts: Mapping[str, Any], hashes: Mapping[str, str], keep: int
+    ) -> None:
+        files = {name: {"bytes": (temporary / name).stat().st_size, "sha256": hashes[name]} for name in sorted(hashes)}
         atomic_write(temporary / "progress.json", json.dumps({"step": step, **facts, "files": files}) + "\n")
         temporary.rename(self.path(step))
         sync_directory(self.directory)
@@ -164,7 +199,10 @@ class Checkpoints:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-_ADVICE = "remove that directory to go on from the checkpoint before it"
+def _cause(error: BaseException) -> str:
+    """Why reading or writing failed, from the first process where it did."""
+    cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return getattr(cause, "strerror", None) or " ".join(str(cause).split()) or type(cause).__name__
 
 
 class _Writer(HuggingFaceStorageWriter):
@@ -172,9 +210,19 @@ class _Writer(HuggingFaceStorageWriter):
 
     def __init__(self, checkpoints: Checkpoints, temporary: Path, step: int, facts: dict[str, Any], keep: int) -> None:
         super().__init__(str(temporary), save_distributed=True)
-        self._then = lambda: checkpoints._complete(temporary, step, facts, keep)
+        self._temporary = temporary
+        self._then = lambda hashes: checkpoints._complete(temporary, step, facts, hashes, keep)
 
-    def finish(self, metadata: Any, results: Any) -> None:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        """Writes the files of this process; the results carry their hashes to the first one."""
+        results = super().write_data(plan, planner).wait()
+        hashes = {name: file_hash(self._temporary / name) for name in {r.storage_data.relative_path for r in results}}
+        written = [replace(r, storage_data=(name := r.storage_data.relative_path, hashes[name])) for r in results]
+        future = TorchFuture()
+        future.set_result(written)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Called in the first process, after all have written their files."""
         super().finish(metadata, results)
-        self._then()
+        self._then(dict(result.storage_data for written in results for result in written))

@@ -52,7 +52,7 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
     from statetrack.pretraining.checkpoints import CheckpointError
     from statetrack.pretraining.config import config_of, data_table, read_tables
     from statetrack.pretraining.loop import pretrain
-    from statetrack.pretraining.processes import processes
+    from statetrack.pretraining.processes import SharedError, processes
     from statetrack.pretraining.run import PretrainRun
     from statetrack.progress import pretraining_progress
     from statetrack.training import TrainingError
@@ -65,26 +65,35 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
             tables = read_tables(command.config, command.set)
         if command.data is not None:
             tables.setdefault("data", {})["directory"] = str(command.data)
-        if "directory" in tables.get("data", {}):
-            tables["data"]["directory"] = str(Path(tables["data"]["directory"]))
+        if isinstance(place := tables.get("data", {}).get("directory"), str):
+            tables["data"]["directory"] = str(Path(place))
         return run, config_of(tables, read_manifest(data_table(tables).directory)["vocab_size"])
 
     if command.plan:
         return _plan(read()[1])
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    parent = os.getppid()
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
     started = False
     with stop_on_signal() as stopping:
+
+        def should_stop() -> bool:
+            # torchrun that is killed on the spot can't end its processes: they would go on unseen.
+            return stopping() or (launched and os.getppid() != parent)
+
         try:
             with processes(command.device) as own:
                 run, config = own.together(read)
                 started = True
                 with pretraining_progress(config, own.is_first) as (show, say):
-                    result = pretrain(config, run, own, on_progress=show, on_message=say, should_stop=stopping)
+                    result = pretrain(config, run, own, on_progress=show, on_message=say, should_stop=should_stop)
                 first = own.is_first
         except (TrainingError, CheckpointError, RuntimeError, OSError) as error:
             return _failed(error, command.out, several, started)
         except ValueError as error:
-            # All processes have it alike (`Processes.together`).
+            if several and started and not isinstance(error, SharedError):
+                return _failed(error, command.out, several, started)
+            # All processes have it alike.
             if int(os.environ.get("RANK", "0")) == 0:
                 print(f"statetrack: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
@@ -105,12 +114,17 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
     return 0
 
 
+_PLAN_WIDTH = 160
+
+
 def _plan(config: PretrainConfig) -> int:
     from rich.console import Console
 
     from statetrack.pretraining.plan import plan
 
-    Console().print(
+    console = Console()
+    # Numbers are worth more than the frame: a narrower table would cut them off.
+    Console(width=max(console.width, _PLAN_WIDTH)).print(
         plan(
             config.model,
             sequence_length=config.data.sequence_length,

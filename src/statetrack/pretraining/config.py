@@ -216,6 +216,9 @@ def read_tables(file: Path | str | Mapping[str, Any], overrides: Iterable[str] =
         ValueError: if it can't be read, or an override is not of that form.
     """
     tables = dict(file) if isinstance(file, Mapping) else _read_toml(Path(file))
+    for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise ValueError(f"{name} must be a table [{name}], got {table!r}")
     for text in overrides:
         key, sign, value = text.partition("=")
         names = key.strip().split(".")
@@ -279,6 +282,8 @@ def _model(table: dict[str, Any], vocab_size: int | None) -> ModelConfig:
     if vocab_size is not None and there != vocab_size:
         raise ValueError(f"vocab_size = {there!r} is not the data's, {vocab_size}; leave it out")
     if named is not None:
+        if not isinstance(named, str):
+            raise ValueError(f"preset must be a string, got {named!r}")
         base = to_data(preset(named, vocab_size=there))
         if (
             isinstance(table.get("mixer"), Mapping)

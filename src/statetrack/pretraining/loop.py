@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from statetrack import seeds
-from statetrack.data import PackedBatch, PackedBatches, PackedTokens
-from statetrack.model import LanguageModel, ModelConfig
+from statetrack.data import PackedBatch, PackedBatches, PackedTokens, check
+from statetrack.model import LanguageModel
 from statetrack.pretraining.config import PretrainConfig
 from statetrack.pretraining.flops import peak_flops, training_flops_per_token
 from statetrack.pretraining.guard import StepGuard, guarded_step
@@ -29,6 +29,9 @@ from statetrack.pretraining.processes import Processes
 from statetrack.pretraining.run import PretrainRun, export_model
 from statetrack.pretraining.sinks import open_sinks
 from statetrack.training import TrainingError
+
+# Data up to this size is compared with its hashes before a run, which takes seconds.
+_CHECKED_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,15 @@ def pretrain(
         DataError: if there is no such data.
         ValueError: if sizes don't go together.
         TrainingError: after `max_skipped` steps in a row without a usable loss or gradient.
-        CheckpointError: if a checkpoint can't be written; those before it are intact.
+        CheckpointError: if a checkpoint or the model can't be written; what was written before is intact.
     """
+    place = {"rank": processes.rank, "world_size": processes.size}
+    processes.together(lambda: check(config.data.directory, **place, max_bytes=_CHECKED_BYTES))
     training = processes.together(lambda: _Training(config, run, processes))
-    return training.run_to_the_end(on_progress, on_message, should_stop)
+    try:
+        return training.run_to_the_end(on_progress, on_message, should_stop)
+    finally:
+        run.unlock()
 
 
 class _Training:
@@ -127,7 +135,7 @@ class _Training:
         self._batches(0)  # refuses data that is too short
         run.check(config)
         torch.manual_seed(int(seeds.generator("initial weights", config.training.seed).initial_seed()))
-        model = initial_model(config.model)
+        model = LanguageModel(config.model)
         self.parallel = ParallelModel(model, processes, config.execution, config.training.precision)
         self.optimizer = build_optimizer(model, config.optimizer)
         self.guard = StepGuard(config.training, processes.device)
@@ -144,16 +152,20 @@ class _Training:
         config, processes, execution = self.config, self.processes, self.config.execution
         first, steps = processes.is_first, config.training.steps
         processes.together(lambda: self.run.begin(config) if first else None)
-        step, seconds_before = processes.together(self._restore)
-        if first:
-            self.run.truncate_metrics(step)
-            if step:
-                on_message(f"going on from step {step} of {steps}")
+        step, seconds_before = self._restore()
+        processes.together(lambda: self.run.truncate_metrics(step) if first else None)
+        if first and step:
+            on_message(f"going on from step {step} of {steps}")
+        if first and not self.held_out.domains:
+            on_message(
+                f"no domain has a sequence of {config.data.sequence_length} tokens of held-out text: losses will be of "
+                "training alone"
+            )
         sinks = processes.together(lambda: open_sinks(self.run.path, config) if first else [])
         batches = iter(self._batches(step).loader(execution.num_workers, pin_memory=processes.device.type == "cuda"))
         clock, skipped = _Clock(seconds_before), -1
         evaluated: dict[str, float] = {}
-        stopping = False
+        stopping = due = False
         while step < steps and not stopping:
             factor = learning_rate_factor(step, steps, config.schedule)
             loss, norm = self._step(next(batches), factor)
@@ -180,12 +192,14 @@ class _Training:
                 if first:
                     self._record({"kind": "held_out", "step": step, "loss": evaluated}, step, sinks)
                     texts = ", ".join(f"{domain} {value:.4f}" for domain, value in evaluated.items())
-                    on_message(f"step {step}: held-out loss {texts}")
-            if step % execution.checkpoint_every == 0 or last or stopping:
+                    if texts:
+                        on_message(f"step {step}: held-out loss {texts}")
+            due = due or step % execution.checkpoint_every == 0
+            # What led to steps that had to be skipped shall not take the place of what was before it.
+            if last or stopping or (due and not self.guard.state["in_a_row"].item()):
+                due = False
                 with clock.stopped():
-                    facts = {"seconds": clock.seconds(), "tokens": step * config.tokens_per_step}
-                    tensors = self._tensors()
-                    self.run.checkpoints.save(step, tensors, facts, processes, execution.keep_checkpoints)
+                    self.run.save(step, clock.seconds(), self._tensors(), config, processes)
         self.run.checkpoints.wait()
         if not stopping:
             weights = self.parallel.whole_weights()
@@ -268,12 +282,14 @@ class _Training:
 
     def _restore(self) -> tuple[int, float]:
         """Goes back to the last checkpoint; its step and the seconds of training until then, 0 if there is none."""
-        checkpoints = self.run.checkpoints
-        if not (steps := checkpoints.steps()):
+        run, processes = self.run, self.processes
+        if not (steps := run.checkpoints.steps()):
             return 0, 0.0
-        step, parameters = steps[-1], self.parallel.parameters
-        facts, shapes = checkpoints.read_facts(step), checkpoints.shapes(step)
-        for name, parameter in parameters.items():
+        step = steps[-1]
+        # Step by step together: who finds damage alone would leave the others waiting in what they read together.
+        facts = processes.together(lambda: run.read_facts(step, self.config, processes))
+        shapes = processes.together(lambda: run.checkpoints.shapes(step))
+        for name, parameter in self.parallel.parameters.items():
             for full in [key for key in shapes if key.startswith(f"optimizer.{name}.")]:
                 key = full.removeprefix(f"optimizer.{name}.")
                 if "." in key:  # of a parameter whose name begins with this one's
@@ -281,7 +297,7 @@ class _Training:
                 like = shapes[full] == parameter.shape and bool(parameter.shape)
                 empty = torch.zeros_like(parameter) if like else torch.zeros(shapes[full], device=parameter.device)
                 self.optimizer.state[parameter][key] = empty.detach()
-        checkpoints.load(step, self._tensors(), self.processes)
+        processes.together(lambda: run.checkpoints.load(step, self._tensors(), processes))
         return step, float(facts["seconds"])
 
 
@@ -310,13 +326,3 @@ class _Clock:
         before = time.perf_counter()
         yield
         self._pause += time.perf_counter() - before
-
-
-def initial_model(config: ModelConfig) -> LanguageModel:
-    """A model with the weights that pre-training begins with: tied embeddings are normal with deviation 0.02."""
-    model = LanguageModel(config)
-    if config.tie_embeddings:
-        # Logits of normalized activations and embeddings of deviation 1 have a deviation of sqrt(D): the first loss
-        # would be far above that of a uniform guess, ln(vocab_size).
-        torch.nn.init.normal_(model.embedding.weight, std=0.02)
-    return model

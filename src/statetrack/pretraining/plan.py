@@ -421,7 +421,7 @@ def _tables(plan: Plan) -> Group:
         f"token in training; {plan.micro_batch_size} x {plan.sequence_length} = {tokens:,} tokens a card at once, "
         f"{plan.precision}, {plan.optimizer}"
     )
-    table = Table("card", "GPUs", "checkpointing", "weights", "optimizer", "activations", "at the peak", "sum", "fits")
+    table = Table("card", "GPUs", "checkpointing", "weights", "optimizer", "activations", "peak", "sum", "fits")
     for column in table.columns[1:]:
         column.justify = "right"
     for name in ("largest batch", "s / micro batch", "tokens / s", "tokens / day"):

@@ -7,6 +7,7 @@ and who met an error.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,10 @@ Result = TypeVar("Result")
 
 # A process that is gone is noticed at once, by its closed connections; this is for one that hangs.
 _TIMEOUT = timedelta(minutes=15)
+
+
+class SharedError(ValueError):
+    """An error that one process had, raised in all of them."""
 
 
 @dataclass
@@ -49,8 +54,8 @@ class Processes:
         """Does something in all processes, which all fail if one does.
 
         Raises:
-            ValueError: in all of them, with the message of the first that had an error, if it had a ValueError, an
-                OSError or missed a module.
+            SharedError: a ValueError in all of them, with the message of the first that had an error, if it had a
+                ValueError, an OSError or missed a module. One process alone raises what it had.
             Exception: what else the action raises, in this process.
         """
         failure: str | None = None
@@ -64,7 +69,7 @@ class Processes:
         failures: list[str | None] = [None] * self.size
         dist.all_gather_object(failures, failure, group=self._control)
         if found := [text for text in failures if text is not None]:
-            raise ValueError(found[0])
+            raise SharedError(found[0])
         return result  # pyright: ignore[reportReturnType]
 
     def any_wishes(self, wish: bool) -> bool:
@@ -153,6 +158,12 @@ def _device(name: str | None, local_rank: int | None) -> torch.device:
 
 def message_of(error: BaseException) -> str:
     """The message of an error on one line."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        amount = re.search(r"ried to allocate (.+?(?:B|bytes))\b", str(error))
+        return (
+            f"there is not enough memory{f' for another {amount[1]}' if amount else ''}; a smaller "
+            "execution.micro_batch_size takes less, and execution.activation_checkpointing = 1 does too"
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror.lower()}: {error.filename}" if error.filename else error.strerror.lower()
     return " ".join(str(error).split())
