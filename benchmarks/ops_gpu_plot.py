@@ -14,15 +14,17 @@ Points = list[tuple[int, float]]
 
 def draw(speed: list[dict[str, Any]], accuracy: list[dict[str, Any]], path: Path) -> None:
     """Draws the rows `sweep-*` and the cases named "..., T = ..." into an SVG."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    times, errors = figure.subplots(1, 2)
+    panels = 1 + any(row["row"].startswith("sweep-") for row in speed)  # times only where there are some
+    figure = Figure(figsize=(5 * panels, 4), layout="constrained")
+    times, errors = figure.subplots(1, panels, squeeze=False)[0][[0, -1]]
     for which, style in (("fwd", "-"), ("fwd+bwd", "--")):
         rows = [row for row in speed if row["row"].startswith("sweep-") and row["pass"] == which]
         for name, colour in (("ours", "C0"), ("peer", "C1")):
             points = [(row["T"], row[f"{name}_ms"]) for row in rows if row.get(f"{name}_ms") is not None]
             _line(times, points, f"{_LABELS[name]}, {_PASSES[which]}", colour, style)
         _line(times, [(row["T"], row["floor_ms"]) for row in rows], f"memory floor, {_PASSES[which]}", "0.6", style)
-    times.set(xlabel="T", ylabel="milliseconds", title="delta rule, B 1, H 16, D 128, bfloat16")
+    if panels == 2:
+        times.set(xlabel="T", ylabel="milliseconds", title="delta rule, B 1, H 16, D 128, bfloat16")
     for start, style in (("random keys, beta = 2", "-"), ("parity bits on an exact key", "--")):
         rows = [row for row in accuracy if row["case"].startswith(f"{start}, T = ") and row["tensor"] == "o"]
         for name, colour in (("ours", "C0"), ("peer", "C1"), ("recurrence", "0.6")):
