@@ -50,9 +50,9 @@ def unit_triangular_inverse(
 ):
     """(I + system)^-1 for a strictly lower triangular `system` [BM, BM].
 
-    Blocks of BASE (4 or 16) on the diagonal by forward substitution; then twice as large ones from pairs of blocks,
-    [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]: forward substitution by blocks. With SPLIT the blocks of up
-    to 16 are multiplied one by one, each by one warp, and not as parts of the whole.
+    Blocks of BASE (16, or with SPLIT 4) on the diagonal by forward substitution; then twice as large ones from pairs,
+    [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]]: forward substitution by blocks. With SPLIT blocks of up to
+    16 are multiplied one by one, each by one warp, and not as parts of the whole.
     """
     if SPLIT and BM > 16:
         system_16 = _diagonal_blocks(system, BM // 16, 16)
@@ -63,9 +63,6 @@ def unit_triangular_inverse(
         x = _as_diagonal_blocks(x, BM // 16, 16)
     else:
         x = tl.reshape(_substitute(system[None, :, :], 1, BM, BASE), [BM, BM])
-        if BASE == 4:
-            x = _join_pairs(x, system, _pairs(4, BM), OPERAND, SPLIT, PRECISION)
-            x = _join_pairs(x, system, _pairs(8, BM), OPERAND, SPLIT, PRECISION)
     if BM > 16:
         x = _join_pairs(x, system, _pairs(16, BM), OPERAND, SPLIT, PRECISION)
     if BM > 32:
