@@ -3,13 +3,14 @@
     python -m benchmarks.ops                                  # all that has not been measured yet
     python -m benchmarks.ops accuracy --rows '*high*'         # errors against float64; exit status 1 if too large
     python -m benchmarks.ops speed --rows wide d64 --minutes 9
+    python -m benchmarks.ops kernels --rows gla-wide          # the time of every kernel
     python -m benchmarks.ops training --rows 'train-340m*' --peer    # without peers
     python -m benchmarks.ops plot                             # from what the files hold; needs no GPU
 
-Writes to <output>/ <card>-accuracy.json, <card>.json (speed), <card>-training.json, and <card>.svg, a figure of time
-and error against T. What a file holds already is not measured again, so that several calls with --minutes add up; a row
-without its peer is measured again where --peer asks for the peer. Peers are timed where their packages are installed;
-flash-linear-attention tunes itself for about 100 s in every row.
+Writes to <output>/ <card>-accuracy.json, <card>.json (speed), <card>-kernels.json, <card>-training.json, and
+<card>.svg, a figure of time and error against T. What a file holds already is not measured again, so that several calls
+with --minutes add up; a row without its peer is measured again where --peer asks for the peer. Peers are timed where
+their packages are installed; flash-linear-attention tunes itself for about 100 s in every row.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks import ops_gpu, ops_gpu_accuracy, ops_gpu_plot, ops_gpu_training
 from benchmarks.common import ROOT, environment, write_results
 
 Rows = list[dict[str, Any]]
+_PARTS = ["accuracy", "speed", "kernels", "training", "plot"]
 _PEERS = {"flash-linear-attention": "fla", "mamba-ssm": "mamba_ssm"}
 
 
@@ -85,6 +87,16 @@ def parts() -> dict[str, Part]:
             {row.name: _PEERS[row.peer] for row in ops_gpu.ROWS},
             speed,
             lambda rows: "\n".join(map(ops_gpu.line, rows)),
+        ),
+        "kernels": Part(
+            "-kernels.json",
+            "milliseconds of every kernel of a call, mean of a few calls by torch's profiler",
+            "row",
+            dict.fromkeys((row.name for row in ops_gpu.ROWS), None),
+            lambda name, with_peer: ops_gpu.kernel_times(next(row for row in ops_gpu.ROWS if row.name == name)),
+            lambda rows: "\n".join(
+                f"{row['row']:16s} {row['pass']:7s} {row['ms']:8.3f} ms {row['kernel']}" for row in rows
+            ),
         ),
         "training": Part(
             "-training.json",
@@ -154,7 +166,9 @@ def load(path: Path) -> Rows:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["accuracy", "speed", "training", "plot"], help="all if none")
+    parser.add_argument(
+        "parts", nargs="*", choices=["accuracy", "speed", "kernels", "training", "plot"], help="all if none"
+    )
     parser.add_argument("--rows", nargs="*", default=["*"], help="patterns of names of rows and cases")
     parser.add_argument("--peer", nargs="*", default=["*"], help="patterns of those with the peer; none for no peer")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after so many")
@@ -162,7 +176,7 @@ def main() -> int:
     parser.add_argument("--card", default="h100", help="its name, with which the files' names begin")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "ops")
     options = parser.parse_args()
-    chosen = options.parts or ["accuracy", "speed", "training", "plot"]
+    chosen = options.parts or _PARTS
     if chosen != ["plot"] and not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA device")
     deadline = time.monotonic() + 60 * options.minutes

@@ -238,6 +238,25 @@ def _call(
     return lambda: torch.autograd.grad(function(row, inputs), leaves, d_o)
 
 
+def kernel_times(row: Row, calls: int = 5) -> list[dict[str, Any]]:
+    """Milliseconds of every kernel of our op, by its name: the mean over a few calls, from torch's profiler."""
+    rows = []
+    for which in ("fwd", "fwd+bwd"):
+        timed = call(row, backward=which != "fwd")
+        timed()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(calls):
+                timed()
+            torch.cuda.synchronize()
+        rows += [
+            {"row": row.name, "pass": which, "kernel": event.key, "ms": event.device_time_total / calls / 1e3}
+            for event in profile.key_averages()
+            if event.device_time_total > 0
+        ]
+    return rows
+
+
 def median_ms(call: Callable[[], object]) -> float:
     """The median time in milliseconds; the L2 cache is cleared between calls."""
     return importlib.import_module("triton.testing").do_bench(call, warmup=50, rep=200, return_mode="median")

@@ -137,7 +137,7 @@ def _kernels() -> Any:
 
 
 # By kernel and by the key dimension's power of two, up to which an entry serves: for the scans the width of the tiles
-# of values, for the others that of the tiles of keys. Not yet measured on a card: from the registers and the shared
+# of values, for the others that of the tiles of keys. Not compared on a card: from the registers and the shared
 # memory that the compiler reports (`python -m benchmarks.kernel_resources`).
 _TABLE: dict[str, dict[int, Launch]] = {
     "prepare_channels": {64: Launch(64, 1, 1), 128: Launch(128, 1, 1), 256: Launch(128, 1, 1)},
