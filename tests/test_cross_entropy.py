@@ -254,3 +254,15 @@ def test_it_has_no_second_derivative():
     (gradient,) = torch.autograd.grad(linear_cross_entropy(x, weight, labels), x, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.sum(), weight)
+
+
+def test_no_tokens_have_no_loss():
+    x, weight, _, _ = case()
+    none, labels = x.detach()[0, :0].requires_grad_(), torch.empty(0, dtype=torch.long)
+    with torch.no_grad():
+        assert linear_cross_entropy(none, weight, labels, reduction="none").shape == (0,)
+    loss = linear_cross_entropy(none, weight, labels)
+    assert loss.isnan()
+    loss.backward()
+    assert none.grad is not None
+    assert none.grad.shape == none.shape

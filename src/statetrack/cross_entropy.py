@@ -157,12 +157,14 @@ def _forward(
         asked = targets != IGNORE
         shares = torch.where(asked, 1 / asked.sum(dtype=wide), 0) if of_rows or of_weight or of_bias else None
         # Chunks of one size but for the last, which is hardly shorter.
-        size = -(-len(rows) // -(-len(rows) // _most_tokens(len(weight), rows.device.type)))
+        # No rows are one chunk too, of which there is nothing to add up.
+        count = max(1, -(-len(rows) // _most_tokens(len(weight), rows.device.type)))
+        size = max(1, -(-len(rows) // count))
         losses: list[Tensor] = []
         d_rows: list[Tensor] = []
         d_weight: Tensor | None = None
         d_bias: Tensor | None = None
-        for start in range(0, len(rows), size):
+        for start in range(0, max(1, len(rows)), size):
             chunk = slice(start, start + size)
             logits = F.linear(rows[chunk], product_weight, product_bias)
             losses.append(

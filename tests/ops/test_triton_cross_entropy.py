@@ -44,6 +44,15 @@ def test_the_kernel_is_the_cross_entropy_of_pytorch(rows, size, z_loss, dtype, m
 
 
 @interpreted
+def test_a_first_block_of_minus_infinity_adds_nothing(monkeypatch):
+    monkeypatch.setattr(triton_cross_entropy, "_LOGITS", 32)
+    logits, labels = torch.randn(2, 70), torch.tensor([40, 69])
+    logits[:, :32] = float("-inf")
+    expected = F.cross_entropy(logits.double(), labels, reduction="none")
+    torch.testing.assert_close(replace_by_gradient(logits, labels, None).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
 def test_large_logits_do_not_overflow():
     check(4, 50, 0.0, scale=1e4)
 

@@ -25,13 +25,17 @@ def replace_by_gradient(
         block = tl.load(x + first + within, mask=first + within < V, other=float("-inf")).to(tl.float32)
         before = largest
         largest = tl.maximum(largest, tl.max(block, axis=0))
-        total = total * tl.exp(before - largest) + tl.sum(tl.exp(block - largest), axis=0)
+        # As long as there is nothing but -inf, the difference of two of them would be NaN.
+        finite = tl.where(largest == float("-inf"), 0.0, largest)
+        total = total * tl.exp(before - finite) + tl.sum(tl.exp(block - finite), axis=0)
     lse = largest + tl.log(total)
     label = tl.load(labels + row)
     asked = label != IGNORE
     target = tl.load(x + label, mask=asked, other=0.0).to(tl.float32)
     tl.store(losses + row, tl.where(asked, lse - target + z_loss * lse * lse, 0.0))
     if GRADIENT:
+        # Other warps have yet to read the label's logit, which is overwritten below.
+        tl.debug_barrier()
         share = tl.load(shares + row)
         scale = share * (1 + 2 * z_loss * lse)
         for first in range(0, V, BV):

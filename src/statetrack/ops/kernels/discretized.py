@@ -435,8 +435,8 @@ def add_parts(
     H: tl.constexpr, K: tl.constexpr, PADDED: tl.constexpr, BK: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of q and write [B, T, H, K] from their `parts` [2, blocks, row, PADDED, T], in a fixed order."""
-    head = tl.program_id(0).to(tl.int64)
-    token, key = tl.program_id(1) * BT + tl.arange(0, BT), tl.arange(0, BK)
+    head = tl.program_id(1).to(tl.int64)
+    token, key = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, BK)
     ok = (key < K)[:, None] & (token < T)[None, :]
     which = tl.program_id(2)
     size = rows.to(tl.int64) * PADDED * T
