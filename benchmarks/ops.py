@@ -19,7 +19,7 @@ import argparse
 import fnmatch
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,10 +63,10 @@ def parts() -> dict[str, Part]:
     def speed(name: str, with_peer: bool) -> Rows:
         if not bandwidth:
             bandwidth.append(ops_gpu.copy_bandwidth())
-        return ops_gpu.measure(next(row for row in ops_gpu.ROWS if row.name == name), with_peer, bandwidth[0])
+        return ops_gpu.measure(_named(ops_gpu.ROWS, name), with_peer, bandwidth[0])
 
     def training(name: str, with_peer: bool) -> Rows:
-        row = next(row for row in ops_gpu_training.ROWS if row.name == name)
+        row = _named(ops_gpu_training.ROWS, name)
         return [ops_gpu_training.measure(row, with_peer=with_peer)]
 
     comparable = {name for name, x in ops_gpu_accuracy.CASES.items() if x.op == "householder" and not x.normalize}
@@ -93,7 +93,7 @@ def parts() -> dict[str, Part]:
             "milliseconds of every kernel of a call, mean of a few calls by torch's profiler",
             "row",
             dict.fromkeys((row.name for row in ops_gpu.ROWS), None),
-            lambda name, with_peer: ops_gpu.kernel_times(next(row for row in ops_gpu.ROWS if row.name == name)),
+            lambda name, with_peer: ops_gpu.kernel_times(_named(ops_gpu.ROWS, name)),
             lambda rows: "\n".join(
                 f"{row['row']:16s} {row['pass']:7s} {row['ms']:8.3f} ms {row['kernel']}" for row in rows
             ),
@@ -195,6 +195,10 @@ def main() -> int:
         speed, accuracy = (load(options.output / (options.card + end)) for end in (".json", "-accuracy.json"))
         ops_gpu_plot.draw(speed, accuracy, options.output / f"{options.card}.svg")
     return int(failed)
+
+
+def _named(rows: Sequence[Any], name: str) -> Any:
+    return next(row for row in rows if row.name == name)
 
 
 def _matches(name: str, patterns: list[str]) -> bool:

@@ -17,8 +17,7 @@ from torch import Tensor
 from statetrack.ops import triton_step
 from statetrack.ops.backend import Backend
 from statetrack.ops.packing import packing_of
-from statetrack.ops.step import Step, one_token, overwrites
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD
+from statetrack.ops.step import Step, one_token
 from statetrack.ops.vmapped import Recurrence, is_vmapped, vmapped_recurrence
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
 
@@ -94,12 +93,11 @@ def _choose_step(
     """The code for a single token; None where it goes the way of all sequences."""
     if backend not in ("auto", "triton"):
         return None
-    has_decoder = any(decoder.supports(transition) is None for decoder in _DECODERS)
-    checked = triton_step.PRIORITY >= CHECKED_ON_A_CARD
-    wanted = checked or (backend == "triton" and (not has_decoder or overwrites(initial_state, torch.float32)))
-    if wanted and triton_step.supports(transition, q, v, write, initial_state) is None:
+    if triton_step.supports(transition, q, v, write, initial_state) is None:
         return triton_step.run
-    return one_token if backend == "auto" and not has_decoder else None
+    if backend == "triton" or any(decoder.supports(transition) is None for decoder in _DECODERS):
+        return None
+    return one_token
 
 
 def available_backends(transition: Transition | None = None) -> list[str]:

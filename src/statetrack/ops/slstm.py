@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from statetrack.ops import triton_slstm
 from statetrack.ops.backend import register_operator
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD
 from statetrack.ops.vmapped import is_vmapped, vmapped_over_heads
 
 
@@ -44,7 +43,7 @@ def slstm(
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"the backend of sLSTM must be auto, torch or triton, got {backend!r}")
     use_triton = False
-    if backend == "triton" or (backend == "auto" and triton_slstm.PRIORITY >= CHECKED_ON_A_CARD):
+    if backend != "torch":
         reason = triton_slstm.supports(gates, recurrent)
         if reason is not None and backend == "triton":
             raise ValueError(f"backend 'triton' can't serve sLSTM: {reason}")

@@ -13,10 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, power_of_two, unavailable
-
-# As that of the backends.
-PRIORITY = CHECKED_ON_A_CARD
+from statetrack.ops.triton_common import power_of_two, unavailable
 
 _LARGEST_HEAD = 64
 """The most channels of a head: R is 16 N^2 bytes, which a multiprocessor must hold."""

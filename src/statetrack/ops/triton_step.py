@@ -17,16 +17,12 @@ from torch import Tensor
 from statetrack.ops.backend import register_operator, wants_gradient
 from statetrack.ops.step import overwrites
 from statetrack.ops.triton_common import (
-    CHECKED_ON_A_CARD,
     LARGEST_KEY,
     power_of_two,
     processors,
     unavailable,
 )
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
-
-# As that of the backends.
-PRIORITY = CHECKED_ON_A_CARD
 
 # A program's part of the state, in numbers, at most; and how many value channels it has at least, which are a segment
 # of memory for each key. Narrow parts are for few rows: they give every processor a program of its own.

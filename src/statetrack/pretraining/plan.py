@@ -454,7 +454,7 @@ def _tables(plan: Plan) -> Group:
             style=None if placement.fits else "dim",
         )
     notes = Text(
-        "GiB on each card. weights: float32 shards, their gradients, and the blocks gathered for computing. at the "
+        "GiB on each card. weights: float32 shards, their gradients, and the blocks gathered for computing. "
         "peak: what the loss needs, or the backward pass of one block. sum: all of it, "
         f"{FRAGMENTATION - 1:.0%} of fragmentation and {CONTEXT_BYTES / GIB:.1f} GiB for CUDA and NCCL. Speed: at an "
         f"assumed MFU of {plan.mfu:.0%} of the card's dense bf16 peak; checkpointing computes the forward pass twice.",

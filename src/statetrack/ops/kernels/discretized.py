@@ -108,13 +108,28 @@ def _keys(lane_key, J: tl.constexpr):
 
 
 @triton.jit
-def _range(lower_end, lo, hi, at, ok, LOWER: tl.constexpr):
-    """The lower ends of the channels and the widths of their ranges."""
+def _own(
+    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, LK: tl.constexpr, LV: tl.constexpr, J: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """A thread's place among others as `_threads` has it, its channels and keys, their places in a matrix [K, V], and
+    whether there are such channels, and such keys of them."""
+    lane, lane_key, warp = _threads(W, LK, LV)
+    value, key = _channels(lane, warp, W, LV, C), _keys(lane_key, J)
+    ok = value < V
+    return lane, lane_key, warp, value, key, key * V + value, ok, ok & (key < K)
+
+
+@triton.jit
+def _gates(A, lower_end, lo, hi, h, value, matrix, ok, state_ok, K: tl.constexpr, V: tl.constexpr, LOWER: tl.constexpr):
+    """What a step size is multiplied by for the exponent of 2, the lower ends of the channels, and the widths of their
+    ranges."""
     if LOWER:
-        low = tl.load(lower_end + at, mask=ok, other=0.0)
+        low = tl.load(lower_end + h * V + value, mask=ok, other=0.0)
     else:
         low = tl.zeros([1, 1, 1], tl.float32) + lo
-    return low, hi - low
+    scale = tl.load(A + h * K * V + matrix, mask=state_ok, other=0.0) * _LOG2_E
+    return scale, low, hi - low
 
 
 @triton.jit(do_not_specialize=["T", "count"])
@@ -174,12 +189,8 @@ def scan_forward(
     walked = segments if OUT else segments - 1
     head, segment = (tl.program_id(0) // walked).to(tl.int64), tl.program_id(0) % walked
     h = head % H
-    lane, lane_key, warp = _threads(W, LK, LV)
-    value, key = _channels(lane, warp, W, LV, C), _keys(lane_key, J)
-    ok, matrix = value < V, key * V + value
-    state_ok = ok & (key < K)
-    low, width = _range(lower_end, lo, hi, h * V + value, ok, LOWER)
-    scale = tl.load(A + h * K * V + matrix, mask=state_ok, other=0.0) * _LOG2_E
+    _, lane_key, _, value, key, matrix, ok, state_ok = _own(K, V, W, LK, LV, J, C)
+    scale, low, width = _gates(A, lower_end, lo, hi, h, value, matrix, ok, state_ok, K, V, LOWER)
     place = (head * segments + segment) * K * V
     state, product = tl.zeros([W * LK * LV, C, J], tl.float32), tl.full([W * LK * LV, C, J], 1.0, tl.float32)
     if INITIAL:
@@ -275,12 +286,8 @@ def summarize_backward(
     head = (tl.program_id(0) // (segments - 1)).to(tl.int64)
     segment = tl.program_id(0) % (segments - 1) + 1
     h = head % H
-    lane, lane_key, warp = _threads(W, LK, LV)
-    value, key = _channels(lane, warp, W, LV, C), _keys(lane_key, J)
-    ok, matrix = value < V, key * V + value
-    state_ok = ok & (key < K)
-    low, width = _range(lower_end, lo, hi, h * V + value, ok, LOWER)
-    scale = tl.load(A + h * K * V + matrix, mask=state_ok, other=0.0) * _LOG2_E
+    _, _, _, value, key, matrix, ok, state_ok = _own(K, V, W, LK, LV, J, C)
+    scale, low, width = _gates(A, lower_end, lo, hi, h, value, matrix, ok, state_ok, K, V, LOWER)
     d_state, product = tl.zeros([W * LK * LV, C, J], tl.float32), tl.full([W * LK * LV, C, J], 1.0, tl.float32)
     tiles = T // BT
     begin = segment * length
@@ -376,12 +383,8 @@ def scan_backward(
     MASKED_KEYS: tl.constexpr = MASKED or K != PADDED
     head, segment = (tl.program_id(0) // segments).to(tl.int64), tl.program_id(0) % segments
     h = head % H
-    lane, lane_key, warp = _threads(W, LK, LV)
-    value, key = _channels(lane, warp, W, LV, C), _keys(lane_key, J)
-    ok, matrix = value < V, key * V + value
-    state_ok = ok & (key < K)
-    low, width = _range(lower_end, lo, hi, h * V + value, ok, LOWER)
-    scale = tl.load(A + h * K * V + matrix, mask=state_ok, other=0.0) * _LOG2_E
+    lane, lane_key, warp, value, key, matrix, ok, state_ok = _own(K, V, W, LK, LV, J, C)
+    scale, low, width = _gates(A, lower_end, lo, hi, h, value, matrix, ok, state_ok, K, V, LOWER)
     place = (head * segments + segment) * K * V
     d_state, d_scale = tl.zeros([W * LK * LV, C, J], tl.float32), tl.zeros([W * LK * LV, C, J], tl.float32)
     d_low = tl.zeros([W * LK * LV, C, J], tl.float32)
