@@ -42,14 +42,6 @@ def test_more_rows_than_blocks(monkeypatch):
     check(2, 5, 9, 4, 4)
 
 
-def test_a_kernel_that_no_card_has_checked_is_not_used(monkeypatch):
-    monkeypatch.setattr(triton_convolution, "unavailable", lambda *tensors: None)
-    x = torch.zeros(1)
-    assert triton_convolution.serves(x) == (triton_convolution.PRIORITY == CHECKED_ON_A_CARD)
-    monkeypatch.setattr(triton_convolution, "PRIORITY", CHECKED_ON_A_CARD)
-    assert triton_convolution.serves(x)
-
-
 @interpreted
 def test_a_short_convolution_uses_them_once_they_are_checked(monkeypatch):
     layer, x = layers.ShortConvolution(6, 4, bias=True), torch.randn(3, 9, 6, requires_grad=True)

@@ -57,14 +57,6 @@ def test_large_logits_do_not_overflow():
     check(4, 50, 0.0, scale=1e4)
 
 
-def test_a_kernel_that_no_card_has_checked_is_not_used(monkeypatch):
-    monkeypatch.setattr(triton_cross_entropy, "unavailable", lambda *tensors: None)
-    x = torch.zeros(1)
-    assert triton_cross_entropy.serves(x) == (triton_cross_entropy.PRIORITY == CHECKED_ON_A_CARD)
-    monkeypatch.setattr(triton_cross_entropy, "PRIORITY", CHECKED_ON_A_CARD)
-    assert triton_cross_entropy.serves(x)
-
-
 @interpreted
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 def test_the_chunked_loss_uses_it_once_it_is_checked(z_loss, monkeypatch):
