@@ -168,7 +168,12 @@ def forget_failures(experiment: Experiment, out: Path) -> None:
 
 
 def _is_done(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int) -> bool:
-    return directory.weights_step() == run.config.training.steps and _is_judged(directory, run, evaluation_seed)
+    """Whether a run is trained and judged; not if its weights are damaged, which whoever loads them will say."""
+    try:
+        trained = directory.weights_step() == run.config.training.steps
+    except RunError:
+        return False
+    return trained and _is_judged(directory, run, evaluation_seed)
 
 
 def _is_judged(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int) -> bool:
@@ -259,6 +264,8 @@ def _run(
             directory = _directory(run, path)
             if (reason := directory.read_failure()) is not None:
                 records[index] = record_of_failure(directory, reason, explanation=run.explanation)
+            elif _is_done(directory, run, evaluation_seed):  # what training would go on from may be gone by then
+                records[index] = record_of_run(directory, explanation=run.explanation)
             else:
                 group.append(_Job(index, run, directory))
         for job, outcome in zip(group, _train(group), strict=True):
