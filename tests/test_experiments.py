@@ -251,10 +251,10 @@ def test_a_full_disk_is_no_fault_of_the_run(tmp_path, monkeypatch):
 def test_damaged_files_stop_their_run_alone(tmp_path, monkeypatch):
     experiment = read_experiment(SMALL, [3])
     records = run_here(experiment, tmp_path, monkeypatch)
-    RunDirectory(tmp_path / experiment.runs[0].name).state_file.write_bytes(b"cut short")
+    RunDirectory(tmp_path / experiment.runs[0].name).model_file.write_bytes(b"cut short")
     (tmp_path / experiment.runs[1].name / "evaluation.json").write_text("{")
     damaged, judged_again = run_here(experiment, tmp_path, monkeypatch)
-    assert "training_state.safetensors" in damaged.failed
+    assert "model.safetensors" in damaged.failed
     assert judged_again == records[1]
     assert list(tmp_path.glob("*/failure.json")) == []  # once the file is restored, the run goes on
 
