@@ -96,7 +96,7 @@ def backward(
         d_out = _tokens(d_y, row, start - S + 1 + i, count, channel, C, C).to(tl.float32)
         recent = recent + (_d_pre(window, newest, weights, offset, d_out, S, SILU),)
         window = window[1:] + (newest,)
-    for i in tl.static_range(S):
+    for _ in tl.static_range(S):
         sums = sums + (tl.zeros([BR, BC], tl.float32),)
     total = tl.zeros([BR, BC], tl.float32)
     for step in range(0, run, AHEAD):

@@ -11,11 +11,11 @@ import triton.language as tl
 
 @triton.jit
 def _scales(x, least, eps):
-    """`1 / sqrt(|x|^2 + eps)` of each row, 0 where |x|^2 is not above `least`: [BR, 1]."""
+    """`1 / sqrt(|x|^2 + eps)` of each row, 0 where |x|^2 <= least, NaN where it is NaN: [BR, 1]."""
     squared_norm = tl.sum(x * x, axis=1)
-    directed = squared_norm > least
+    undirected = squared_norm <= least
     # The inner `where` keeps the root of 0 out.
-    return tl.where(directed, tl.rsqrt(tl.where(directed, squared_norm, 1.0) + eps), 0.0)[:, None]
+    return tl.where(undirected, 0.0, tl.rsqrt(tl.where(undirected, 1.0, squared_norm) + eps))[:, None]
 
 
 @triton.jit(do_not_specialize=["rows", "least", "eps", "scale"])
