@@ -101,7 +101,7 @@ def _backward(
     x, rows, constants = _arguments(x, weight, bias, padded, silu)
     size, channels = weight.shape[-1], x.shape[-1]
     d_x, sets = torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.shape[:-3].numel()
-    count, tokens = x.shape[:-2].numel(), x.shape[-2] + constants["PAD"]
+    count, tokens = x.shape[:-2].numel(), x.shape[-2]
     run = min(_LONGEST_RUN, _AHEAD * -(-tokens // (_RUNS * _AHEAD)))
     blocks = -(-tokens // (_RUNS * max(run, 1)))
     block_c = power_of_two(min(channels, _RUN_CHANNELS))

@@ -19,7 +19,7 @@ from statetrack.ops.triton_common import CHECKED_ON_A_CARD, LARGEST_KEY, power_o
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends."""
 
-_NUMBERS = 4096
+_NUMBERS = 2048
 """That a program of four warps has in its registers at once."""
 
 

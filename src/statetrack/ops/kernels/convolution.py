@@ -76,52 +76,52 @@ def backward(
     C: tl.constexpr, S: tl.constexpr, PAD: tl.constexpr, STRIDE: tl.constexpr,
     SILU: tl.constexpr, BIAS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """d_e_t = sum_i taps_i d_pre_{t - i}, and of every program the sums that d_taps_i = sum_t d_pre_t e_{t + i} needs.
+    """d_e_t = sum_i taps_i d_pre_{t - i}, and a program's share of the sums d_taps_i = sum_t d_pre_t e_{t + i}.
 
     A program has BR runs of `run` tokens, side by side, and walks along all of them at once. So x and d_y are read
     once, but for what a run sees of its neighbours: what several tokens need stays in registers.
     d_taps are [parts, C, S] and d_bias [parts, C], a part for each program of a channel.
     """
     row = tl.program_id(0).to(tl.int64)
-    start = (tl.program_id(1) * BR + tl.arange(0, BR)) * run
+    start = PAD + (tl.program_id(1) * BR + tl.arange(0, BR)) * run
     channel = tl.program_id(2) * BC + tl.arange(0, BC)
     weights, offset = _set_of(taps, bias, row // rows, channel, C, S, BIAS)
-    count = L + PAD - S + 1
-    # e_t .. e_{t + S - 2} and d_pre_{t - S + 1} .. d_pre_{t - 1}, at first of the token t where the run starts.
+    # Tokens before a run, of which its first gradients consist; they are counted once, by the run whose they are. Those
+    # that see zeros before x belong to no run, and are counted by the first.
+    BEFORE: tl.constexpr = (S - 1 + AHEAD - 1) // AHEAD * AHEAD
+    first = (start == PAD)[:, None]
+    # e_t .. e_{t + S - 2} and d_pre_{t - S + 1} .. d_pre_{t - 1}.
     window, recent, sums = (), (), ()
     for i in tl.static_range(S - 1):
-        window = window + (_tokens(x, row, start - S + 1 + i - PAD, L, channel, C, STRIDE).to(tl.float32),)
-    for i in tl.static_range(S - 1):
-        newest = _tokens(x, row, start + i - PAD, L, channel, C, STRIDE).to(tl.float32)
-        d_out = _tokens(d_y, row, start - S + 1 + i, count, channel, C, C).to(tl.float32)
-        recent = recent + (_d_pre(window, newest, weights, offset, d_out, S, SILU),)
-        window = window[1:] + (newest,)
+        window = window + (_tokens(x, row, start - BEFORE + i - PAD, L, channel, C, STRIDE).to(tl.float32),)
+        recent = recent + (tl.zeros([BR, BC], tl.float32),)
     for _ in tl.static_range(S):
         sums = sums + (tl.zeros([BR, BC], tl.float32),)
     total = tl.zeros([BR, BC], tl.float32)
-    for step in range(0, run, AHEAD):
+    for step in range(-BEFORE, run, AHEAD):
         # A few tokens are asked for at once: the first use of one waits for memory.
         next_x, next_d_y = (), ()
         for ahead in tl.static_range(AHEAD):
             token = start + step + ahead
             next_x = next_x + (_tokens(x, row, token + S - 1 - PAD, L, channel, C, STRIDE),)
-            next_d_y = next_d_y + (_tokens(d_y, row, token, count, channel, C, C),)
+            next_d_y = next_d_y + (_tokens(d_y, row, token, L + PAD - S + 1, channel, C, C),)
         for ahead in tl.static_range(AHEAD):
             newest = next_x[ahead].to(tl.float32)
             d_pre = _d_pre(window, newest, weights, offset, next_d_y[ahead].to(tl.float32), S, SILU)
             d_e = weights[0] * d_pre
             for i in tl.static_range(1, S):
                 d_e += weights[i] * recent[S - 1 - i]
+            counted = tl.where(first | (step >= 0), d_pre, 0.0)
             updated = ()
             for i in tl.static_range(S - 1):
-                updated = updated + (sums[i] + d_pre * window[i],)
-            sums = updated + (sums[S - 1] + d_pre * newest,)
+                updated = updated + (sums[i] + counted * window[i],)
+            sums = updated + (sums[S - 1] + counted * newest,)
             if BIAS:
-                total += d_pre
+                total += counted
             window = window[1:] + (newest,)
             recent = recent[1:] + (d_pre,)
             token = start + step + ahead - PAD
-            inside = (token >= 0) & (token < L)
+            inside = (step >= 0) & (token < L)
             place = (row * L + token)[:, None] * C + channel[None, :]
             tl.store(d_x + place, d_e.to(d_x.dtype.element_ty), mask=inside[:, None] & (channel < C)[None, :])
     part = (row * tl.num_programs(1) + tl.program_id(1)) * C + channel
