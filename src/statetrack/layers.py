@@ -107,9 +107,8 @@ class ShortConvolution(nn.Module):
         if cu_seqlens is None:
             if state is None and length >= past and triton_convolution.serves(x, self.weight, self.bias):
                 # Its zeros need no place in memory.
-                return triton_convolution.convolve(x, self.weight, self.bias, padded=True, silu=silu), x[
-                    :, length - past :
-                ]
+                y = triton_convolution.convolve(x, self.weight, self.bias, padded=True, silu=silu)
+                return y, x[:, length - past :]
             state = x.new_zeros(x.shape[0], past, x.shape[2]) if state is None else state.to(x.dtype)
             extended = torch.cat([state, x], 1)
             return self._outputs(extended, silu), extended[:, length:]

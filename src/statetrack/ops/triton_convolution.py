@@ -28,9 +28,7 @@ _RUNS, _RUN_CHANNELS, _LONGEST_RUN, _AHEAD = 8, 64, 32, 4
 
 def serves(*tensors: Tensor | None) -> bool:
     """Whether `convolve` is to be used for these tensors; the compiler makes kernels of its own."""
-    return (
-        PRIORITY == CHECKED_ON_A_CARD and unavailable(*tensors) is None and not torch.compiler.is_compiling()
-    )  # fmt: skip
+    return PRIORITY == CHECKED_ON_A_CARD and unavailable(*tensors) is None and not torch.compiler.is_compiling()
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padded: bool, silu: bool = False) -> Tensor:
