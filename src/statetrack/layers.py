@@ -103,6 +103,8 @@ class ShortConvolution(nn.Module):
             cu_seqlens: boundaries [S + 1] of sequences packed along T (then B = 1); none sees the inputs of another.
             activation: applied to the outputs; on a GPU in the kernel of the convolution.
         """
+        if activation not in (None, "silu"):
+            raise ValueError(f'the activation of a short convolution must be None or "silu", got {activation!r}')
         silu, past, length = activation == "silu", self.size - 1, x.shape[1]
         if cu_seqlens is None:
             if state is None and length >= past and triton_convolution.serves(x, self.weight, self.bias):
