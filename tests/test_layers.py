@@ -99,6 +99,11 @@ def test_a_convolution_over_one_token_is_refused():
         ShortConvolution(3, 1)
 
 
+def test_a_convolution_with_another_activation_is_refused():
+    with pytest.raises(ValueError, match='must be None or "silu"'):
+        ShortConvolution(3, 2)(torch.zeros(1, 4, 3), None, activation="tanh")  # pyright: ignore[reportArgumentType]
+
+
 def test_gated_mlp_is_swiglu():
     torch.manual_seed(0)
     mlp, x = GatedMLP(4, 6), torch.randn(2, 3, 4)

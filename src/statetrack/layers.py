@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from statetrack.ops import triton_convolution
+from statetrack.ops import triton_convolution, triton_normalize
 from statetrack.ops.backend import wants_gradient
 from statetrack.ops.chunking import CACHED_NUMBERS
 from statetrack.ops.packing import Move, Packing, packing_of, tokens_of
@@ -87,36 +87,56 @@ class ShortConvolution(nn.Module):
     def init_state(self, batch_size: int) -> Tensor:
         return self.weight.new_zeros(batch_size, self.size - 1, self.weight.shape[0])
 
-    def forward(self, x: Tensor, state: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+        *,
+        activation: Literal["silu"] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Returns the outputs [B, T, C] and the state after the last token.
 
         Args:
             x: [B, T, C].
-            state: [B, size - 1, C], or [S, size - 1, C] for S packed sequences.
+            state: [B, size - 1, C], or [S, size - 1, C] for S packed sequences; None for zeros.
             cu_seqlens: boundaries [S + 1] of sequences packed along T (then B = 1); none sees the inputs of another.
+            activation: applied to the outputs; on a GPU in the kernel of the convolution.
         """
-        length = x.shape[1]
-        state = state.to(x.dtype)
+        if activation not in (None, "silu"):
+            raise ValueError(f'the activation of a short convolution must be None or "silu", got {activation!r}')
+        silu, past, length = activation == "silu", self.size - 1, x.shape[1]
         if cu_seqlens is None:
+            if state is None and length >= past and triton_convolution.serves(x, self.weight, self.bias):
+                # Its zeros need no place in memory.
+                y = triton_convolution.convolve(x, self.weight, self.bias, padded=True, silu=silu)
+                return y, x[:, length - past :]
+            state = x.new_zeros(x.shape[0], past, x.shape[2]) if state is None else state.to(x.dtype)
             extended = torch.cat([state, x], 1)
-            return self._taps(extended, length), extended[:, length:]
+            return self._outputs(extended, silu), extended[:, length:]
         # Every packed sequence gets its own state in front of it, in one longer row; then nothing is special any more.
-        past = self.size - 1
         places = packing_of(cu_seqlens).make(_convolution_places, x, past)
         extended = x.new_zeros(length + len(places.before), x.shape[2])
-        extended = extended.index_copy(0, places.before, state.flatten(0, 1)).index_copy(0, places.tokens, x[0])
-        outputs = self._taps(extended[None], len(extended) - past)
-        return outputs.index_select(1, places.outputs), extended.index_select(0, places.after).view_as(state)
+        if state is not None:
+            extended = extended.index_copy(0, places.before, state.to(x.dtype).flatten(0, 1))
+        extended = extended.index_copy(0, places.tokens, x[0])
+        outputs = self._outputs(extended[None], silu)
+        after = extended.index_select(0, places.after).view(-1, past, x.shape[2])
+        return outputs.index_select(1, places.outputs), after
 
-    def _taps(self, extended: Tensor, length: int) -> Tensor:
-        weight = self.weight.to(extended.dtype)
+    def _outputs(self, extended: Tensor, silu: bool) -> Tensor:
+        """Of the inputs and the size - 1 before them."""
+        if triton_convolution.serves(extended, self.weight, self.bias):
+            return triton_convolution.convolve(extended, self.weight, self.bias, padded=False, silu=silu)
+        weight, length = self.weight.to(extended.dtype), extended.shape[1] - self.size + 1
         if is_vmapped() or (wants_gradient(extended, weight) and not torch.compiler.is_compiling()):
             y = _Taps.apply(extended, weight)
         else:
             y = extended[:, :length] * weight[:, 0, 0]
             for i in range(1, self.size):
                 y = y.addcmul(extended[:, i : i + length], weight[:, 0, i])
-        return y if self.bias is None else y + self.bias.to(extended.dtype)
+        y = y if self.bias is None else y + self.bias.to(extended.dtype)
+        return F.silu(y) if silu else y
 
 
 @dataclass(frozen=True)
@@ -148,8 +168,6 @@ class _Taps(torch.autograd.Function):
 
     @staticmethod
     def forward(extended: Tensor, weight: Tensor) -> Tensor:
-        if triton_convolution.serves(extended, weight):
-            return triton_convolution.convolve(extended, weight)
         taps = _each_tap(weight)
         length = extended.shape[-2] - len(taps) + 1
         y = extended.new_empty(*extended.shape[:-2], length, extended.shape[-1])
@@ -167,8 +185,6 @@ class _Taps(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
         (d_y,) = grad_outputs
         extended, weight = ctx.saved_tensors
-        if triton_convolution.serves(extended, weight):
-            return triton_convolution.convolve_backward(extended, weight, d_y)
         taps, length = _each_tap(weight), d_y.shape[-2]
         d_extended, d_taps = torch.empty_like(extended), torch.zeros_like(taps)
         for x, d_x, d_out in _groups(extended, d_extended, d_y):
@@ -257,14 +273,19 @@ class ReLUMLP(nn.Module):
         return self.down_proj(x)
 
 
-def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """`x / sqrt(|x|^2 + eps)` along the last axis, computed in float32 or better, in the dtype of `x`."""
+def l2_normalize(x: Tensor, eps: float = 1e-6, *, scale: float = 1.0) -> Tensor:
+    """`scale x / sqrt(|x|^2 + eps)` along the last axis, computed in float32 or better, in the dtype of `x`."""
+    if triton_normalize.serves(x):
+        return triton_normalize.normalize(x, eps=eps, scale=scale)
     wide = accumulated(x)
-    return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    factor = torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)
+    return (wide * (factor if scale == 1 else factor * scale)).to(x.dtype)
 
 
 def unit_vectors(x: Tensor) -> Tensor:
     """`x / |x|` along the last axis, 0 where |x| <= 1e-12; computed in float32 or better, in the dtype of `x`."""
+    if triton_normalize.serves(x):
+        return triton_normalize.normalize(x, least=1e-24)
     wide = accumulated(x)
     squared_norm = wide.square().sum(-1, keepdim=True)
     directed = squared_norm > 1e-24

@@ -276,12 +276,13 @@ class DeltaNet(Mixer):
         projected, after = self._project(x, state, cu_seqlens)
         transition = self._transition(x, projected["k"])
         b, t, _ = x.shape
-        q = self._for_every_value_head(l2_normalize(projected["q"].view(b, t, self.num_key_heads, self.key_dim)))
+        q = projected["q"].view(b, t, self.num_key_heads, self.key_dim)
+        q = self._for_every_value_head(l2_normalize(q, scale=self.key_dim**-0.5))
         v = projected["v"].view(b, t, self.num_householder, self.num_heads, self.value_dim)
         initial = None if state is None else state["recurrence"]
         o, after["recurrence"] = linear_recurrence(
             transition,
-            q * self.key_dim**-0.5,
+            q,
             v,
             initial_state=initial,
             cu_seqlens=cu_seqlens,
@@ -338,12 +339,15 @@ class DeltaNet(Mixer):
             check_packing(x.shape[0], x.shape[1], cu_seqlens)
         projected = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
         after: State = {}
-        if state is None:
-            state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        activation, fused = _ACTIVATIONS[self.config.activation], self.config.activation == "silu"
         for name, conv in self._convolutions():
-            projected[name], after[name] = conv(projected[name], state[name], cu_seqlens)
-        activation = _ACTIVATIONS[self.config.activation]
-        return {name: activation(y) for name, y in projected.items()}, after
+            before = None if state is None else state[name]
+            projected[name], after[name] = conv(
+                projected[name], before, cu_seqlens, activation="silu" if fused else None
+            )
+        if not (fused and self.convolutions):
+            projected = {name: activation(y) for name, y in projected.items()}
+        return projected, after
 
     def _for_every_value_head(self, x: Tensor) -> Tensor:
         """[..., num_key_heads, K] -> [..., H, K]."""

@@ -157,11 +157,12 @@ class Mamba(Mixer):
             check_packing(x.shape[0], x.shape[1], cu_seqlens)
         u, z = self.in_proj(x).chunk(2, -1)
         after: State = {}
-        if self.conv1d is not None:
-            if state is None:
-                state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
-            u, after["conv"] = self.conv1d(u, state["conv"], cu_seqlens)
-        return F.silu(u), z, after
+        if self.conv1d is None:
+            u = F.silu(u)
+        else:
+            before = None if state is None else state["conv"]
+            u, after["conv"] = self.conv1d(u, before, cu_seqlens, activation="silu")
+        return u, z, after
 
     def _select(self, u: Tensor) -> tuple[Discretized, Tensor, Tensor]:
         """The transition, the write keys B_t and the queries C_t, each [B, T, 1, K], from the channels."""

@@ -154,11 +154,12 @@ class Mamba2(Mixer):
         convolved_size = self.channels + 2 * self.group_size
         z, convolved, r = self.in_proj(x).split([self.channels, convolved_size, self.config.num_heads], -1)
         after: State = {}
-        if self.conv1d is not None:
-            if state is None:
-                state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
-            convolved, after["conv"] = self.conv1d(convolved, state["conv"], cu_seqlens)
-        u, write, q = F.silu(convolved).split([self.channels, self.group_size, self.group_size], -1)
+        if self.conv1d is None:
+            convolved = F.silu(convolved)
+        else:
+            before = None if state is None else state["conv"]
+            convolved, after["conv"] = self.conv1d(convolved, before, cu_seqlens, activation="silu")
+        u, write, q = convolved.split([self.channels, self.group_size, self.group_size], -1)
         u = u.unflatten(-1, (self.config.num_heads, self.head_dim))
         dt = self._step_sizes(r)
         o, after["recurrence"] = linear_recurrence(

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from statetrack.layers import HeadNorm, ShortConvolution
 from statetrack.mixers.mixer import (
@@ -125,8 +124,7 @@ class SLSTM(Mixer):
         """What the inputs say of z, i, f, o: [B, T, H, 4 N], float32 or better; and the state of the convolution."""
         seen, after = x, {}
         if self.conv is not None:
-            seen, after["conv"] = self.conv(x, state["conv"], cu_seqlens)
-            seen = F.silu(seen)
+            seen, after["conv"] = self.conv(x, state["conv"], cu_seqlens, activation="silu")
         parts = (self.z_proj(x), self.i_proj(seen), self.f_proj(seen), self.g_proj(x))
         heads = torch.cat([accumulated(part).unflatten(-1, (self.num_heads, self.head_dim)) for part in parts], -1)
         return heads + accumulated(self.bias), after

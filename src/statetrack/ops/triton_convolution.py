@@ -1,7 +1,8 @@
-"""A causal depthwise convolution over time on a GPU: one Triton kernel forward, two backward.
+"""A causal depthwise convolution over time with its activation on a GPU: one Triton kernel forward, one backward.
 
 PyTorch's own operations take a pass over memory for each tap and direction; a small model's training step consists of
-such passes. `kernels/convolution.py` has the kernels.
+such passes. Here the forward reads x and writes y, and the backward reads x and the gradient of y and writes that of x:
+what is between the convolution and its activation is computed again. `kernels/convolution.py` has the kernels.
 """
 
 from __future__ import annotations
@@ -13,60 +14,145 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, ON_REQUEST, power_of_two, unavailable
+from statetrack.ops.backend import differentiable_once, register_operator
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, power_of_two, unavailable
 
-PRIORITY = ON_REQUEST
-"""As that of the backends. `tests/ops/test_triton_convolution.py` has passed on an H100, but nothing is timed."""
+PRIORITY = CHECKED_ON_A_CARD
+"""As that of the backends."""
 
-_TOKENS, _CHANNELS, _BLOCKS = 32, 64, 64
-
-
-def serves(*tensors: Tensor) -> bool:
-    """Whether `convolve` is to be used for these tensors."""
-    return PRIORITY == CHECKED_ON_A_CARD and unavailable(*tensors) is None
+# The tiles of the forward, and of the backward: how many runs of tokens, channels, how long a run may be, and how many
+# tokens of it are loaded at once. Four warps read 16 and 8 bytes of bfloat16 a thread.
+_TOKENS, _CHANNELS = 16, 128
+_RUNS, _RUN_CHANNELS, _LONGEST_RUN, _AHEAD = 8, 64, 32, 4
 
 
-def convolve(extended: Tensor, weight: Tensor) -> Tensor:
-    """`y_t = sum_i weight[..., 0, i] extended_{t + i}`.
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether `convolve` is to be used for these tensors; the compiler makes kernels of its own."""
+    return PRIORITY == CHECKED_ON_A_CARD and unavailable(*tensors) is None and not torch.compiler.is_compiling()
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padded: bool, silu: bool = False) -> Tensor:
+    """`y_t = bias + sum_i weight[:, 0, i] e_{t + i}`, and of that the silu if asked for, where e is x or x padded.
+
+    Sums run in float32. Differentiable once; `torch.func.vmap` works.
 
     Args:
-        extended: [B, L + S - 1, C], or [R, B, L + S - 1, C] for R replicas.
-        weight: [C, 1, S], or [R, C, 1, S].
+        x: [B, L, C].
+        weight: [C, 1, S].
+        bias: [C].
+        padded: whether S - 1 zeros come before x. If not, L is at least S.
+        silu: whether y is `silu` of what is above.
 
     Returns:
-        [B, L, C], or [R, B, L, C], in the dtype of `extended`.
+        [B, L, C] if padded, else [B, L - S + 1, C], in the dtype of x.
     """
-    extended, taps = extended.contiguous(), weight.contiguous()
-    *batch, long, channels = extended.shape
-    size = weight.shape[-1]
-    y = extended.new_empty(*batch, long - size + 1, channels)
-    rows, grid, sizes = _launch(extended, taps, y.shape[-2])
-    _kernels().forward[grid](extended, taps, y, y.shape[-2], rows, channels, size, **sizes)
+    return _Convolution.apply(x, weight, bias, padded, silu)  # type: ignore[no-any-return]
+
+
+class _Convolution(torch.autograd.Function):
+    """All tensors may have a first axis more, of replicas; then all have."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, padded: bool, silu: bool) -> Tensor:
+        return _forward_op(x, weight, bias, padded, silu)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        *tensors, ctx.padded, ctx.silu = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        d_x, d_weight, d_bias = _backward_op(x, weight, bias, grad_outputs[0], ctx.padded, ctx.silu)
+        return d_x, d_weight, None if bias is None else d_bias, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        *tensors, padded, silu = args
+        moved = [
+            x if x is None else x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(tensors, in_dims, strict=False)
+        ]
+        return _Convolution.apply(*moved, padded, silu), 0
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padded: bool, silu: bool) -> Tensor:
+    x, rows, constants = _arguments(x, weight, bias, padded, silu)
+    y = _empty_outputs(x, weight, bias, padded, silu)
+    if y.numel():
+        tokens, channels = y.shape[-2:]
+        block_t, block_c = power_of_two(min(tokens, _TOKENS)), power_of_two(min(channels, _CHANNELS))
+        grid = (y.shape[:-2].numel(), -(-tokens // block_t), -(-channels // block_c))
+        with torch.cuda.device_of(x):
+            _kernels().forward[grid](
+                x, weight.contiguous(), None if bias is None else bias.contiguous(), y, x.shape[-2], rows,
+                **constants, BT=block_t, BC=block_c, num_warps=4,
+            )  # fmt: skip
     return y
 
 
-def convolve_backward(extended: Tensor, weight: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `extended` and `weight` of `convolve`."""
-    extended, taps, d_y = extended.contiguous(), weight.contiguous(), d_y.contiguous()
-    length, channels, size = d_y.shape[-2], d_y.shape[-1], weight.shape[-1]
-    d_extended = torch.empty_like(extended)
-    rows, grid, sizes = _launch(extended, taps, extended.shape[-2])
-    _kernels().backward_inputs[grid](d_y, taps, d_extended, length, rows, channels, size, **sizes)
-    sets, blocks = taps.numel() // (channels * size), min(rows, _BLOCKS)
-    parts = torch.empty(sets, blocks, size, channels, dtype=torch.float32, device=d_y.device)
-    _kernels().backward_taps[sets, blocks, grid[2]](
-        extended, d_y, parts, length, rows, blocks, channels, size, **sizes
-    )  # fmt: skip
-    return d_extended, parts.sum(1).mT.reshape(weight.shape).to(weight.dtype)
+def _backward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, d_y: Tensor, padded: bool, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, rows, constants = _arguments(x, weight, bias, padded, silu)
+    size, channels = weight.shape[-1], x.shape[-1]
+    d_x, sets = torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.shape[:-3].numel()
+    count, tokens = x.shape[:-2].numel(), x.shape[-2]
+    run = min(_LONGEST_RUN, _AHEAD * -(-tokens // (_RUNS * _AHEAD)))
+    blocks = -(-tokens // (_RUNS * max(run, 1)))
+    block_c = power_of_two(min(channels, _RUN_CHANNELS))
+    d_taps = torch.empty(sets, count // sets * blocks, channels, size, dtype=torch.float32, device=x.device)
+    d_bias = d_taps.new_empty(d_taps.shape[:3] if bias is not None else (sets, 0, 0))
+    if d_x.numel():
+        with torch.cuda.device_of(x):
+            _kernels().backward[count, blocks, -(-channels // block_c)](
+                x, weight.contiguous(), None if bias is None else bias.contiguous(), d_y.contiguous(), d_x, d_taps,
+                d_bias, x.shape[-2], rows, run, **constants, BR=_RUNS, BC=block_c, AHEAD=_AHEAD, num_warps=4,
+            )  # fmt: skip
+    d_weight = d_taps.sum(1).view(weight.shape).to(weight.dtype)
+    if bias is None:
+        return d_x, d_weight, weight.new_empty(0)
+    return d_x, d_weight, d_bias.sum(1).view(bias.shape).to(bias.dtype)
 
 
-def _launch(extended: Tensor, taps: Tensor, tokens: int) -> tuple[int, tuple[int, int, int], dict[str, int]]:
-    """Rows that share their taps, the grid over rows, tokens and channels, and the tiles."""
-    channels, size = extended.shape[-1], taps.shape[-1]
-    count = extended.numel() // (extended.shape[-2] * channels)
-    tiles = {"BT": power_of_two(min(tokens, _TOKENS)), "BC": power_of_two(min(channels, _CHANNELS))}
-    grid = (count, -(-tokens // tiles["BT"]), -(-channels // tiles["BC"]))
-    return count * channels * size // taps.numel(), grid, tiles
+def _arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padded: bool, silu: bool
+) -> tuple[Tensor, int, dict[str, Any]]:
+    """x with tokens at one distance from each other, how many rows share their taps, and the kernels' constants."""
+    size = weight.shape[-1]
+    # A part of a wider projection is read where it is; of one row the distances between rows don't matter.
+    stride = x.stride(-2)
+    expected = stride * x.shape[-2]
+    for extent, distance in zip(reversed(x.shape[:-2]), reversed(x.stride()[:-2]), strict=True):
+        if distance != expected and extent > 1:
+            stride = 0
+        expected *= extent
+    if x.stride(-1) != 1 or stride < x.shape[-1]:
+        x = x.contiguous()
+        stride = x.shape[-1]
+    constants = {
+        "C": x.shape[-1], "S": size, "PAD": size - 1 if padded else 0, "STRIDE": stride,
+        "SILU": silu, "BIAS": bias is not None,
+    }  # fmt: skip
+    return x, max(1, x.shape[:-2].numel() // max(1, weight.shape[:-3].numel())), constants
+
+
+def _empty_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, padded: bool, silu: bool) -> Tensor:
+    *batch, length, channels = x.shape
+    return x.new_empty(*batch, length if padded else length - weight.shape[-1] + 1, channels)
+
+
+def _empty_gradients(
+    x: Tensor, weight: Tensor, bias: Tensor | None, d_y: Tensor, padded: bool, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_bias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), d_bias
+
+
+_forward_op = register_operator("triton_convolution", _forward, _empty_outputs)
+_backward_op = register_operator("triton_convolution_backward", _backward, _empty_gradients)
 
 
 @cache
