@@ -1,7 +1,7 @@
 """Language models of 30M parameters pre-trained on code, mathematics and English with both eigenvalue ranges.
 
-    make corpora                                        # once: the text and its tokens, in build/corpora
-    python -m benchmarks.language_models build/corpora/tokens --out results/language-models
+    make corpora                                        # once: the text and its tokens, in runs/corpora
+    python -m benchmarks.language_models runs/corpora/tokens --out results/language-models
     python -m benchmarks.language_models --out results/language-models     # only the table and the figure again
 
 Every run reads the same tokens in the same order (of its seed) through `statetrack.pretraining.loop.pretrain`; beside
@@ -47,9 +47,6 @@ from statetrack.pretraining.run import PretrainRun, fingerprint
 _SUMMARY = "summary.json"
 _POINTS = 300
 """Points of a loss curve, at most."""
-
-_TOKENS_OF_A_DOMAIN = 2**18
-"""Held-out tokens that perplexity is taken over, at each length."""
 
 _PACKAGES = ["triton", "transformers", "flash-linear-attention"]
 
@@ -140,7 +137,7 @@ def train_and_judge(
     else:
         trained, metrics = peer.train(settings, own, on_progress=show, should_stop=late)
         causal = peer.Windows(trained) if metrics[-1]["step"] == settings.training.steps else None
-    return _record(model, settings, own, metrics, causal)
+    return _record(model, settings, own, metrics, causal, options.held_out_tokens)
 
 
 def _record(
@@ -149,6 +146,7 @@ def _record(
     own: Processes,
     metrics: list[dict[str, Any]],
     causal: CausalModel | None,
+    held_out_tokens: int,
 ) -> dict[str, Any]:
     length, last = settings.data.sequence_length, metrics[-1]
     # In the first line are kernels that were compiled.
@@ -157,7 +155,7 @@ def _record(
     mixer = settings.model.mixer_pattern[0]
     cuda = own.device.type == "cuda"
     began = time.perf_counter()
-    held_out = {} if causal is None else _perplexities(causal, settings, own)
+    held_out = {} if causal is None else _perplexities(causal, settings, own, held_out_tokens)
     return {
         "name": model.name,
         "by": model.by,
@@ -188,14 +186,14 @@ def thinned(lines: Sequence[Any]) -> list[Any]:
     return list(lines[::-1][::every][::-1])
 
 
-def _perplexities(causal: CausalModel, settings: PretrainConfig, own: Processes) -> dict[str, dict[str, float]]:
+def _perplexities(
+    causal: CausalModel, settings: PretrainConfig, own: Processes, tokens: int
+) -> dict[str, dict[str, float]]:
     """Perplexity by domain and length, computed in the precision of training."""
     length = settings.data.sequence_length
     bf16 = settings.training.precision == "bfloat16"
     with torch.autocast(own.device.type, torch.bfloat16, enabled=bf16):
-        found = perplexity(
-            causal, settings.data.directory, [length * 2**i for i in range(5)], tokens=_TOKENS_OF_A_DOMAIN
-        )
+        found = perplexity(causal, settings.data.directory, [length * 2**i for i in range(5)], tokens=tokens)
     return {domain.domain: {str(loss.stop): round(loss.perplexity, 4) for loss in domain.by_length} for domain in found}
 
 
@@ -256,6 +254,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "size": options.size,
         "tokens": options.tokens,
+        "held_out_tokens": options.held_out_tokens,
         "set": sorted(options.set),
         "data": {"fingerprint": fingerprint(options.data), **read_manifest(options.data)["tokens"]},
     }
@@ -298,6 +297,7 @@ def run_on_all(
                 return None
             command = [sys.executable, "-m", "benchmarks.language_models", str(options.data), "--out", str(out)]
             command += ["--work", str(options.work), "--tokens", str(options.tokens), "--size", options.size]
+            command += ["--held-out-tokens", str(options.held_out_tokens)]
             command += ["--only", model.name, *(part for text in options.set for part in ("--set", text))]
             if math.isfinite(minutes):
                 command += ["--minutes", str(minutes)]
@@ -338,6 +338,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/language-models"), help="checkpoints and models")
     parser.add_argument("--only", nargs="+", choices=[model.name for model in MODELS], metavar="NAME")
     parser.add_argument("--tokens", type=lambda text: int(float(text)), default=100_000_000, help="of each run")
+    parser.add_argument("--held-out-tokens", type=int, default=2**18, help="of each domain, at each length")
     parser.add_argument("--size", default="30m", help="of the presets")
     parser.add_argument("--minutes", type=float, default=math.inf, help="training stops after so many")
     parser.add_argument("--set", action="append", default=[], help="a value of every config, such as data.batch_size=8")
