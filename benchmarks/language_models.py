@@ -112,8 +112,8 @@ def config(model: Model, options: argparse.Namespace) -> PretrainConfig:
 
 def train_and_judge(
     model: Model, options: argparse.Namespace, own: Processes, deadline: float, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """The record of a run, without perplexities if the time was too short to finish it."""
+) -> dict[str, Any] | None:
+    """The record of a run: without perplexities if it had no time to end, None if it had none for a line of metrics."""
     settings = config(model, options)
     if own.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -133,6 +133,8 @@ def train_and_judge(
         run = PretrainRun(options.work / model.name)
         pretrain(settings, run, own, on_progress=show, on_message=say, should_stop=late)
         metrics = [line for line in run.read_metrics() if line["kind"] == "training"]
+        if not metrics:
+            return None
         causal = load_causal_model(run.path, own.device) if metrics[-1]["step"] == settings.training.steps else None
     else:
         trained, metrics = peer.train(settings, own, on_progress=show, should_stop=late)
@@ -269,7 +271,9 @@ def run_here(pending: Sequence[Model], options: argparse.Namespace, summary: Sum
                 print(f"{model.name}: no time left for it", flush=True)
                 continue
             try:
-                summary.add(train_and_judge(model, options, own, deadline, _teller(model)))
+                record = train_and_judge(model, options, own, deadline, _teller(model))
+                if record is not None:
+                    summary.add(record)
             except Exception:  # the others are runs of their own
                 traceback.print_exc()
                 well = False
@@ -302,7 +306,8 @@ def run_on_all(
             if math.isfinite(minutes):
                 command += ["--minutes", str(minutes)]
             subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}, check=True)
-            return json.loads((out / _SUMMARY).read_text())["results"][0]
+            file = out / _SUMMARY
+            return json.loads(file.read_text())["results"][0] if file.exists() else None
         finally:
             free.put(gpu)
 
