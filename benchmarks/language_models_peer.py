@@ -36,7 +36,7 @@ def installed() -> bool:
     return importlib.util.find_spec("fla.models") is not None
 
 
-def build(settings: PretrainConfig) -> nn.Module:
+def build(settings: PretrainConfig) -> Any:
     """Its model of the sizes of ours.
 
     Raises:
@@ -72,7 +72,7 @@ def train(
     """The model, and lines of metrics as `pretrain` writes them; MFU by the operations of our model of these sizes."""
     training, length = settings.training, settings.data.sequence_length
     torch.manual_seed(int(seeds.generator("initial weights", training.seed).initial_seed()))
-    model = build(settings).to(own.device)
+    model: Any = build(settings).to(own.device)
     bf16 = training.precision == "bfloat16"
     if bf16:  # as ours: the sum over the blocks has the dtype of the embeddings
         embeddings: Any = model.get_input_embeddings()
