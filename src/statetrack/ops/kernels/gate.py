@@ -1,0 +1,51 @@
+"""Triton kernels for products with an activated gate, number by number, forward and backward.
+
+Tensors are [n, W]. All W numbers of a row are there or none, so that they are one access to memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _places(n, W: tl.constexpr, BN: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    within = tl.arange(0, W)
+    return row[:, None] * W + within[None, :], (row < n)[:, None] & (within < W)[None, :]
+
+
+@triton.jit(do_not_specialize=["n"])
+def forward(
+    gate, x, y,
+    n,
+    W: tl.constexpr, BN: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    """y = silu(gate) x, or sigmoid(gate) x."""
+    place, inside = _places(n, W, BN)
+    g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    value *= 1 / (1 + tl.exp(-g))
+    if SILU:
+        value *= g
+    tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def backward(
+    gate, x, d_y, d_gate, d_x,
+    n,
+    W: tl.constexpr, BN: tl.constexpr, SILU: tl.constexpr,
+):  # fmt: skip
+    place, inside = _places(n, W, BN)
+    g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(d_y + place, mask=inside, other=0.0).to(tl.float32)
+    opened = 1 / (1 + tl.exp(-g))
+    slope = opened * (1 - opened)
+    if SILU:
+        slope = opened + g * slope
+        opened *= g
+    tl.store(d_gate + place, (d * value * slope).to(d_gate.dtype.element_ty), mask=inside)
+    tl.store(d_x + place, (d * opened).to(d_x.dtype.element_ty), mask=inside)
