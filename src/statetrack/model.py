@@ -238,9 +238,9 @@ class Block(nn.Module):
         if self.residual_in_float32 and y is not None:
             x = accumulated(x)
         # Of a stream in float32 beside shorter weights the norm reads a shorter copy.
-        if isinstance(norm, RMSNorm) and not self.norm_after:
-            if not self.residual_in_float32 or x.dtype == norm.weight.dtype:
-                return norm.of_sum(x, y)
+        copies = self.residual_in_float32 and isinstance(norm, RMSNorm) and x.dtype != norm.weight.dtype
+        if isinstance(norm, RMSNorm) and not self.norm_after and not copies:
+            return norm.of_sum(x, y)
         x = x if y is None else self._add(x, y)
         return x, self._read(norm, x)
 

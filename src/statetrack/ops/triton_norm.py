@@ -164,8 +164,12 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, of y in a dtype of its own (else of no numbers), and of the weight (of no numbers)."""
     d_x, d_y, d_weight = _empty_gradients(total, weight, inverse_rms, d_normed, d_total, x_dtype, y_dtype)
-    total, d_normed = total.contiguous(), d_normed.contiguous()
-    d_total, weight = None if d_total is None else d_total.contiguous(), None if weight is None else weight.contiguous()
+    total, d_normed, d_total, weight = (
+        total.contiguous(),
+        d_normed.contiguous(),
+        _contiguous(d_total),
+        _contiguous(weight),
+    )
     rows, sets, tile = _launch(total, weight)
     if not rows:
         return d_x, d_y, d_weight.zero_()
@@ -200,6 +204,10 @@ def _empty_gradients(
 
 _forward_op = register_operator("triton_add_and_norm", _forward, _empty_results)
 _backward_op = register_operator("triton_add_and_norm_backward", _backward, _empty_gradients)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _launch(x: Tensor, weight: Tensor | None) -> tuple[int, int, dict[str, int]]:

@@ -16,6 +16,13 @@ def _places(n, W: tl.constexpr, BN: tl.constexpr):
     return row[:, None] * W + within[None, :], (row < n)[:, None] & (within < W)[None, :]
 
 
+@triton.jit
+def _sigmoid(x):
+    # Of a number that can't overflow.
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1 + e)
+
+
 @triton.jit(do_not_specialize=["n"])
 def forward(
     gate, x, y,
@@ -26,7 +33,7 @@ def forward(
     place, inside = _places(n, W, BN)
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    value *= 1 / (1 + tl.exp(-g))
+    value *= _sigmoid(g)
     if SILU:
         value *= g
     tl.store(y + place, value.to(y.dtype.element_ty), mask=inside)
@@ -42,7 +49,7 @@ def backward(
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(d_y + place, mask=inside, other=0.0).to(tl.float32)
-    opened = 1 / (1 + tl.exp(-g))
+    opened = _sigmoid(g)
     slope = opened * (1 - opened)
     if SILU:
         slope = opened + g * slope
