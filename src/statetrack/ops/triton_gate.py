@@ -66,12 +66,12 @@ class _Gated(torch.autograd.Function):
         return *_backward_op(gate, x, d_y, ctx.silu), None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], gate: Tensor, x: Tensor, silu: bool) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         moved = [
             tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            for tensor, dim in zip((gate, x), in_dims, strict=False)
+            for tensor, dim in zip(args[:2], in_dims, strict=False)
         ]
-        return _Gated.apply(*moved, silu), 0
+        return _Gated.apply(*moved, args[2]), 0
 
 
 def _differentiable(gate: Tensor, x: Tensor, d_y: Tensor, *, silu: bool) -> tuple[Tensor | None, Tensor | None]:
