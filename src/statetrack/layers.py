@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from statetrack.ops import triton_convolution, triton_normalize
+from statetrack.ops import triton_convolution, triton_gate, triton_norm, triton_normalize
 from statetrack.ops.backend import wants_gradient
 from statetrack.ops.chunking import CACHED_NUMBERS
 from statetrack.ops.packing import Move, Packing, packing_of, tokens_of
@@ -47,6 +47,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
         eps: added to the mean square; None for the machine epsilon.
     """
     dtype = product_dtype(x)
+    if eps is not None and triton_norm.serves(x, weight):
+        return triton_norm.add_and_norm(x, None, weight, eps, dtype)[1]
     weight = None if weight is None else weight.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext():
         if is_vmapped():  # PyTorch's own kernels for it on a GPU have no batching rule
@@ -62,6 +64,22 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`x + y`, or x where y is None, and its norm.
+
+        On a GPU that is one kernel, and so is its backward, which adds the gradients of the sum and of the norm: what
+        reads x beside the norm should read the sum that this returns.
+
+        Args:
+            x: [..., C].
+            y: [..., C].
+        """
+        if self.eps is not None and (y is None or x.shape == y.shape) and triton_norm.serves(x, y, self.weight):
+            like = x if y is None else x.new_empty(0, dtype=torch.promote_types(x.dtype, y.dtype))
+            return triton_norm.add_and_norm(x, y, self.weight, self.eps, product_dtype(like))
+        total = x if y is None else x + y
+        return total, self(total)
 
 
 class ShortConvolution(nn.Module):
@@ -247,7 +265,14 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden_size, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+
+
+def gated(gate: Tensor, x: Tensor, activation: Literal["silu", "sigmoid"] = "silu") -> Tensor:
+    """`activation(gate) * x` of two tensors of one shape; on a GPU one kernel."""
+    if triton_gate.serves(gate, x):
+        return triton_gate.gated(gate, x, silu=activation == "silu")
+    return (F.silu(gate) if activation == "silu" else torch.sigmoid(gate)) * x
 
 
 class ReLUMLP(nn.Module):

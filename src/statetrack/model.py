@@ -212,12 +212,14 @@ class Block(nn.Module):
         return self._forward(x, state, cu_seqlens)
 
     def _forward(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
-        y, state = self.mixer.scan(self.mixer_input(x), state, cu_seqlens)
-        x = self._add(x, self.mixer_norm(y) if self.norm_after else y)
-        if self.mlp is not None:
-            y = self.mlp(self._read(self.mlp_norm, x))
-            x = self._add(x, self.mlp_norm(y) if self.norm_after else y)
-        return x, state
+        x, read = self._add_and_read(x, None, self.mixer_norm)
+        y, state = self.mixer.scan(read, state, cu_seqlens)
+        y = self.mixer_norm(y) if self.norm_after else y
+        if self.mlp is None:
+            return self._add(x, y), state
+        x, read = self._add_and_read(x, y, self.mlp_norm)
+        y = self.mlp(read)
+        return self._add(x, self.mlp_norm(y) if self.norm_after else y), state
 
     def mixer_input(self, x: Tensor) -> Tensor:
         """What the mixer reads of the residual stream."""
@@ -230,6 +232,17 @@ class Block(nn.Module):
         weight = self.mixer_norm.weight
         # Inputs and logits are rounded to the dtype of the weights, which may lengthen them by a little.
         return weight.detach().abs() * (len(weight) ** 0.5 * (1 + 4 * torch.finfo(weight.dtype).eps))
+
+    def _add_and_read(self, x: Tensor, y: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The residual stream with `y` added to it, and what is read of it."""
+        if self.residual_in_float32 and y is not None:
+            x = accumulated(x)
+        # Of a stream in float32 beside shorter weights the norm reads a shorter copy.
+        copies = self.residual_in_float32 and isinstance(norm, RMSNorm) and x.dtype != norm.weight.dtype
+        if isinstance(norm, RMSNorm) and not self.norm_after and not copies:
+            return norm.of_sum(x, y)
+        x = x if y is None else self._add(x, y)
+        return x, self._read(norm, x)
 
     def _read(self, norm: nn.Module, x: Tensor) -> Tensor:
         if self.residual_in_float32 and isinstance(norm, RMSNorm):

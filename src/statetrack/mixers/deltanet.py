@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from statetrack.layers import RMSNorm, ShortConvolution, l2_normalize, unit_vectors
+from statetrack.layers import RMSNorm, ShortConvolution, gated, l2_normalize, unit_vectors
 from statetrack.mixers.bounds import FactorBounds, Interval, gate_interval, linear_interval
 from statetrack.mixers.mixer import (
     Mixer,
@@ -41,7 +41,7 @@ from statetrack.mixers.mixer import (
 from statetrack.ops import check_packing, linear_recurrence
 from statetrack.transition import EigenvalueRange, Householder, accumulated, accumulation_dtype
 
-_ACTIVATIONS = {"silu": F.silu, "sigmoid": torch.sigmoid, "identity": lambda x: x}
+_ACTIVATIONS = {"silu": F.silu, "identity": lambda x: x}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +291,7 @@ class DeltaNet(Mixer):
         if self.o_norm is not None:
             o = self.o_norm(o)
         if self.g_proj is not None:
-            o = o * _ACTIVATIONS[self.config.gate_activation](self.g_proj(x)).view_as(o)
+            o = gated(self.g_proj(x).view_as(o), o, self.config.gate_activation)
         return self.o_proj(o.flatten(2)), after
 
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Householder:

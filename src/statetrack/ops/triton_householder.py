@@ -153,7 +153,7 @@ class _Shape:
         # Nothing is rounded to 16 bits where no operand is split.
         self.high = high and split
         self.device = device
-        # float32 operands take half a chunk: tiles of 64 rows would not fit into registers, nor on the chip for long keys.
+        # float32 operands take half a chunk: tiles of 64 rows don't fit into registers, nor on the chip for long keys.
         self.block_m = 32 if operand == torch.float32 and self.factors <= 32 else 64
         self.tokens = self.block_m // self.factors
         self.block_c = power_of_two(self.tokens)
