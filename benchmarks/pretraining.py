@@ -1,15 +1,16 @@
 """Pre-training throughput on the machine at hand: tokens a second, MFU and peak memory of presets, on made-up tokens.
 
     python -m benchmarks.pretraining --presets deltanet-125m --micro-batch-size 16 --out results/scaling/one.json
-    torchrun --standalone --nproc_per_node 8 -m benchmarks.pretraining --presets deltanet-125m --parallelism fsdp
+    torchrun --standalone --nproc_per_node 8 -m benchmarks.pretraining --presets deltanet-125m --parallelism ddp fsdp
 
 A step is that of `statetrack pretrain`: forward, backward, sum over processes, clipping, guard, optimizer. Scaling is
-weak: every process has `--micro-batch-size` sequences a step, whatever their number.
+weak: every process has `--micro-batch-size` sequences a step, whatever their number; one size, or one for each preset.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from pathlib import Path
@@ -30,7 +31,9 @@ from statetrack.pretraining.presets import preset
 from statetrack.pretraining.processes import Processes, processes
 
 
-def measure(name: str, options: argparse.Namespace, own: Processes) -> dict[str, Any]:
+def measure(
+    name: str, micro_batch_size: int, parallelism: str, options: argparse.Namespace, own: Processes
+) -> dict[str, Any]:
     """The times of training steps of a preset, the first `warmup` left out."""
     torch.manual_seed(0)
     config = PretrainConfig(
@@ -38,13 +41,13 @@ def measure(name: str, options: argparse.Namespace, own: Processes) -> dict[str,
         data=DataConfig(
             directory="",
             sequence_length=options.sequence_length,
-            batch_size=options.micro_batch_size * own.size,
+            batch_size=micro_batch_size * own.size,
             separate_documents=False,
         ),
         training=PretrainingConfig(steps=options.steps, precision=options.precision),
         optimizer=OptimizerConfig(name=options.optimizer),
         execution=ExecutionConfig(
-            parallelism=options.parallelism,
+            parallelism=parallelism,
             activation_checkpointing=options.activation_checkpointing,
             compile=options.compile,
         ),
@@ -55,7 +58,7 @@ def measure(name: str, options: argparse.Namespace, own: Processes) -> dict[str,
     optimizer, guard = build_optimizer(model, config.optimizer), StepGuard(config.training, own.device)
     cuda = own.device.type == "cuda"
     draws = torch.Generator().manual_seed(own.rank)
-    shape = (1, options.micro_batch_size * options.sequence_length)
+    shape = (1, micro_batch_size * options.sequence_length)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times: list[float] = []
@@ -83,6 +86,7 @@ def measure(name: str, options: argparse.Namespace, own: Processes) -> dict[str,
         "preset": name,
         "parameters": num_parameters,
         "processes": own.size,
+        "micro_batch_size": micro_batch_size,
         "parallelism": parallel.parallelism,
         "seconds_per_step": seconds,
         "all_seconds": times,
@@ -97,11 +101,11 @@ def measure(name: str, options: argparse.Namespace, own: Processes) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["deltanet-125m"])
-    parser.add_argument("--micro-batch-size", type=int, default=16, help="sequences of a process and step")
+    parser.add_argument("--micro-batch-size", type=int, nargs="+", default=[16], help="sequences of a process and step")
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=32000)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--parallelism", choices=["auto", "none", "ddp", "fsdp"], default="auto")
+    parser.add_argument("--parallelism", nargs="+", choices=["auto", "none", "ddp", "fsdp"], default=["auto"])
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--activation-checkpointing", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
@@ -110,8 +114,17 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path("results/scaling/pretraining.json"))
     options = parser.parse_args()
+    sizes = options.micro_batch_size * (len(options.presets) if len(options.micro_batch_size) == 1 else 1)
+    if len(sizes) != len(options.presets):
+        parser.error(f"--micro-batch-size takes one number or one for each of the {len(options.presets)} presets")
     with processes(options.device) as own:
-        results = [measure(name, options, own) for name in options.presets]
+        results = []
+        for name, size in zip(options.presets, sizes, strict=True):
+            for parallelism in options.parallelism:
+                results.append(measure(name, size, parallelism, options, own))
+                if own.device.type == "cuda":
+                    gc.collect()
+                    torch.cuda.empty_cache()  # or the next one's peak would meet memory in pieces
         device = torch.cuda.get_device_name() if own.device.type == "cuda" else "cpu"
         if own.is_first:
             settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
