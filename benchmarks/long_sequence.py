@@ -123,9 +123,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/scaling/long-sequence.json"))
     options = parser.parse_args()
     with processes(options.device) as own:
-        result = measure(
-            own, tokens=options.tokens, width=options.width, layers=options.layers, rounds=options.rounds
-        )
+        result = measure(own, tokens=options.tokens, width=options.width, layers=options.layers, rounds=options.rounds)
         if own.is_first:
             write_results(options.out, {"environment": environment(["triton"]), "result": result})
 

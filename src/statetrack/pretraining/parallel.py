@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -53,7 +54,9 @@ class ParallelModel:
             for block in model.blocks:
                 block.compile()
         if self.parallelism == "fsdp":
-            _shard(model, torch.bfloat16 if self.bf16 else None)
+            # Left to itself FSDP takes the GPU where there is one, also in a run on the CPU.
+            mesh = init_device_mesh(processes.device.type, (processes.size,))
+            _shard(model, mesh, torch.bfloat16 if self.bf16 else None)
         # FSDP puts gathered weights in the place of its parts for the time of a forward and backward pass.
         self.parameters = dict(model.named_parameters())
         self._module: nn.Module = model
@@ -104,7 +107,7 @@ def _parallelism(wanted: str, size: int) -> str:
     return wanted
 
 
-def _shard(model: LanguageModel, compute: torch.dtype | None) -> None:
+def _shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
     # Blocks also return states, which may be views; nobody changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     # Autocast has the last word on the dtypes of inputs.
@@ -113,11 +116,11 @@ def _shard(model: LanguageModel, compute: torch.dtype | None) -> None:
     for block in model.blocks:
         linear: list[nn.Module] = _linear_layers(block) if compute is not None else []
         if linear:
-            (first, *_) = fully_shard(linear, mp_policy=products)
+            (first, *_) = fully_shard(linear, mesh=mesh, mp_policy=products)
             # Some mixers look at a weight before its layer is called, for the dtype of their state.
             block.register_forward_pre_hook(partial(_gather, first))
-        fully_shard(block, mp_policy=rest)
-    fully_shard(model, mp_policy=rest)
+        fully_shard(block, mesh=mesh, mp_policy=rest)
+    fully_shard(model, mesh=mesh, mp_policy=rest)
 
 
 def _gather(group: FSDPModule, block: nn.Module, inputs: Any) -> None:
