@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,7 +77,8 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
     parent = os.getppid()
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     started = False
-    with stop_on_signal() as stopping:
+    ending = ends_if_stuck(command.out) if several and launched else nullcontext()
+    with stop_on_signal() as stopping, ending:
 
         def should_stop() -> bool:
             # torchrun that is killed on the spot can't end its processes: they would go on unseen.
@@ -112,6 +115,48 @@ def run_command(command: Pretrain, stop_on_signal: Callable[[], AbstractContextM
             f"next: statetrack generate {command.out} --prompt ..."
         )
     return 0
+
+
+# torchrun kills on the spot what is there 30 seconds after SIGTERM.
+_SECONDS_TO_END = 25.0
+
+
+@contextmanager
+def ends_if_stuck(out: Path, seconds: float = _SECONDS_TO_END) -> Iterator[None]:
+    """Inside, a process that is still there `seconds` after SIGTERM says so once for all of the run and ends, status 1.
+
+    When a process is killed, the kernels of the others wait for it on their GPUs without end. Python then waits for the
+    GPU, and neither its signal handler nor an error of a connection is ever reached; torchrun would kill such a process
+    without a word. To be used in the main thread, where SIGTERM has a handler.
+
+    Args:
+        out: the run directory.
+        seconds: how long a step and a checkpoint may take.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # The number of a signal is written by the interpreter's handler in C, also while Python code waits.
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    ended = threading.Event()
+
+    def watch() -> None:
+        while (number := os.read(reader, 1)) and number[0] != signal.SIGTERM:
+            pass
+        os.close(reader)
+        if number and not ended.wait(seconds):
+            text = (
+                f"told to end, this process could not do so within {seconds:g} seconds; most likely another process "
+                "has ended, for which it waits; the same command goes on from the last checkpoint"
+            )
+            _failed(RuntimeError(text), out, True, True)
+
+    threading.Thread(target=watch, daemon=True, name="ends_if_stuck").start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        os.close(writer)
 
 
 _PLAN_WIDTH = 160
