@@ -32,7 +32,7 @@ from statetrack.pretraining.processes import Processes, processes
 
 
 def measure(
-    name: str, micro_batch_size: int, parallelism: str, options: argparse.Namespace, own: Processes
+    name: str, micro_batch_size: int, parallelism: Any, options: argparse.Namespace, own: Processes
 ) -> dict[str, Any]:
     """The times of training steps of a preset, the first `warmup` left out."""
     torch.manual_seed(0)

@@ -14,8 +14,7 @@ from statetrack.pretraining.commands import ends_if_stuck
 
 with stop_on_signal() as stopping, ends_if_stuck(Path(sys.argv[1]), 1):
     print("waiting", flush=True)
-    while not stopping():
-        {wait}
+    {wait}
 """
 # As a wait for a GPU does, the second lock never comes back to the interpreter, so no handler of a signal runs.
 FOREVER = "mutex = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(mutex) for _ in range(2)]"
@@ -41,7 +40,7 @@ def test_a_stuck_process_ends_with_one_sentence(tmp_path):
 
 
 def test_a_process_that_ends_in_time_is_left_alone(tmp_path):
-    process = start(tmp_path, "time.sleep(0.01)")
+    process = start(tmp_path, "while not stopping(): time.sleep(0.01)")
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(signal.SIGTERM)
     _, text = process.communicate(timeout=30)
