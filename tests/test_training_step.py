@@ -1,13 +1,16 @@
 """Runs trained together are trained as they would be alone; steps in fixed memory, from graphs on a GPU, as others."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from statetrack import LanguageModel, mixer_config, training_step
 from statetrack.config import TrainingConfig, run_config
 from statetrack.evaluation import evaluate
+from statetrack.ops.vmapped import LinearLayersTogether
 from statetrack.runs import RunDirectory
 from statetrack.tasks import IGNORE, get_task
 from statetrack.training import TrainingError, TrainingResult, train, train_together
@@ -222,3 +225,17 @@ def test_runs_trained_together_on_a_gpu_stop_and_go_on(tmp_path):
         assert_alike(result.model.cpu(), directory.load_model(), 0)
         accuracy = evaluate(result.model.to("cuda"), get_task("parity"), [20], sequences=64, device="cuda")
         assert 0 <= accuracy[0].accuracy <= 1
+
+
+def test_linear_layers_of_replicas_have_the_gradients_of_vmap():
+    draws = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*s, dtype=torch.float64, generator=draws) for s in ((3, 6, 8, 5), (3, 7, 5), (3, 7))]
+
+    def results(mode):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with mode:
+            y = torch.func.vmap(lambda x, weight, bias: F.linear(x, weight, bias).tanh())(*leaves)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    for ours, theirs in zip(results(LinearLayersTogether()), results(contextlib.nullcontext()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

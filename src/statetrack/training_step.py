@@ -24,6 +24,7 @@ from statetrack import seeds
 from statetrack.config import RunConfig, TrainingConfig
 from statetrack.graphs import Graphs, Side
 from statetrack.model import LanguageModel
+from statetrack.ops.vmapped import LinearLayersTogether
 from statetrack.tasks import IGNORE, Batch, Task, get_task
 from statetrack.transition import accumulated
 from statetrack.weight_decay import by_weight_decay
@@ -138,7 +139,8 @@ class Replicas:
 
             return loss_and_accuracy(model, ids, labels, z_loss)
 
-        return vmap(one)(self._stacked, ids, labels)  # type: ignore[no-any-return]
+        with LinearLayersTogether():
+            return vmap(one)(self._stacked, ids, labels)  # type: ignore[no-any-return]
 
     def _alone(self, ids: Tensor) -> Tensor:
         model = self.models[0]

@@ -147,6 +147,7 @@ def test_models_train_in_autocast_as_with_the_chunked_backend(mixer):
         assert torch.nn.functional.cosine_similarity(a.grad.flatten(), b.grad.flatten(), dim=0) > 0.98, name
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # Inductor's advice, once a process
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
 def test_models_compile_in_one_graph(mixer):
     torch._dynamo.reset()
