@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from statetrack.mixers import mixer_configs
 from statetrack.model import LanguageModel, ModelConfig
+from statetrack.ops.triton_common import assuming_a_gpu
 from statetrack.pretraining.optimizers import OptimizerConfig, build_optimizer
 from statetrack.pretraining.plan import (
     CARDS,
@@ -109,7 +110,7 @@ def test_the_peak_of_a_step_by_pytorchs_tracker(name):
         optimizer.step()
         tracker = MemTracker()
         tracker.track_external(model, optimizer)
-        with tracker:
+        with tracker, assuming_a_gpu():
             model(ids, labels=ids).backward()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("meta")]["Total"]
     memory = only(config, sequence_length=512, micro_batch_size=4).memory
