@@ -37,8 +37,8 @@ from benchmarks.common import ROOT, environment, write_results
 from statetrack.data import PrepareConfig, TextSource, prepare
 from statetrack.pretraining.run import PretrainRun
 
-# NVLink multicast needs rights that a container may lack. Gloo looks the host's name up unless told where to listen,
-# and a container's may not be found; here all processes are on one host.
+# NVLink multicast is left off: on a host that others share it can put the GPUs out of service. Gloo looks the host's
+# name up unless told where to listen, and a container's may not be found; here all processes are on one host.
 _ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",

@@ -16,7 +16,7 @@ from statetrack.ops import triton_convolution, triton_gate, triton_norm, triton_
 from statetrack.ops.backend import wants_gradient
 from statetrack.ops.chunking import CACHED_NUMBERS
 from statetrack.ops.packing import Move, Packing, packing_of, tokens_of
-from statetrack.ops.vmapped import is_vmapped, vmapped
+from statetrack.ops.vmapped import is_vmapped, replicas_first, vmapped
 from statetrack.transition import accumulated
 
 
@@ -221,11 +221,7 @@ class _Taps(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Tensor) -> tuple[Tensor, int]:
-        moved = [
-            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(args, in_dims, strict=True)
-        ]
-        return _Taps.apply(*moved), 0
+        return _Taps.apply(*replicas_first(info, in_dims, args)), 0
 
 
 def _each_tap(weight: Tensor) -> Tensor:
@@ -272,7 +268,7 @@ def gated(gate: Tensor, x: Tensor, activation: Literal["silu", "sigmoid"] = "sil
     """`activation(gate) * x` of two tensors of one shape; on a GPU one kernel."""
     if triton_gate.serves(gate, x):
         return triton_gate.gated(gate, x, silu=activation == "silu")
-    return (F.silu(gate) if activation == "silu" else torch.sigmoid(gate)) * x
+    return triton_gate.by_operations(gate, x, silu=activation == "silu")
 
 
 class ReLUMLP(nn.Module):

@@ -1,8 +1,9 @@
 """One optimizer step of a run, or of several that differ in seed and learning rate alone: data, loss, gradients, AdamW.
 
 Several runs are one model whose parameters have one more axis, `torch.func.vmap` over it, so that a small model's step,
-which is bound by the number of its operations, costs little more for all of them than for one. Gradients are clipped,
-learning rates set and AdamW applied run by run, so that each is trained as it would be alone, to float rounding.
+which is bound by the number of its operations, costs less for all of them than one after the other. Gradients are
+clipped, learning rates set and AdamW applied run by run, so that each is trained as it would be alone, to float
+rounding.
 
 On a GPU a step is replayed from CUDA graphs and nothing waits for the device: see `statetrack.graphs`.
 """

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from statetrack.ops import triton_convolution, triton_cross_entropy, triton_normalize
+from statetrack.ops import triton_convolution, triton_cross_entropy, triton_norm, triton_normalize
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, ON_REQUEST
 
 
 @pytest.mark.parametrize(
     "kernels",
-    [triton_convolution, triton_cross_entropy, triton_normalize],
-    ids=["convolution", "cross-entropy", "normalize"],
+    [triton_convolution, triton_cross_entropy, triton_norm, triton_normalize],
+    ids=["convolution", "cross-entropy", "norm", "normalize"],
 )
 def test_kernels_that_no_card_has_checked_and_timed_are_not_used(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "PRIORITY", ON_REQUEST)

@@ -27,7 +27,7 @@ def start(place, wait):
     )  # fmt: skip
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a mutex of zeros is one of Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a pthread mutex has another initial value than zeros")
 def test_a_stuck_process_ends_with_one_sentence(tmp_path):
     first, second = (start(tmp_path, FOREVER) for _ in range(2))
     for process in (first, second):

@@ -1,7 +1,7 @@
 """Runs an experiment in worker processes of one thread, as many at once as there are cores or GPUs.
 
 On a GPU, runs that differ in seed and learning rate alone are trained together, as one model (`train_together`), which
-takes little longer than one of them; on a CPU, where arithmetic and not launching it takes the time, one by one.
+takes less time than one after the other; on a CPU, where arithmetic and not launching it takes the time, one by one.
 
 A run that breaks down is given up: its directory says why, and it is not tried again until `forget_failures`. Several
 processes may work on one directory of runs, since each leaves alone what another is at.

@@ -7,15 +7,14 @@ what is between the convolution and its activation is computed again. `kernels/c
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from statetrack.ops.backend import differentiable_once, register_operator
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, power_of_two, unavailable
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, power_of_two, unavailable
+from statetrack.ops.vmapped import replicas_first
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends."""
@@ -71,11 +70,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
         *tensors, padded, silu = args
-        moved = [
-            x if x is None else x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(tensors, in_dims, strict=False)
-        ]
-        return _Convolution.apply(*moved, padded, silu), 0
+        return _Convolution.apply(*replicas_first(info, in_dims[:3], tensors), padded, silu), 0
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padded: bool, silu: bool) -> Tensor:
@@ -155,6 +150,5 @@ _forward_op = register_operator("triton_convolution", _forward, _empty_outputs)
 _backward_op = register_operator("triton_convolution_backward", _backward, _empty_gradients)
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.convolution")
+    return kernels("convolution")

@@ -6,14 +6,12 @@ those that read its gradient; here in 4 to 6. `kernels/cross_entropy.py` has the
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, ON_REQUEST, power_of_two, unavailable
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, ON_REQUEST, kernels, power_of_two, unavailable
 
 PRIORITY = ON_REQUEST
 """As that of the backends. `tests/ops/test_triton_cross_entropy.py` has passed on an H100, but nothing is timed."""
@@ -53,6 +51,5 @@ def replace_by_gradient(
     return losses
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.cross_entropy")
+    return kernels("cross_entropy")

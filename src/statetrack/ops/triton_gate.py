@@ -6,8 +6,6 @@ Only gate and x are kept for the backward, which computes the activation again. 
 from __future__ import annotations
 
 import math
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from statetrack.ops.backend import register_operator, wants_gradient
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, unavailable
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, unavailable
+from statetrack.ops.vmapped import is_vmapped, replicas_first
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends; `tests/ops/test_triton_gate.py` is the check."""
@@ -42,9 +41,14 @@ def gated(gate: Tensor, x: Tensor, *, silu: bool = True) -> Tensor:
         x: of the same shape.
         silu: False for sigmoid.
     """
-    if torch._C._are_functorch_transforms_active() or wants_gradient(gate, x):
+    if is_vmapped() or wants_gradient(gate, x):
         return _Gated.apply(gate, x, silu)  # type: ignore[no-any-return]
     return _forward_op(gate, x, silu)  # type: ignore[no-any-return]
+
+
+def by_operations(gate: Tensor, x: Tensor, *, silu: bool) -> Tensor:
+    """The same from PyTorch's operations."""
+    return (F.silu(gate) if silu else torch.sigmoid(gate)) * x
 
 
 class _Gated(torch.autograd.Function):
@@ -67,16 +71,12 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-        moved = [
-            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            for tensor, dim in zip(args[:2], in_dims, strict=False)
-        ]
-        return _Gated.apply(*moved, args[2]), 0
+        return _Gated.apply(*replicas_first(info, in_dims[:2], args[:2]), args[2]), 0
 
 
 def _differentiable(gate: Tensor, x: Tensor, d_y: Tensor, *, silu: bool) -> tuple[Tensor | None, Tensor | None]:
     """The gradients from PyTorch's operations."""
-    y = (F.silu(gate) if silu else torch.sigmoid(gate)) * x
+    y = by_operations(gate, x, silu=silu)
     inputs = [tensor for tensor in (gate, x) if tensor.requires_grad]
     found = iter(torch.autograd.grad(y, inputs, d_y, create_graph=True))
     d_gate, d_x = (next(found) if tensor.requires_grad else None for tensor in (gate, x))
@@ -117,6 +117,5 @@ def _launch(kernel: str, silu: bool, first: Tensor, *others: Tensor) -> None:
         getattr(_kernels(), kernel)[(-(-count // rows),)](first, *others, count, W=width, BN=rows, SILU=silu)
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.gate")
+    return kernels("gate")

@@ -7,15 +7,14 @@ the residual stream. `kernels/norm.py` has the kernels.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from statetrack.ops.backend import register_operator, wants_gradient
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, power_of_two, unavailable
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, power_of_two, unavailable
+from statetrack.ops.vmapped import is_vmapped, replicas_first
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends; `tests/ops/test_triton_norm.py` is the check."""
@@ -54,7 +53,7 @@ def add_and_norm(
         eps: added to the mean square.
         dtype: of the norm; the total has the dtype of a sum.
     """
-    if torch._C._are_functorch_transforms_active() or wants_gradient(x, y, weight):
+    if is_vmapped() or wants_gradient(x, y, weight):
         total, normed, _ = _AddAndNorm.apply(x, y, weight, eps, dtype)
         return total, normed
     total, normed, _ = _forward_op(x, y, weight, eps, dtype)
@@ -104,11 +103,7 @@ class _AddAndNorm(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, tuple[int, int, int]]:
-        moved = [
-            x if x is None else x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(args[:3], in_dims, strict=False)
-        ]
-        return _AddAndNorm.apply(*moved, *args[3:]), (0, 0, 0)
+        return _AddAndNorm.apply(*replicas_first(info, in_dims[:3], args[:3]), *args[3:]), (0, 0, 0)
 
 
 def _differentiable(
@@ -131,11 +126,7 @@ def _forward(
     """The total, of no numbers without y, the norm and the reciprocal root mean squares [...]."""
     results = _empty_results(x, y, weight, eps, dtype)
     total, normed, inverse_rms = results
-    x, y, weight = (
-        x.contiguous(),
-        None if y is None else y.contiguous(),
-        None if weight is None else weight.contiguous(),
-    )
+    x, y, weight = x.contiguous(), _contiguous(y), _contiguous(weight)
     rows, sets, tile = _launch(x, weight)
     if rows:
         with torch.cuda.device_of(x):
@@ -164,12 +155,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, of y in a dtype of its own (else of no numbers), and of the weight (of no numbers)."""
     d_x, d_y, d_weight = _empty_gradients(total, weight, inverse_rms, d_normed, d_total, x_dtype, y_dtype)
-    total, d_normed, d_total, weight = (
-        total.contiguous(),
-        d_normed.contiguous(),
-        _contiguous(d_total),
-        _contiguous(weight),
-    )
+    total, d_normed = total.contiguous(), d_normed.contiguous()
+    d_total, weight = _contiguous(d_total), _contiguous(weight)
     rows, sets, tile = _launch(total, weight)
     if not rows:
         return d_x, d_y, d_weight.zero_()
@@ -219,6 +206,5 @@ def _launch(x: Tensor, weight: Tensor | None) -> tuple[int, int, dict[str, int]]
     return x.numel() // (sets * channels), sets, {"BR": rows, "BC": block, "num_warps": max(4, block // 512)}
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.norm")
+    return kernels("norm")

@@ -6,15 +6,13 @@ float32 copies through memory. `kernels/normalize.py` has the kernels.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from statetrack.ops.backend import differentiable_once, register_operator
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, LARGEST_KEY, power_of_two, unavailable
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, LARGEST_KEY, kernels, power_of_two, unavailable
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends."""
@@ -107,6 +105,5 @@ _forward_op = register_operator("triton_normalize", _forward, _empty_result)
 _backward_op = register_operator("triton_normalize_backward", _backward, _empty_gradient)
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.normalize")
+    return kernels("normalize")

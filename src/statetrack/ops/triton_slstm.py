@@ -6,14 +6,12 @@ In PyTorch a token is a dozen launches each way; here all of T is one, and R and
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from statetrack.ops.triton_common import power_of_two, unavailable
+from statetrack.ops.triton_common import kernels, power_of_two, unavailable
 
 _LARGEST_HEAD = 64
 """The most channels of a head: R is 16 N^2 bytes, which a multiprocessor must hold."""
@@ -63,9 +61,8 @@ def backward(
     return d_gates, d_recurrent, d_starts[0], d_starts[1], d_starts[2]
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.slstm")
+    return kernels("slstm")
 
 
 def _launch(kernel: str, gates: Tensor, *tensors: Tensor) -> None:

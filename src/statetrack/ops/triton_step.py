@@ -7,8 +7,6 @@ graphs take them.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,12 +14,7 @@ from torch import Tensor
 
 from statetrack.ops.backend import register_operator, wants_gradient
 from statetrack.ops.step import overwrites
-from statetrack.ops.triton_common import (
-    LARGEST_KEY,
-    power_of_two,
-    processors,
-    unavailable,
-)
+from statetrack.ops.triton_common import LARGEST_KEY, kernels, power_of_two, processors, unavailable
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
 
 # A program's part of the state, in numbers, at most; and how many value channels it has at least, which are a segment
@@ -85,9 +78,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-@cache
 def _kernels() -> Any:
-    return import_module("statetrack.ops.kernels.step")
+    return kernels("step")
 
 
 def _decay_kind(decay: Tensor | None) -> str:

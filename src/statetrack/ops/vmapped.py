@@ -7,7 +7,7 @@ tensor has none because it is a parameter (the rates A of Mamba, the recurrent m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -112,6 +112,14 @@ class _Products(torch.autograd.Function):
         return d_y @ weight, d_parts.sum(1)
 
 
+def replicas_first(info: Any, in_dims: Sequence[int | None], inputs: Sequence[Tensor | None]) -> list[Any]:
+    """What a rule for vmap is given, with the replicas of every tensor on a first axis; None stays."""
+    return [
+        x if x is None else x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(inputs, in_dims, strict=True)
+    ]
+
+
 def _into_axis(x: Tensor, axis: int) -> Tensor:
     """[R, ..., H, ...] as [..., R H, ...], where H is the given axis of one replica."""
     return x.movedim(0, axis).flatten(axis, axis + 1)
@@ -136,9 +144,5 @@ class _Vmapped(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         folded, *inputs = args
-        moved = [
-            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(inputs, in_dims[1:], strict=True)
-        ]
-        results = folded(info.batch_size, moved)
+        results = folded(info.batch_size, replicas_first(info, in_dims[1:], inputs))
         return results, tree_map(lambda _: 0, results)
