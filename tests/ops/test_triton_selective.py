@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import TOLERANCE, relative_error, uninitialized_memory_is_nan
+from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from triton_cases import interpreted
 
@@ -75,7 +76,7 @@ def check(inputs, range_=RANGES[1], tolerance=None):
 @pytest.mark.parametrize("range_", RANGES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_range_and_dtype_agrees_with_the_reference(dtype, range_):
-    check(make_inputs(2, 9, 2, 5, dtype=dtype), range_)
+    check(make_inputs(1, 9, 2, 3, dtype=dtype), range_)
 
 
 @interpreted
@@ -141,12 +142,56 @@ def test_a_gradient_of_a_gradient_is_refused():
 @pytest.mark.parametrize("lower_end", [False, True])
 @pytest.mark.parametrize("save", [False, True])
 def test_the_operators_fakes_tell_the_truth(save, lower_end):
-    inputs = [None if x is None else x.detach() for x in make_inputs(2, 9, 2, 5, lower_end=lower_end).values()]
+    inputs = [
+        None if x is None else torch.stack(2 * [x.detach()])
+        for x in make_inputs(1, 3, 1, 2, lower_end=lower_end).values()
+    ]
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(triton_selective._forward_op, (*inputs, -1.0, 1.0, save), test_utils=tests)
     y, state, tape = triton_selective._forward_op(*inputs, -1.0, 1.0, True)
     arguments = (*inputs[:-1], tape, -1.0, 1.0, torch.ones_like(y), torch.ones_like(state))
     torch.library.opcheck(triton_selective._backward_op, arguments, test_utils=tests)
+
+
+def check_replicas(device="cpu", shared=("u", "A")):
+    """Against one replica after the other; some tensors are the same for all."""
+    one = make_inputs(2, 3, 2, 5, lower_end=True, device=device)
+    names = [name for name in NAMES if name not in shared]
+    many = {name: torch.stack([one[name].detach(), one[name].detach().flip(-1)]).requires_grad_() for name in names}
+    given = [one[name] if name in shared else many[name] for name in NAMES]
+
+    def both(function):
+        y, state = function()
+        weights = [torch.linspace(-1, 1, x.numel(), device=device).view(x.shape) for x in (y, state)]
+        return [y, state, *torch.autograd.grad([y, state], given, weights)]
+
+    def scan(*tensors):
+        return selective_scan(*tensors, RANGES[1])
+
+    def one_by_one():
+        each = [scan(*(one[name] if name in shared else many[name][i] for name in NAMES)) for i in range(2)]
+        return [torch.stack(parts) for parts in zip(*each, strict=True)]
+
+    found = both(lambda: vmap(scan, tuple(None if name in shared else 0 for name in NAMES))(*given))
+    for a, b in zip(found, both(one_by_one), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("shared", [(), ("u", "A"), ("q", "z", "bias", "initial_state")], ids=str)
+def test_replicas_and_what_they_share(shared):
+    check_replicas(shared=shared)
+
+
+@interpreted
+def test_replicas_of_a_layer_are_the_layers(monkeypatch):
+    layers = [Mamba(4, state_size=2, eigenvalue_range=(-1, 1)) for _ in range(2)]
+    parameters = {name: torch.stack([x, layers[1].get_parameter(name)]) for name, x in layers[0].named_parameters()}
+    x = torch.randn(2, 5, 4)
+    monkeypatch.setattr(triton_selective, "PRIORITY", CHECKED_ON_A_CARD)
+    y = vmap(lambda own: functional_call(layers[0], own, (x,)))(parameters)
+    monkeypatch.setattr(triton_selective, "PRIORITY", ON_REQUEST)
+    torch.testing.assert_close(y, torch.stack([layer(x) for layer in layers]), rtol=1e-5, atol=1e-5)
 
 
 def layer_results(layer, x, state=None, *, device="cpu", dtype=None):
@@ -166,9 +211,9 @@ def layer_results(layer, x, state=None, *, device="cpu", dtype=None):
 @pytest.mark.parametrize("carried", [False, True])
 def test_a_mamba_layer_is_the_same_with_and_without_them(options, carried, monkeypatch):
     layer = Mamba(6, state_size=3, **{"eigenvalue_range": (-1, 1)} | options)
-    x, state, calls = torch.randn(2, 9, 6, requires_grad=True), None, []
+    x, state, calls = torch.randn(2, 4, 6, requires_grad=True), None, []
     if carried:
-        _, state = layer.scan(torch.randn(2, 5, 6))
+        _, state = layer.scan(torch.randn(2, 1, 6))
         state = {name: value.detach() for name, value in state.items()}
     monkeypatch.setattr(triton_selective, "PRIORITY", ON_REQUEST)
     expected = layer_results(layer, x, state)
@@ -179,7 +224,7 @@ def test_a_mamba_layer_is_the_same_with_and_without_them(options, carried, monke
         assert relative_error(a, b) < 2e-5
     assert calls == [1]
     layer.scan(x[:, :1])
-    layer.scan(x[:1], cu_seqlens=torch.tensor([0, 4, 9]))
+    layer.scan(x[:1], cu_seqlens=torch.tensor([0, 1, 4]))
     assert calls == [1]
 
 
@@ -211,6 +256,11 @@ def test_a_layer_on_a_gpu_is_the_same_with_and_without_them(dtype, monkeypatch):
         found.append(layer_results(layer, x, device="cuda", dtype=dtype))
     for a, b in zip(*found, strict=True):
         assert relative_error(b, a) < (1e-4 if dtype is None else 2e-2)
+
+
+@pytest.mark.gpu
+def test_replicas_on_a_gpu():
+    check_replicas("cuda")
 
 
 @pytest.mark.gpu

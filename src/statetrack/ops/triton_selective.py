@@ -17,7 +17,7 @@ from torch import Tensor
 from statetrack.ops import triton_discretized
 from statetrack.ops.backend import differentiable_once, register_operator, wants_gradient
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, LARGEST_KEY, ON_REQUEST, kernels, power_of_two, unavailable
-from statetrack.ops.vmapped import is_vmapped
+from statetrack.ops.vmapped import is_vmapped, vmapped
 from statetrack.transition import EigenvalueRange
 
 PRIORITY = ON_REQUEST
@@ -28,15 +28,15 @@ _RUN, _TOKENS, _CHANNELS = 8, 8, 128
 
 
 def serves(u: Tensor, raw: Tensor, z: Tensor, q: Tensor, *others: Tensor | None) -> bool:
-    """Whether `selective_scan` is to be used for these tensors; one token has faster code, and so have replicas."""
+    """Whether `selective_scan` is to be used for these tensors; a single token has code of its own."""
     return (
         PRIORITY == CHECKED_ON_A_CARD
         and u.shape[1] > 1
         and u.numel() > 0
         and q.shape[-1] <= LARGEST_KEY
         and unavailable(u, raw, z, q, *others) is None
+        # Inductor fuses what is around the scan.
         and not torch.compiler.is_compiling()
-        and not is_vmapped()
     )
 
 
@@ -53,7 +53,9 @@ def selective_scan(
     initial_state: Tensor | None,
     eigenvalue_range: EigenvalueRange,
 ) -> tuple[Tensor, Tensor]:
-    """See above; A_t is that of `Discretized`. Step sizes, decays and states are float32; differentiable once.
+    """See above; A_t is that of `Discretized`. Step sizes, decays and states are float32.
+
+    Differentiable once; `torch.func.vmap` makes one call of all replicas.
 
     Args:
         u: what is written and skips the scan, [B, T, V].
@@ -73,10 +75,21 @@ def selective_scan(
         final_state: [B, 1, K, V], float32.
     """
     inputs = (u, raw, bias, A, lower_end, write, q, D, z, initial_state)
-    lo, hi = eigenvalue_range.lo, eigenvalue_range.hi
-    if wants_gradient(*inputs):
-        return _SelectiveScan.apply(*inputs, lo, hi)  # type: ignore[no-any-return]
-    y, final_state, _ = _forward_op(*inputs, lo, hi, False)
+
+    def all_replicas(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _replicated(*tensors, eigenvalue_range.lo, eigenvalue_range.hi)
+
+    if is_vmapped():
+        return vmapped(all_replicas, *inputs)  # type: ignore[no-any-return]
+    y, final_state = all_replicas(*(None if x is None else x.unsqueeze(0) for x in inputs))
+    return y.squeeze(0), final_state.squeeze(0)
+
+
+def _replicated(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`selective_scan` of tensors with an axis of replicas before all others."""
+    if wants_gradient(*inputs[:-2]):
+        return _SelectiveScan.apply(*inputs)  # type: ignore[no-any-return]
+    y, final_state, _ = _forward_op(*inputs, False)
     return y, final_state
 
 
@@ -96,7 +109,7 @@ class _SelectiveScan(torch.autograd.Function):
         d_y, d_state = grad_outputs
         *tensors, o, pairs, starts = ctx.saved_tensors
         if d_y is None:
-            d_y = torch.zeros_like(o)
+            d_y = torch.zeros_like(tensors[0])
         *gradients, d_initial = _backward_op(*tensors, [o, pairs, starts], ctx.lo, ctx.hi, d_y, d_state)
         if tensors[4] is None:
             gradients[4] = None
@@ -121,15 +134,15 @@ def _forward(
     """Returns y, the final state, and a tape for `_backward`, which is empty unless `save`."""
     u, raw, bias, D = (x.contiguous() for x in (u, raw, bias, D))
     z, stride = _rows(z)
-    dt, v, y = torch.empty_like(u, dtype=torch.float32), torch.empty_like(u), torch.empty_like(u)
+    y, dt, v = torch.empty_like(u), _heads_like(u, torch.float32), _heads_like(u)
     grid, sizes, options = _launch(u)
     with torch.cuda.device_of(u):
         _kernels().before[grid](raw, bias, u, dt, v, *sizes, **options)
         o, final, tape = triton_discretized._forward(
-            *_scanned(dt, A, lower_end, q, write, v), initial_state, lo, hi, save
+            dt, A, lower_end, _to_heads(q), _to_heads(write), v, _state_to_heads(initial_state), lo, hi, save
         )
         _kernels().after[grid](o, u, D, z, y, *sizes, STRIDE=stride, **options)
-    return y, final, [o.squeeze(2), *tape] if save else []
+    return y, final.movedim(1, 0).unsqueeze(2), [o, *tape] if save else []
 
 
 def _empty_results(
@@ -147,11 +160,11 @@ def _empty_results(
     hi: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    dt = u.new_empty(u.shape, dtype=torch.float32)
+    dt, v = _heads_like(u, torch.float32), _heads_like(u)
     o, final, tape = triton_discretized._empty_results(
-        *_scanned(dt, A, lower_end, q, write, u), initial_state, lo, hi, save
+        dt, A, lower_end, _to_heads(q), _to_heads(write), v, _state_to_heads(initial_state), lo, hi, save
     )
-    return u.new_empty(u.shape), final, [o.squeeze(2), *tape] if save else []
+    return u.new_empty(u.shape), final.movedim(1, 0).unsqueeze(2), [o, *tape] if save else []
 
 
 def _backward(
@@ -174,21 +187,21 @@ def _backward(
     u, raw, bias, D, d_y = (x.contiguous() for x in (u, raw, bias, D, d_y))
     z, stride = _rows(z)
     o, *states = tape
-    dt, v, d_o = torch.empty_like(u, dtype=torch.float32), torch.empty_like(u), torch.empty_like(u)
+    dt, v, d_o = _heads_like(u, torch.float32), _heads_like(u), _heads_like(u)
     d_u, d_raw, d_z = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (u, raw, z))
     grid, sizes, options = _launch(u)
-    parts_D, parts_bias = torch.empty(2, grid[0], u.shape[-1], dtype=torch.float32, device=u.device).unbind()
+    parts_D, parts_bias = torch.empty(2, grid[0], *D.shape, dtype=torch.float32, device=u.device).unbind()
     with torch.cuda.device_of(u):
         _kernels().after_backward[grid](
             raw, bias, o, u, D, z, d_y, dt, v, d_o, d_z, parts_D, *sizes, STRIDE=stride, **options
         )
         d_dt, d_A, d_lower_end, d_q, d_write, d_v, d_initial = triton_discretized._backward(
-            *_scanned(dt, A, lower_end, q, write, v), states, lo, hi, d_o.unsqueeze(2), d_state
+            dt, A, lower_end, _to_heads(q), _to_heads(write), v, states, lo, hi, d_o, _state_to_heads(d_state)
         )
         _kernels().before_backward[grid](raw, bias, u, D, d_o, d_dt, d_v, d_raw, d_u, parts_bias, *sizes, **options)
     d_bias, d_D = (parts.sum(0).to(x.dtype) for parts, x in ((parts_bias, bias), (parts_D, D)))
-    d_lower_end = d_lower_end.squeeze(0) if lower_end is not None else d_lower_end
-    return d_u, d_raw, d_bias, d_A.squeeze(0), d_lower_end, d_write.squeeze(2), d_q.squeeze(2), d_D, d_z, d_initial
+    d_write, d_q = d_write.movedim(2, 0), d_q.movedim(2, 0)
+    return d_u, d_raw, d_bias, d_A, d_lower_end, d_write, d_q, d_D, d_z, d_initial.movedim(1, 0).unsqueeze(2)
 
 
 def _empty_gradients(
@@ -207,9 +220,12 @@ def _empty_gradients(
     d_y: Tensor,
     d_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_u, d_raw, d_bias, d_A, d_write, d_q, d_D, d_z = (x.new_empty(x.shape) for x in (u, raw, bias, A, write, q, D, z))
+    d_u, d_raw, d_bias, d_A, d_D, d_z = (x.new_empty(x.shape) for x in (u, raw, bias, A, D, z))
     d_lower_end = A.new_empty(0) if lower_end is None else lower_end.new_empty(lower_end.shape)
-    d_initial = u.new_empty((u.shape[0], 1, *A.shape), dtype=torch.float32)
+    replicas, batch, *_ = u.shape
+    # As the scan leaves them, whose heads replicas are.
+    d_write, d_q = (x.new_empty(_to_heads(x).shape).movedim(2, 0) for x in (write, q))
+    d_initial = u.new_empty((batch, replicas, *A.shape[1:]), dtype=torch.float32).movedim(1, 0).unsqueeze(2)
     return d_u, d_raw, d_bias, d_A, d_lower_end, d_write, d_q, d_D, d_z, d_initial
 
 
@@ -217,28 +233,40 @@ _forward_op = register_operator("triton_selective", _forward, _empty_results)
 _backward_op = register_operator("triton_selective_backward", _backward, _empty_gradients)
 
 
-def _scanned(
-    dt: Tensor, A: Tensor, lower_end: Tensor | None, q: Tensor, write: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """The arguments of the scan, whose channels are all of one head."""
-    low = None if lower_end is None else lower_end.unsqueeze(0)
-    return dt.unsqueeze(2), A.unsqueeze(0), low, q.unsqueeze(2), write.unsqueeze(2), v.unsqueeze(2)
+def _to_heads(x: Tensor) -> Tensor:
+    """[R, B, T, ...] as [B, T, R, ...]: the scan's heads are the replicas."""
+    return x.movedim(0, 2)
+
+
+def _state_to_heads(x: Tensor | None) -> Tensor | None:
+    """[R, B, 1, K, V] as [B, R, K, V]."""
+    return None if x is None else x.squeeze(2).movedim(0, 1)
+
+
+def _heads_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for [B, T, R, V], from x [R, B, T, V]."""
+    return x.new_empty(_to_heads(x).shape, dtype=dtype or x.dtype)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """x with all tokens at one distance from each other, and that: a part of a wider projection is read where it is."""
-    whole = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    if x.stride(2) != 1 or x.stride(1) < x.shape[2] or not whole:
+    replicas, batch, length, channels = x.shape
+    distance = x.stride(2)
+    together = (batch == 1 or x.stride(1) == length * distance) and (
+        replicas == 1 or x.stride(0) == batch * length * distance
+    )
+    if not together or x.stride(3) != 1 or distance < channels:
         x = x.contiguous()
-    return x, x.stride(1)
+    return x, x.stride(2)
 
 
-def _launch(u: Tensor) -> tuple[tuple[int, int], tuple[int], dict[str, int]]:
+def _launch(u: Tensor) -> tuple[tuple[int, int, int], tuple[int], dict[str, int]]:
     """A grid, the arguments and the constants that all kernels share."""
-    channels, tokens = u.shape[-1], u.shape[:-1].numel()
+    replicas, batch, length, channels = u.shape
     block = power_of_two(min(channels, _CHANNELS))
     options = {"C": channels, "RUN": _RUN, "BN": _TOKENS, "BC": block, "num_warps": 4}
-    return (-(-tokens // (_RUN * _TOKENS)), -(-channels // block)), (tokens,), options
+    grid = -(-batch * length // (_RUN * _TOKENS)), -(-channels // block), replicas
+    return grid, (batch * length,), options
 
 
 def _kernels() -> Any:

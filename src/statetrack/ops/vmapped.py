@@ -58,9 +58,9 @@ def vmapped_recurrence(
     return _Vmapped.apply(folded, *inputs)  # type: ignore[no-any-return]
 
 
-def vmapped(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A function that does the same to everything along the first axes of a tensor, of all replicas at once."""
-    return _Vmapped.apply(lambda replicas, moved: function(moved[0]), x)  # type: ignore[no-any-return]
+def vmapped(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
+    """A function of tensors with replicas on their first axis or, if it does the same to all, with any first axes."""
+    return _Vmapped.apply(lambda replicas, moved: function(*moved), *inputs)
 
 
 def vmapped_over_heads(function: Callable[..., Any], axes: list[int], *inputs: Tensor) -> Any:

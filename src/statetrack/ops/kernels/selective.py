@@ -2,8 +2,9 @@
 
     before:  dt = softplus(raw + bias),  v = dt u          after:  y = (o + D u) silu(z)
 
-Tensors are [n, C], tokens by channels. A program takes RUN times BN tokens of BC channels; gradients of a number for
-each channel leave it as one float32 partial sum, [programs along tokens, C].
+Tensors are [R, n, C], replicas by tokens by channels, or [n, R, C] if the scan reads or writes them, for which replicas
+are heads. A program takes RUN times BN tokens of BC channels of a replica; gradients of a number for each channel leave
+it as one float32 partial sum, [programs along tokens, R, C].
 """
 
 from __future__ import annotations
@@ -32,14 +33,22 @@ def _channels(C: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _tokens(i, n, RUN: tl.constexpr, BN: tl.constexpr):
-    token = (tl.program_id(0).to(tl.int64) * RUN + i) * BN + tl.arange(0, BN)
-    return token[:, None], (token < n)[:, None]
+def _rows(i, n, RUN: tl.constexpr, BN: tl.constexpr):
+    """Of each token its row in tensors [R, n, C], and in those of the scan, and whether there is one."""
+    token = ((tl.program_id(0).to(tl.int64) * RUN + i) * BN + tl.arange(0, BN))[:, None]
+    replica = tl.program_id(2)
+    return replica * n + token, token * tl.num_programs(2) + replica, token < n
 
 
 @triton.jit
-def _row(x, channel, ok):
-    return tl.load(x + channel, mask=ok, other=0.0).to(tl.float32)[None, :]
+def _parameter(x, channel, ok, C: tl.constexpr):
+    return tl.load(x + tl.program_id(2) * C + channel, mask=ok, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _store_part(x, channel, ok, total, C: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
+    tl.store(x + row * C + channel, tl.sum(total, axis=0), mask=ok)
 
 
 @triton.jit
@@ -55,13 +64,14 @@ def _put(x, place, value, inside):
 @triton.jit(do_not_specialize=["n"])
 def before(raw, bias, u, dt, v, n, C: tl.constexpr, RUN: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
     channel, ok = _channels(C, BC)
-    offset = _row(bias, channel, ok)
+    offset = _parameter(bias, channel, ok, C)
     for i in range(RUN):
-        token, real = _tokens(i, n, RUN, BN)
-        place, inside = token * C + channel[None, :], real & ok[None, :]
+        row, scanned, real = _rows(i, n, RUN, BN)
+        place, inside = row * C + channel[None, :], real & ok[None, :]
+        of_scan = scanned * C + channel[None, :]
         step = _softplus(_tile(raw, place, inside) + offset)
-        _put(dt, place, step, inside)
-        _put(v, place, step * _tile(u, place, inside), inside)
+        _put(dt, of_scan, step, inside)
+        _put(v, of_scan, step * _tile(u, place, inside), inside)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -71,13 +81,14 @@ def after(
 ):  # fmt: skip
     """Rows of z are STRIDE numbers from each other."""
     channel, ok = _channels(C, BC)
-    skip = _row(D, channel, ok)
+    skip = _parameter(D, channel, ok, C)
     for i in range(RUN):
-        token, real = _tokens(i, n, RUN, BN)
-        place, inside = token * C + channel[None, :], real & ok[None, :]
-        gate = _tile(z, token * STRIDE + channel[None, :], inside)
+        row, scanned, real = _rows(i, n, RUN, BN)
+        place, inside = row * C + channel[None, :], real & ok[None, :]
+        of_scan = scanned * C + channel[None, :]
+        gate = _tile(z, row * STRIDE + channel[None, :], inside)
         opened, _ = _sigmoid(gate)
-        out = _tile(o, place, inside) + skip * _tile(u, place, inside)
+        out = _tile(o, of_scan, inside) + skip * _tile(u, place, inside)
         _put(y, place, out * (gate * opened), inside)
 
 
@@ -88,22 +99,23 @@ def after_backward(
 ):  # fmt: skip
     """The gradients of o and z and parts of that of D; and what `before` computes, once more."""
     channel, ok = _channels(C, BC)
-    offset, skip = _row(bias, channel, ok), _row(D, channel, ok)
+    offset, skip = _parameter(bias, channel, ok, C), _parameter(D, channel, ok, C)
     total = tl.zeros([BN, BC], tl.float32)
     for i in range(RUN):
-        token, real = _tokens(i, n, RUN, BN)
-        place, inside = token * C + channel[None, :], real & ok[None, :]
+        row, scanned, real = _rows(i, n, RUN, BN)
+        place, inside = row * C + channel[None, :], real & ok[None, :]
+        of_scan = scanned * C + channel[None, :]
         value = _tile(u, place, inside)
         step = _softplus(_tile(raw, place, inside) + offset)
-        _put(dt, place, step, inside)
-        _put(v, place, step * value, inside)
-        gate, d_out = _tile(z, token * STRIDE + channel[None, :], inside), _tile(d_y, place, inside)
+        _put(dt, of_scan, step, inside)
+        _put(v, of_scan, step * value, inside)
+        gate, d_out = _tile(z, row * STRIDE + channel[None, :], inside), _tile(d_y, place, inside)
         opened, slope = _sigmoid(gate)
-        _put(d_z, place, d_out * (_tile(o, place, inside) + skip * value) * (opened + gate * slope), inside)
+        _put(d_z, place, d_out * (_tile(o, of_scan, inside) + skip * value) * (opened + gate * slope), inside)
         d_out *= gate * opened
-        _put(d_o, place, d_out, inside)
+        _put(d_o, of_scan, d_out, inside)
         total += d_out * value
-    tl.store(d_D + tl.program_id(0).to(tl.int64) * C + channel, tl.sum(total, axis=0), mask=ok)
+    _store_part(d_D, channel, ok, total, C)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -113,16 +125,17 @@ def before_backward(
 ):  # fmt: skip
     """The gradient of raw, that of u in all its places, and parts of that of the bias."""
     channel, ok = _channels(C, BC)
-    offset, skip = _row(bias, channel, ok), _row(D, channel, ok)
+    offset, skip = _parameter(bias, channel, ok, C), _parameter(D, channel, ok, C)
     total = tl.zeros([BN, BC], tl.float32)
     for i in range(RUN):
-        token, real = _tokens(i, n, RUN, BN)
-        place, inside = token * C + channel[None, :], real & ok[None, :]
-        x, d_value = _tile(raw, place, inside) + offset, _tile(d_v, place, inside)
+        row, scanned, real = _rows(i, n, RUN, BN)
+        place, inside = row * C + channel[None, :], real & ok[None, :]
+        of_scan = scanned * C + channel[None, :]
+        x, d_value = _tile(raw, place, inside) + offset, _tile(d_v, of_scan, inside)
         opened, _ = _sigmoid(x)
-        d_x = (_tile(d_dt, place, inside) + d_value * _tile(u, place, inside)) * opened
+        d_x = (_tile(d_dt, of_scan, inside) + d_value * _tile(u, place, inside)) * opened
         _put(d_raw, place, d_x, inside)
-        _put(d_u, place, d_value * _softplus(x) + skip * _tile(d_o, place, inside), inside)
+        _put(d_u, place, d_value * _softplus(x) + skip * _tile(d_o, of_scan, inside), inside)
         # What is loaded outside is zeros, and so is its gradient.
         total += d_x
-    tl.store(d_bias + tl.program_id(0).to(tl.int64) * C + channel, tl.sum(total, axis=0), mask=ok)
+    _store_part(d_bias, channel, ok, total, C)
