@@ -24,7 +24,8 @@ def make_inputs(b, t, k, v, *, dtype=torch.float32, lower_end=False, initial=Tru
     def randn(*shape):
         return torch.randn(shape, generator=generator)
 
-    pair, projected = randn(b, t, 2 * v).to(dtype), randn(b, t, 2 * k + 3).to(dtype)
+    # On the device before they are cut: to move a part is to copy it.
+    pair, projected = (randn(b, t, size).to(device, dtype) for size in (2 * v, 2 * k + 3))
     inputs = {
         "u": randn(b, t, v).to(dtype), "raw": (3 * randn(b, t, v)).to(dtype), "bias": randn(v) - 2,
         "A": -randn(k, v).exp(), "lower_end": -torch.rand(v, generator=generator) if lower_end else None,

@@ -190,7 +190,8 @@ def _backward(
     dt, v, d_o = _heads_like(u, torch.float32), _heads_like(u), _heads_like(u)
     d_u, d_raw, d_z = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (u, raw, z))
     grid, sizes, options = _launch(u)
-    parts_D, parts_bias = torch.empty(2, grid[0], *D.shape, dtype=torch.float32, device=u.device).unbind()
+    # Each from an address of its own: kernels are told apart by whether addresses are multiples of 16.
+    parts_D, parts_bias = (torch.empty(grid[0], *D.shape, dtype=torch.float32, device=u.device) for _ in range(2))
     with torch.cuda.device_of(u):
         _kernels().after_backward[grid](
             raw, bias, o, u, D, z, d_y, dt, v, d_o, d_z, parts_D, *sizes, STRIDE=stride, **options
