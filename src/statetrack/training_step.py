@@ -26,6 +26,7 @@ from statetrack.config import RunConfig, TrainingConfig
 from statetrack.graphs import Graphs, Side
 from statetrack.model import LanguageModel
 from statetrack.ops.vmapped import LinearLayersTogether
+from statetrack.precision import autocast, products
 from statetrack.tasks import IGNORE, Batch, Task, get_task
 from statetrack.transition import accumulated
 from statetrack.weight_decay import by_weight_decay
@@ -65,7 +66,7 @@ class TrainingStep:
         self._options = [config.training for config in configs]
         self._fitting = fitting_lengths(self._task, self._options[0])
         self._optimizers = optimizers
-        self._replicas = Replicas(models, fixed=fixed)
+        self._replicas = Replicas(models, fixed=fixed, precision=self._options[0].precision)
         self._lengths: dict[int, list[int]] = {}
         self._fixed = (
             _Fixed(self._options, self._task, max(self._fitting), self._replicas, optimizers) if fixed else None
@@ -110,10 +111,11 @@ class Replicas:
         models: of the same config, on the same device. If there are several, their parameters and gradients become
             views of stacked ones: what is done to one is done to the other.
         fixed: keep gradients in the same memory from step to step, and do nothing that no CUDA graph can hold.
+        precision: of the products in the models, as `TrainingConfig` has it.
     """
 
-    def __init__(self, models: Sequence[LanguageModel], *, fixed: bool = False) -> None:
-        self.models, self._fixed = models, fixed
+    def __init__(self, models: Sequence[LanguageModel], *, fixed: bool = False, precision: str = "float32") -> None:
+        self.models, self._fixed, self._precision = models, fixed, precision
         self.device = models[0].embedding.weight.device
         self._stacked: dict[str, Tensor] = {}
         self._gradients: Tensor | None = None
@@ -136,7 +138,8 @@ class Replicas:
             # Embeddings in place of ids, as the model can't look at the ids of replicas.
             def model(ids: Tensor) -> Tensor:
                 x = self._embed(ids, parameters["embedding.weight"])
-                return functional_call(self.models[0], parameters, (x,))  # type: ignore[no-any-return]
+                with autocast(self._precision, self.device):
+                    return functional_call(self.models[0], parameters, (x,))  # type: ignore[no-any-return]
 
             return loss_and_accuracy(model, ids, labels, z_loss)
 
@@ -145,7 +148,10 @@ class Replicas:
 
     def _alone(self, ids: Tensor) -> Tensor:
         model = self.models[0]
-        return model(self._embed(ids, model.embedding.weight) if self._fixed else ids)  # type: ignore[no-any-return]
+        # The sum over the blocks starts with the embeddings, and has their dtype.
+        x = self._embed(ids, model.embedding.weight) if self._fixed else ids
+        with autocast(self._precision, self.device):
+            return model(x)  # type: ignore[no-any-return]
 
     def _embed(self, ids: Tensor, weight: Tensor) -> Tensor:
         if not self._fixed:
@@ -184,9 +190,10 @@ def update(
     labels: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Forward, backward, clipping and AdamW on a batch [R, B, T]; the losses and shares of right labels, [R] each."""
-    losses, correct = replicas.losses(ids, labels, options.z_loss)
-    replicas.zero_gradients()
-    losses.sum().backward()
+    with products(options.precision):
+        losses, correct = replicas.losses(ids, labels, options.z_loss)
+        replicas.zero_gradients()
+        losses.sum().backward()
     for model, optimizer in zip(replicas.models, optimizers, strict=True):
         if options.gradient_clip:
             nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
