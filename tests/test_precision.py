@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,11 @@ from statetrack.training_step import TrainingStep, make_optimizer
 
 
 def make(mixer="deltanet", task="parity", precision="bfloat16", sizes=None, **training):
-    options = {"steps": 20, "batch_size": 4, "min_length": 12, "max_length": 12, "z_loss": 0.1, **training}
+    options: dict[str, Any] = {"steps": 20, "batch_size": 4, "min_length": 12, "max_length": 12, "z_loss": 0.1}
+    options |= {"precision": precision, **training}
     mixer = mixer_config(mixer)() if mixer == "mamba" else mixer_config(mixer)(num_heads=2, eigenvalue_range=(-1, 1))
     sizes = sizes or {"d_model": 16, "num_layers": 2}
-    return run_config(task, mixer, sizes, TrainingConfig(precision=precision, **options))
+    return run_config(task, mixer, sizes, TrainingConfig(**options))
 
 
 def with_seed(config, seed):

@@ -175,7 +175,10 @@ def test_embeddings_of_many_tokens_and_of_few_are_the_same(most, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("task", ["parity", "modular_arithmetic:5", "modular_arithmetic_brackets:5", "group:S3"])
+@pytest.mark.parametrize(
+    "task",
+    ["parity", "modular_arithmetic:5", "modular_arithmetic_brackets:5", "group:S3", "flip_flop", "bounded_dyck:2,3"],
+)
 def test_the_batches_of_graphs_are_those_of_the_generators(task):
     config = make(task=task, steps=120, max_length=12)
     step, _ = steps_of(config, [0, 1], fixed=True, device="cuda")
