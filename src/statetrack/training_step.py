@@ -49,8 +49,8 @@ class TrainingStep:
         configs: of the runs; alike but for seed and learning rate.
         models: one for each, on the device. Their parameters become views of stacked ones where there are several.
         optimizers: one for each, from `make_optimizer`.
-        fixed: keep batches, gradients and learning rates in the same memory at every step, as graphs need it. The
-            numbers are the same, but for the padding.
+        fixed: keep batches and learning rates in the same memory at every step, as graphs need it. The numbers are the
+            same, but for the padding.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class Replicas:
     """R models of one config as one.
 
     Args:
-        models: of the same config, on the same device. If there are several, their parameters and gradients become
-            views of stacked ones: what is done to one is done to the other.
-        fixed: keep gradients in the same memory from step to step, and do nothing that no CUDA graph can hold.
+        models: of the same config, on the same device. If there are several, their parameters become views of stacked
+            ones: what is done to one is done to the other.
+        fixed: do nothing that no CUDA graph can hold.
         precision: of the products in the models, as `TrainingConfig` has it.
     """
 
@@ -118,7 +118,6 @@ class Replicas:
         self.models, self._fixed, self._precision = models, fixed, precision
         self.device = models[0].embedding.weight.device
         self._stacked: dict[str, Tensor] = {}
-        self._gradients: Tensor | None = None
         if len(models) == 1:
             return
         for name, _ in models[0].named_parameters():
@@ -160,26 +159,32 @@ class Replicas:
             return weight[ids]
         return one_hot(ids, len(weight), weight.dtype) @ weight
 
-    def zero_gradients(self) -> None:
-        """Forgets the gradients; where they are fixed, or of several models, by setting them to zero."""
-        if len(self.models) == 1 and not self._fixed:
-            self.models[0].zero_grad(set_to_none=True)
-            return
-        if self._gradients is None:
-            self._gradients = self._allocate_gradients(self._stacked or dict(self.models[0].named_parameters()))
-        self._gradients.zero_()
+    def backward(self, losses: Tensor, gradient_clip: float) -> None:
+        """Puts the gradients of each model's loss [R] in the place of those before, no longer than `gradient_clip`.
 
-    def _allocate_gradients(self, leaves: Mapping[str, Tensor]) -> Tensor:
-        """All gradients in one piece of memory, which one operation sets to zero."""
-        sizes = [leaf.numel() for leaf in leaves.values()]
-        first = next(iter(leaves.values()))
-        gradients = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
-        for (name, leaf), piece in zip(leaves.items(), gradients.split(sizes), strict=True):
-            leaf.grad = piece.view_as(leaf)
-            if self._stacked:
-                for model, gradient in zip(self.models, leaf.grad, strict=True):
-                    model.get_parameter(name).grad = gradient
-        return gradients
+        Nothing is added to zeros: that would be one more operation for every parameter.
+        """
+        leaves = self._stacked or dict(self.models[0].named_parameters())
+        for leaf in leaves.values():
+            leaf.grad = None
+        losses.sum().backward()
+        if self._stacked:
+            self._hand_out(leaves, gradient_clip)
+        elif gradient_clip:
+            nn.utils.clip_grad_norm_(leaves.values(), gradient_clip)
+
+    def _hand_out(self, leaves: Mapping[str, Tensor], gradient_clip: float) -> None:
+        """Clips each model's part of stacked gradients, all at once, and gives it to the model."""
+        found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        gradients = torch.cat([gradient.flatten(1) for gradient in found.values()], 1)
+        if gradient_clip:
+            norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+            gradients *= (gradient_clip / (norms + 1e-6)).clamp(max=1.0)  # as nn.utils.clip_grad_norm_
+        pieces = gradients.split([gradient[0].numel() for gradient in found.values()], 1)
+        for (name, leaf), piece in zip(found.items(), pieces, strict=True):
+            leaves[name].grad = None
+            for model, gradient in zip(self.models, piece, strict=True):
+                model.get_parameter(name).grad = gradient.view(leaf.shape[1:])
 
 
 def update(
@@ -192,11 +197,8 @@ def update(
     """Forward, backward, clipping and AdamW on a batch [R, B, T]; the losses and shares of right labels, [R] each."""
     with products(options.precision):
         losses, correct = replicas.losses(ids, labels, options.z_loss)
-        replicas.zero_gradients()
-        losses.sum().backward()
-    for model, optimizer in zip(replicas.models, optimizers, strict=True):
-        if options.gradient_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
+        replicas.backward(losses, options.gradient_clip)
+    for optimizer in optimizers:
         optimizer.step()
     return losses.detach(), correct
 
