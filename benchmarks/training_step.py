@@ -202,14 +202,14 @@ def gpu_row(
     to the case's own."""
     loops: dict[str, Steps] = {}
     first = {}
-    eager: PrecisionOnTask = "float32"
-    variants = [("ours, eager", seeds[:1], eager, False)]
+    variants = [("ours, eager", seeds[:1], case.config(shortest), False)]
     for precision in precisions:
         captured = "ours, captured" if precision == "float32" else f"ours, captured, {precision}"
-        variants.append((captured, seeds[:1], precision, True))
-        variants += [(f"{captured}, {n} seeds", seeds[:n], precision, True) for n in (3, len(seeds))]
-    for name, chosen, precision, fixed in variants:
-        loops[name] = our_loop(our_steps(case.config(shortest, precision), chosen, fixed=fixed, device="cuda"))
+        config = case.config(shortest, precision)
+        variants.append((captured, seeds[:1], config, True))
+        variants += [(f"{captured}, {n} seeds", seeds[:n], config, True) for n in (3, len(seeds))]
+    for name, chosen, config, fixed in variants:
+        loops[name] = our_loop(our_steps(config, chosen, fixed=fixed, device="cuda"))
         # So many that every length has come three times and all graphs are there.
         first[name] = gpu_seconds(loops[name], 10 if not fixed else 10 if shortest == case.length else 400)
     if peer and case.mixer == "deltanet":

@@ -1,9 +1,8 @@
 """One optimizer step of a run, or of several that differ in seed and learning rate alone: data, loss, gradients, AdamW.
 
 Several runs are one model whose parameters have one more axis, `torch.func.vmap` over it, so that a small model's step,
-which is bound by the number of its operations, costs less for all of them than one after the other. Gradients are
-clipped, learning rates set and AdamW applied run by run, so that each is trained as it would be alone, to float
-rounding.
+which is bound by the number of its operations, costs less for all of them than one after the other. Each has its own
+gradient clip and learning rate, so that it is trained as it would be alone, to float rounding.
 
 On a GPU a step is replayed from CUDA graphs and nothing waits for the device: see `statetrack.graphs`.
 """
@@ -48,7 +47,7 @@ class TrainingStep:
     Args:
         configs: of the runs; alike but for seed and learning rate.
         models: one for each, on the device. Their parameters become views of stacked ones where there are several.
-        optimizers: one for each, from `make_optimizer`.
+        optimizers: one for each, from `make_optimizer`; those of several runs have a state in common afterwards.
         fixed: keep batches and learning rates in the same memory at every step, as graphs need it. The numbers are the
             same, but for the padding.
     """
@@ -57,7 +56,7 @@ class TrainingStep:
         self,
         configs: Sequence[RunConfig],
         models: Sequence[LanguageModel],
-        optimizers: Sequence[torch.optim.Optimizer],
+        optimizers: Sequence[torch.optim.AdamW],
         *,
         fixed: bool,
     ) -> None:
@@ -65,11 +64,11 @@ class TrainingStep:
         self._task = task.with_parts() if configs[0].training.part_labels else task
         self._options = [config.training for config in configs]
         self._fitting = fitting_lengths(self._task, self._options[0])
-        self._optimizers = optimizers
+        self._optimizers = optimizers_together(optimizers, self._options)
         self._replicas = Replicas(models, fixed=fixed, precision=self._options[0].precision)
         self._lengths: dict[int, list[int]] = {}
         self._fixed = (
-            _Fixed(self._options, self._task, max(self._fitting), self._replicas, optimizers) if fixed else None
+            _Fixed(self._options, self._task, max(self._fitting), self._replicas, self._optimizers) if fixed else None
         )
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
@@ -78,10 +77,10 @@ class TrainingStep:
         With fixed memory they are overwritten by the next step.
         """
         lengths = self.lengths(step)
-        rates = [learning_rate_at(step, options) for options in self._options]
+        rates = [learning_rate_at(step, options) for _, options in self._optimizers]
         if self._fixed is not None:
             return self._fixed.step(step, lengths, rates, self.lengths(step + 1))
-        for optimizer, rate in zip(self._optimizers, rates, strict=True):
+        for (optimizer, _), rate in zip(self._optimizers, rates, strict=True):
             set_learning_rate(optimizer, rate)
         batches = [
             draw_batch(self._task, options, length, data_generator(options, step, self._replicas.device))
@@ -89,7 +88,7 @@ class TrainingStep:
         ]
         ids = torch.stack([pad(batch.ids, max(lengths), 0) for batch in batches])
         labels = torch.stack([pad(batch.labels, max(lengths), IGNORE) for batch in batches])
-        return update(self._replicas, self._optimizers, self._options[0], ids, labels)
+        return update(self._replicas, [optimizer for optimizer, _ in self._optimizers], self._options[0], ids, labels)
 
     def lengths(self, step: int) -> list[int]:
         """The length of each run's batch in a step."""
@@ -215,16 +214,16 @@ class _Fixed:
         task: Task,
         longest: int,
         replicas: Replicas,
-        optimizers: Sequence[torch.optim.Optimizer],
+        optimizers: Sequence[tuple[torch.optim.Optimizer, TrainingConfig]],
     ) -> None:
         self._options, self._longest = options, longest
-        self._replicas, self._optimizers = replicas, optimizers
+        self._replicas, self._optimizers = replicas, [optimizer for optimizer, _ in optimizers]
         shape = (2, len(options), options[0].batch_size, self._longest)
         self._batch = torch.zeros(shape, dtype=torch.int64, device=replicas.device)
         self._results = torch.zeros(2, len(options), device=replicas.device)
         self._samplers = [_Sampler(own, task, self._longest, replicas.device) for own in options]
         self._drawn: int | None = None
-        for optimizer in optimizers:
+        for optimizer in self._optimizers:
             fix_learning_rate(optimizer, replicas.device)
         self._graphs = Graphs(replicas.device)
 
@@ -239,7 +238,10 @@ class _Fixed:
     def step(
         self, step: int, lengths: Sequence[int], rates: Sequence[float], lengths_after: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Step number `step` with batches of these lengths; those of the step after it will have others."""
+        """Step number `step` with batches of these lengths and the learning rate of each optimizer.
+
+        The batches of the step after it will have other lengths.
+        """
         if self._drawn != step:
             self._draw(step, lengths)
         for index, sampler in enumerate(self._samplers):
@@ -390,6 +392,32 @@ def make_optimizer(model: LanguageModel, options: TrainingConfig) -> torch.optim
         {"params": kept, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
+
+
+def optimizers_together(
+    optimizers: Sequence[torch.optim.AdamW], options: Sequence[TrainingConfig]
+) -> list[tuple[torch.optim.AdamW, TrainingConfig]]:
+    """One optimizer for all runs of a learning rate, as a fused step takes few operations for many parameters.
+
+    The optimizers given share its state from now on, so that they can be saved; they are not to take steps.
+    """
+    alike: dict[float, list[int]] = {}
+    for index, own in enumerate(options):
+        alike.setdefault(own.learning_rate, []).append(index)
+    together = []
+    for members in alike.values():
+        chosen = [optimizers[index] for index in members]
+        whole = chosen[0]
+        if len(chosen) > 1:
+            groups = zip(*(optimizer.param_groups for optimizer in chosen), strict=True)
+            whole = torch.optim.AdamW(
+                [{**same[0], "params": [p for group in same for p in group["params"]]} for same in groups], fused=True
+            )
+            for optimizer in chosen:
+                whole.state.update(optimizer.state)
+                optimizer.state = whole.state
+        together.append((whole, options[members[0]]))
+    return together
 
 
 def fix_learning_rate(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
