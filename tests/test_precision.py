@@ -29,14 +29,16 @@ def with_seed(config, seed):
     return replace(config, training=replace(config.training, seed=seed))
 
 
-def gradients(config, seeds, *, fixed=False, device="cpu"):
-    """Those of each run at the first step."""
+def gradients(config, seeds, *, fixed=False, device="cpu", one_by_one=False):
+    """Those of each run at the first step; weights rounded by autocast itself if `one_by_one`."""
     models = []
     for seed in seeds:
         torch.manual_seed(seed)
         models.append(LanguageModel(config.model).to(device))
     optimizers = [make_optimizer(model, config.training) for model in models]
     step = TrainingStep([with_seed(config, seed) for seed in seeds], models, optimizers, fixed=fixed)
+    if one_by_one:
+        step._replicas._linear = None
     with step.context():
         step(0)
     return [{name: p.grad.clone() for name, p in model.named_parameters()} for model in models]
@@ -58,6 +60,13 @@ def test_gradients_of_runs_trained_together_in_bfloat16_are_those_of_each_alone(
         assert distance(together, alone) < 5e-3
         assert 1e-4 < distance(alone, exact) < 0.15
         assert all(gradient.dtype == torch.float32 for gradient in together.values())
+
+
+@pytest.mark.parametrize("mixer", ["deltanet", "kda", "mamba", "mlstm", "rwkv7", "gla"])
+def test_weights_rounded_together_are_those_that_autocast_rounds(mixer):
+    config = make(mixer, sizes={"d_model": 16, "num_layers": 1, "mlp_ratio": 2.0})
+    (together,), (one_by_one,) = (gradients(config, [0], one_by_one=value) for value in (False, True))
+    assert all(torch.equal(together[name], one_by_one[name]) for name in one_by_one)
 
 
 def test_steps_in_fixed_memory_have_the_same_gradients_in_bfloat16():

@@ -117,7 +117,17 @@ class Replicas:
         self.models, self._fixed, self._precision = models, fixed, precision
         self.device = models[0].embedding.weight.device
         self._stacked: dict[str, Tensor] = {}
+        self._identity = self._linear = None
+        weight = models[0].embedding.weight
+        if fixed and len(weight) <= MOST_ONE_HOT:
+            self._identity = torch.eye(len(weight), dtype=weight.dtype, device=self.device)
         if len(models) == 1:
+            if precision == "bfloat16":
+                self._linear = {
+                    f"{name}.weight": module.weight
+                    for name, module in models[0].named_modules()
+                    if isinstance(module, nn.Linear) and module.weight.dtype == torch.float32
+                }
             return
         for name, _ in models[0].named_parameters():
             members = [model.get_parameter(name) for model in models]
@@ -149,14 +159,16 @@ class Replicas:
         # The sum over the blocks starts with the embeddings, and has their dtype.
         x = self._embed(ids, model.embedding.weight) if self._fixed else ids
         with autocast(self._precision, self.device):
-            return model(x)  # type: ignore[no-any-return]
+            if not self._linear:
+                return model(x)  # type: ignore[no-any-return]
+            return functional_call(model, rounded_together(self._linear), (x,))  # type: ignore[no-any-return]
 
     def _embed(self, ids: Tensor, weight: Tensor) -> Tensor:
         if not self._fixed:
             return F.embedding(ids, weight)
-        if len(weight) > MOST_ONE_HOT:
+        if self._identity is None:
             return weight[ids]
-        return one_hot(ids, len(weight), weight.dtype) @ weight
+        return F.embedding(ids, self._identity) @ weight
 
     def backward(self, losses: Tensor, gradient_clip: float) -> None:
         """Puts the gradients of each model's loss [R] in the place of those before, no longer than `gradient_clip`.
@@ -166,7 +178,7 @@ class Replicas:
         leaves = self._stacked or dict(self.models[0].named_parameters())
         for leaf in leaves.values():
             leaf.grad = None
-        losses.sum().backward()
+        losses.backward(torch.ones_like(losses))
         if self._stacked:
             self._hand_out(leaves, gradient_clip)
         elif gradient_clip:
@@ -361,9 +373,25 @@ def draw_batch(task: Task, options: TrainingConfig, length: int, generator: torc
     return batch
 
 
-def one_hot(ids: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """[..., size], 1 at each id and 0 elsewhere."""
-    return (ids.unsqueeze(-1) == torch.arange(size, device=ids.device)).to(dtype)
+def rounded_together(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in bfloat16, as autocast would round them one by one: in two operations for all, forward and backward."""
+    return dict(zip(weights, _Rounded.apply(*weights.values()), strict=True))
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        return _converted(weights, torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        return _converted(grad_outputs, torch.float32)
+
+
+def _converted(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    converted = tuple(torch.empty_like(x, dtype=dtype) for x in tensors)
+    torch._foreach_copy_(converted, tensors)  # type: ignore[reportPrivateImportUsage]
+    return converted
 
 
 def pad(x: Tensor, length: int, value: int) -> Tensor:
@@ -380,7 +408,7 @@ def loss_and_accuracy(
     loss = F.cross_entropy(logits, answers, ignore_index=IGNORE)
     if z_loss:
         loss = loss + z_loss * (torch.logsumexp(logits, -1).square() * asked).sum() / asked.sum()
-    correct = ((logits.detach().argmax(-1) == answers) & asked).sum() / asked.sum()
+    correct = (logits.detach().argmax(-1) == answers).sum() / asked.sum()
     return loss, correct
 
 
