@@ -90,7 +90,7 @@ class Mamba(Mixer):
     """
 
     output_layer = "out_proj"
-    own_start = ("dt_proj",)
+    own_start = ("dt_proj", "conv1d")
 
     def __init__(self, d_model: int, config: MambaConfig | None = None, **options: Any) -> None:
         super().__init__()

@@ -120,6 +120,7 @@ class Mamba2(Mixer):
     """
 
     output_layer = "out_proj"
+    own_start = ("conv1d",)
 
     def __init__(self, d_model: int, config: Mamba2Config | None = None, **options: Any) -> None:
         super().__init__()
