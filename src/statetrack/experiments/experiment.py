@@ -29,7 +29,8 @@ A task whose sequences are drawn from a fixed set is judged on another: `judged_
 An experiment that others have published says so in a table `[published]` (see `Publication`), and what they measured
 stands beside each model as `published = { best = 1.0, median = 0.9 }`, or in words as `published = { text = "..." }`.
 `[preset.cpu]` and the like are smaller versions of the whole: `seeds`, and options that are laid over every run; with a
-table `recipe` in them, `model` and `training` of that one are laid over the runs by recipe instead.
+table `recipe` in them, `model` and `training` of that one are laid over the runs by recipe instead. A table `tasks` names
+smaller tasks that stand for larger ones, `tasks = { "group:S5" = "group:S3" }`.
 """
 
 from __future__ import annotations
@@ -193,11 +194,14 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
     smaller = dict(file.preset[preset]) if preset is not None else {}
     chosen = smaller.pop("seeds", None)
     chosen = seeds or chosen
+    smaller_tasks = smaller.pop("tasks", {})
     smaller_recipe = smaller.pop("recipe", smaller)
     whole = file.published is not None and file.published.measure == "sequence_accuracy"
     runs = []
     for own in file.run:
-        table = from_data(_RunTable, _laid_over(_laid_over(file.shared, own), smaller))
+        laid = _laid_over(_laid_over(file.shared, own), smaller)
+        tasks = {key: smaller_tasks.get(laid[key], laid[key]) for key in ("task", "judged_task") if key in laid}
+        table = from_data(_RunTable, {**laid, **tasks})
         for changes in table.sweep:
             laid_over = smaller_recipe if changes.get("recipe") else smaller
             last = {key: {**changes[key], **laid_over.get(key, {})} for key in ("model", "training") if key in changes}
