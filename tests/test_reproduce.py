@@ -70,7 +70,9 @@ def test_the_word_problems_are_those_of_both_papers():
     assert all(run.whole and max(run.lengths) >= 500 for run in experiment.runs)
     (all_elements,) = {run.lengths for run in experiment.runs if "group_S5-deltaproduct" in run.name}
     assert {512, 1024, 2048} < set(all_elements)
-    assert [run.config.training.seed for run in experiment.runs if "group_S5-" in run.name and run.recipe] == [*range(5)]
+    assert [run.config.training.seed for run in experiment.runs if "group_S5-" in run.name and run.recipe] == [
+        *range(5)
+    ]
     paced = [run.config.training for run in experiment.runs if run.config.task == "group:S5:all:4"]
     assert {(training.min_length, training.max_length) for training in paced} == {(64, 64)}
     products = [run.config.model.mixer for run in experiment.runs if "deltaproduct" in run.name]
@@ -90,7 +92,9 @@ def test_a_preset_is_the_same_grid_and_says_that_it_is_smaller(name):
     for preset, options in reproductions()[name]["preset"].items():
         smaller, tasks = load_experiment(name, preset=preset), options.get("tasks", {})
         rows, whole_rows = (
-            list(dict.fromkeys((tasks.get(t := run.config.task, t), Outcome(run, None).model) for run in experiment.runs))
+            list(
+                dict.fromkeys((tasks.get(t := run.config.task, t), Outcome(run, None).model) for run in experiment.runs)
+            )
             for experiment in (smaller, whole)
         )
         assert rows == whole_rows
@@ -286,7 +290,18 @@ def test_the_list_has_every_grid_and_preset(capsys):
     text = capsys.readouterr().out
     assert all(
         word in text
-        for word in ("formal-languages", "word-problems", "--preset", "smoke", "arithmetic", "tracking", "120", "93", "113", "336")
+        for word in (
+            "formal-languages",
+            "word-problems",
+            "--preset",
+            "smoke",
+            "arithmetic",
+            "tracking",
+            "120",
+            "93",
+            "113",
+            "336",
+        )
     )
 
 

@@ -29,8 +29,8 @@ A task whose sequences are drawn from a fixed set is judged on another: `judged_
 An experiment that others have published says so in a table `[published]` (see `Publication`), and what they measured
 stands beside each model as `published = { best = 1.0, median = 0.9 }`, or in words as `published = { text = "..." }`.
 `[preset.cpu]` and the like are smaller versions of the whole: `seeds`, and options that are laid over every run; with a
-table `recipe` in them, `model` and `training` of that one are laid over the runs by recipe instead. A table `tasks` names
-smaller tasks that stand for larger ones, `tasks = { "group:S5" = "group:S3" }`.
+table `recipe` in them, `model` and `training` of that one are laid over the runs by recipe instead. A table `tasks`
+names smaller tasks that stand for larger ones, `tasks = { "group:S5" = "group:S3" }`.
 """
 
 from __future__ import annotations
@@ -103,8 +103,9 @@ class Publication:
     Attributes:
         source: the publication.
         protocol: which of its protocols the grid follows: "paper", "released" (its code) or "ours".
-        measure: "scaled_accuracy", (accuracy - chance) / (1 - chance) on average over the lengths; "accuracy", the share
-            of right answers by length; or "sequence_accuracy", the share of sequences that are right throughout, by length.
+        measure: "scaled_accuracy", (accuracy - chance) / (1 - chance) on average over the lengths; "accuracy", the
+            share of right answers by length; or "sequence_accuracy", the share of sequences that are right throughout,
+            by length.
         differences: what is done otherwise here, a sentence each.
         recipe: what the runs by our own recipe do otherwise, a sentence each.
     """
