@@ -187,7 +187,7 @@ def test_the_learning_rate_is_chosen_by_the_median_over_seeds():
     records = [None if share is None else record({4: share}) for share in shares]
     outcomes = [Outcome(run, one) for run, one in zip(experiment.runs, records, strict=True)]
     table = comparison(experiment.published, outcomes)[0]
-    assert table.rows == [("modular_arithmetic:3", "DeltaNet [-1, 1], 1 layer", "0.500 / 0.500", "–", "0.01", "6 of 9")]
+    assert table.rows == [("modular_arithmetic:3", "DeltaNet [-1, 1], 1 layer", "0.500 / 0.500", "0.01", "6 of 9")]
     assert table.header[-2] == "learning rate"
     page = reproduce._on_the_page(experiment.published, outcomes)
     assert [(one.variant, one.accuracy[4]) for one in page] == [("learning rate 0.01", share) for share in shares[:3]]
@@ -231,6 +231,11 @@ def test_measures_by_length_have_a_table_of_medians(measure):
     assert tables[0].rows[0][2] == "4 / 4"
     line = outcomes[0].data(published)
     assert (line[measure], line["horizon"]) == ({"4": 1.0, "8": 0.875}, 4)
+    # Where nobody has published numbers there is no column for them.
+    assert tables[0].header == ("task", "model", "ours", "published", "seeds")
+    unpublished = [replace(outcome, run=replace(outcome.run, published={})) for outcome in outcomes]
+    results = comparison(published, unpublished)[0]
+    assert (results.title, results.header) == ("Results", ("task", "model", "ours", "seeds"))
     # Recipes have lines of their own, and nothing is said of models that have not been judged.
     recipe = Outcome(replace(runs[0], recipe=True), record({4: 1.0}))
     rows = comparison(published, [Outcome(runs[0], None), recipe])[1].rows

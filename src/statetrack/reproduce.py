@@ -250,6 +250,7 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
     Runs by our own recipe have a column of their own. Of several learning rates the one with the best median counts.
     """
     summarize = _summarize(publication)
+    compared = any(outcome.run.published for outcome in outcomes)
     recipes = any(outcome.run.recipe for outcome in outcomes)
     tuned = any(outcome.run.tuned for outcome in outcomes)
     rows = []
@@ -261,14 +262,16 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         seeds += [f"recipe {_seeds(recipe)}"] if recipe else []
         rows.append(
             (
-                *(task, model, _shown(best), _theirs(published)),
+                *(task, model, _shown(best)),
+                *((_theirs(published),) if compared else ()),
                 *((_shown(summarize(recipe)),) if recipes else ()),
                 *((rate,) if tuned else ()),
                 "; ".join(seeds),
             )
         )
     header = (
-        *("task", "model", "ours", "published"),
+        *("task", "model", "ours"),
+        *(("published",) if compared else ()),
         *(("our recipe",) if recipes else ()),
         *(("learning rate",) if tuned else ()),
         "seeds",
@@ -289,7 +292,7 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         text += " Our recipe: models trained in our own way in place of that protocol."
     if tuned:
         text += " Of the learning rates the one with the best median counts."
-    tables = [ReportTable("Ours and theirs", text, header, rows)]
+    tables = [ReportTable("Ours and theirs" if compared else "Results", text, header, rows)]
     if publication.measure != "scaled_accuracy" and any(outcome.record for outcome in outcomes):
         tables.append(_by_length(publication, outcomes))
     for title, of, sentences in (
