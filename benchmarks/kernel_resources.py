@@ -33,7 +33,8 @@ from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Househ
 SHARED_MEMORY = 227 * 1024
 """The most that a program may have on Hopper, in bytes."""
 _REGISTERS = 65_536
-Case = tuple[Transition, dict[str, torch.Tensor]]
+Case = tuple[Transition | EigenvalueRange, dict[str, torch.Tensor]]
+"""A transition and the other arguments of the recurrence, or a range and those of `triton_selective.selective_scan`."""
 
 
 def householder(
@@ -60,6 +61,16 @@ def low_rank(dtype: torch.dtype, k: int, v: int, *, b: int = 1, t: int = 2048) -
     return transition, _written(dtype, k, v, b, t)
 
 
+def selective(dtype: torch.dtype, k: int, v: int, *, lower_end: bool = False, b: int = 1, t: int = 2048) -> Case:
+    k, v = 16, 256
+    inputs = {name: torch.randn(b, t, v).to(dtype) for name in ("u", "raw")}
+    inputs |= {name: torch.randn(b, t, k).to(dtype) for name in ("write", "q")}
+    # As in a layer, the gate is a part of a wider projection.
+    inputs |= {"z": torch.randn(b, t, 2 * v).to(dtype)[..., v:], "A": -torch.rand(k, v)}
+    inputs |= {name: torch.rand(v) for name in ("bias", "D", *(["lower_end"] if lower_end else []))}
+    return EigenvalueRange(-1, 1), inputs
+
+
 def _written(dtype: torch.dtype, k: int, v: int, b: int, t: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(b, t, 2, size).to(dtype) for name, size in (("q", k), ("v", v), ("write", k))}
 
@@ -69,6 +80,7 @@ OPS: dict[str, list[Callable[..., Case]]] = {
     "diagonal": [functools.partial(diagonal, by_channel=False), functools.partial(diagonal, by_channel=True)],
     "discretized": [discretized, functools.partial(discretized, lower_end=True)],
     "low_rank": [low_rank],
+    "selective": [selective, functools.partial(selective, lower_end=True)],
 }
 
 
@@ -112,7 +124,7 @@ def launches(case: Case, op: str, visit: Visit, *, processors: int = 1, precisio
 
     Args:
         case: the transition and the other arguments, on a CPU.
-        op: of which `ops/triton_<op>.py` is the backend.
+        op: of which `ops/triton_<op>.py` has the kernels.
         visit: is called with every launch.
         processors: of the device that isn't there; with many, time is cut into segments.
         precision: as in `linear_recurrence`.
@@ -124,7 +136,7 @@ def launches(case: Case, op: str, visit: Visit, *, processors: int = 1, precisio
     )
     backend = importlib.import_module(f"statetrack.ops.triton_{op}")
     load = triton_common.kernels
-    run = (precision == "high" and backend.BACKEND.run_high) or backend.BACKEND.run
+    modules = (triton_common, backend, *([backend.triton_discretized] if op == "selective" else []))
 
     def launcher(name: str, function: Any) -> Any:
         class Launcher:
@@ -139,7 +151,7 @@ def launches(case: Case, op: str, visit: Visit, *, processors: int = 1, precisio
     transition, inputs = case
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton_common, "interpreted", return_value=True))
-        for module in (triton_common, backend):
+        for module in modules:
             stack.enter_context(mock.patch.object(module, "kernels", recorder))
             if hasattr(module, "processors"):
                 stack.enter_context(mock.patch.object(module, "processors", return_value=processors))
@@ -147,8 +159,18 @@ def launches(case: Case, op: str, visit: Visit, *, processors: int = 1, precisio
         inputs = {name: x.requires_grad_() for name, x in inputs.items()}
         for save in (False, True):
             with torch.set_grad_enabled(save):
-                o, state = run(transition, inputs["q"], inputs["v"], inputs.get("write"), None, None)
+                o, state = _run(backend, transition, inputs, precision)
         (o.float().sum() + state.sum()).backward()
+
+
+def _run(
+    module: Any, transition: Transition | EigenvalueRange, inputs: dict[str, torch.Tensor], precision: Precision
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if isinstance(transition, EigenvalueRange):
+        optional = {"lower_end": None, "initial_state": None}
+        return module.selective_scan(**optional | inputs, eigenvalue_range=transition)  # type: ignore[no-any-return]
+    run = (precision == "high" and module.BACKEND.run_high) or module.BACKEND.run
+    return run(transition, inputs["q"], inputs["v"], inputs.get("write"), None, None)  # type: ignore[no-any-return]
 
 
 def resources(kernel: Any) -> dict[str, int]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -33,6 +33,7 @@ from benchmarks.common import ROOT, environment, fla, interleaved_cpu_times, wri
 from benchmarks.plain_models import PlainDeltaNet, PlainModel
 from statetrack import LanguageModel, mixer_config
 from statetrack.config import RunConfig, TrainingConfig, run_config
+from statetrack.precision import PrecisionOnTask
 from statetrack.training_step import TrainingStep, make_optimizer
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -56,10 +57,14 @@ class Case:
         factors = " n=2" if self.mixer == "deltaproduct" else ""
         return f"{self.mixer}{factors}, {self.layers} layers, d={self.d_model}, B={self.batch_size}, T={self.length}"
 
-    def config(self, shortest: int | None = None) -> RunConfig:
+    def config(self, shortest: int | None = None, precision: PrecisionOnTask = "float32") -> RunConfig:
         """Lengths from the shortest to the case's own; all of its own for None."""
         training = TrainingConfig(
-            steps=STEPS, batch_size=self.batch_size, min_length=shortest or self.length, max_length=self.length
+            steps=STEPS,
+            batch_size=self.batch_size,
+            min_length=shortest or self.length,
+            max_length=self.length,
+            precision=precision,
         )
         sizes = {"d_model": self.d_model, "num_layers": self.layers}
         options = {} if self.mixer in ("slstm", "attention") else {"eigenvalue_range": (-1, 1)}
@@ -190,16 +195,21 @@ def our_loop(step: TrainingStep) -> Steps:
     return loop
 
 
-def gpu_row(case: Case, seeds: Sequence[int], shortest: int, *, peer: bool) -> dict[str, Any]:
-    """Ours eager, captured, and with several seeds at once, for lengths drawn from the shortest to the case's own."""
+def gpu_row(
+    case: Case, seeds: Sequence[int], shortest: int, precisions: Sequence[PrecisionOnTask], *, peer: bool
+) -> dict[str, Any]:
+    """Ours eager, and captured in each precision, of one and several seeds at once, for lengths drawn from the shortest
+    to the case's own."""
     loops: dict[str, Steps] = {}
     first = {}
-    for name, chosen, fixed in [
-        ("ours, eager", seeds[:1], False),
-        ("ours, captured", seeds[:1], True),
-        *((f"ours, captured, {n} seeds", seeds[:n], True) for n in (3, len(seeds))),
-    ]:
-        loops[name] = our_loop(our_steps(case.config(shortest), chosen, fixed=fixed, device="cuda"))
+    variants = [("ours, eager", seeds[:1], case.config(shortest), False)]
+    for precision in precisions:
+        captured = "ours, captured" if precision == "float32" else f"ours, captured, {precision}"
+        config = case.config(shortest, precision)
+        variants.append((captured, seeds[:1], config, True))
+        variants += [(f"{captured}, {n} seeds", seeds[:n], config, True) for n in (3, len(seeds))]
+    for name, chosen, config, fixed in variants:
+        loops[name] = our_loop(our_steps(config, chosen, fixed=fixed, device="cuda"))
         # So many that every length has come three times and all graphs are there.
         first[name] = gpu_seconds(loops[name], 10 if not fixed else 10 if shortest == case.length else 400)
     if peer and case.mixer == "deltanet":
@@ -217,9 +227,9 @@ def gpu_row(case: Case, seeds: Sequence[int], shortest: int, *, peer: bool) -> d
             "first_steps_seconds": first}  # fmt: skip
 
 
-def profile(case: Case, seeds: Sequence[int], device: str) -> str:
+def profile(case: Case, seeds: Sequence[int], precision: PrecisionOnTask, device: str) -> str:
     """The operations of five steps that take the device longest, as a table."""
-    loop = our_loop(our_steps(case.config(), seeds, fixed=False, device=device))
+    loop = our_loop(our_steps(case.config(precision=precision), seeds, fixed=False, device=device))
     loop(5)
     with torch.profiler.profile() as profiler:
         loop(5)
@@ -283,6 +293,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how often each loop is timed")
     parser.add_argument("--cases", default="", help="only cases with this in their name")
     parser.add_argument("--peer", action="store_true", help="on a GPU: also flash-linear-attention's DeltaNet")
+    parser.add_argument(
+        "--precisions", nargs="+", choices=get_args(PrecisionOnTask), default=get_args(PrecisionOnTask),
+        help="on a GPU: of the captured steps; a profile is of the first one",
+    )  # fmt: skip
     parser.add_argument("--profile", type=int, metavar="SEEDS", help="only say where the steps of so many seeds go")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -294,10 +308,11 @@ def main() -> None:
         if options.cases not in case.name:
             continue
         if options.profile:
-            console.print(case.name, profile(case, range(options.profile), options.device), soft_wrap=True)
+            table = profile(case, range(options.profile), options.precisions[0], options.device)
+            console.print(case.name, table, soft_wrap=True)
             continue
         made = (
-            [gpu_row(case, range(8), shortest, peer=options.peer) for shortest in (case.length, 3)]
+            [gpu_row(case, range(8), shortest, options.precisions, peer=options.peer) for shortest in (case.length, 3)]
             if on_gpu
             else [cpu_row(case, options.rounds)]
         )

@@ -14,7 +14,14 @@ from statetrack.ops.vmapped import LinearLayersTogether
 from statetrack.runs import RunDirectory
 from statetrack.tasks import IGNORE, get_task
 from statetrack.training import TrainingError, TrainingResult, train, train_together
-from statetrack.training_step import TrainingStep, data_generator, draw_batch, make_optimizer, padded_length
+from statetrack.training_step import (
+    TrainingStep,
+    data_generator,
+    draw_batch,
+    make_optimizer,
+    optimizers_together,
+    padded_length,
+)
 
 MIXERS = ["deltanet", "gated_deltaproduct", "mamba", "mlstm", "rwkv7", "slstm", "attention"]
 
@@ -135,6 +142,24 @@ def steps_of(config, seeds, *, fixed, device="cpu"):
     return TrainingStep(configs, models, optimizers, fixed=fixed), models
 
 
+def test_runs_of_one_learning_rate_have_one_optimizer_whose_state_each_of_theirs_shows():
+    own = TrainingConfig(learning_rate=1e-2, weight_decay=0.3)
+    options = [own, replace(own, learning_rate=3e-3), replace(own, seed=1)]
+    models = [LanguageModel(make().model) for _ in options]
+    optimizers = [make_optimizer(model, own) for model in models]
+    (both, first), (other, second) = optimizers_together(optimizers, options)
+    assert (first, second) == (options[0], options[1])
+    assert other is optimizers[1]
+    assert [group["weight_decay"] for group in both.param_groups] == [0.3, 0.0]
+    for model in models:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    both.step()
+    for model, optimizer, count in zip(models, optimizers, (1, None, 1), strict=True):
+        steps = [optimizer.state[p]["step"].item() if optimizer.state[p] else None for p in model.parameters()]
+        assert steps == [count] * len(steps)
+
+
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("seeds", [[0], [0, 1]])
 @pytest.mark.parametrize("mixer", ["deltanet", "mamba"])
@@ -175,7 +200,10 @@ def test_embeddings_of_many_tokens_and_of_few_are_the_same(most, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("task", ["parity", "modular_arithmetic:5", "modular_arithmetic_brackets:5", "group:S3"])
+@pytest.mark.parametrize(
+    "task",
+    ["parity", "modular_arithmetic:5", "modular_arithmetic_brackets:5", "group:S3", "flip_flop", "bounded_dyck:2,3"],
+)
 def test_the_batches_of_graphs_are_those_of_the_generators(task):
     config = make(task=task, steps=120, max_length=12)
     step, _ = steps_of(config, [0, 1], fixed=True, device="cuda")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from statetrack.fields import check_types
 from statetrack.model import Mixers, ModelConfig
 from statetrack.plain import from_data, read_mixer, read_mixers, to_data
+from statetrack.precision import PrecisionOnTask, check_precision
 from statetrack.tasks import Task, get_task
 
 __all__ = ["RunConfig", "TrainingConfig", "from_data", "read_mixer", "read_mixers", "run_config", "to_data"]
@@ -36,6 +37,10 @@ class TrainingConfig:
         warmup: share of the steps, at the start, in which the learning rate rises linearly from 0.
         decay: share of the steps, at the end, in which it falls to 0; it is constant in between.
         decay_shape: how it falls: along half a cosine or a straight line.
+        precision: "bfloat16": matrix products and activations, by autocast; weights, the sum over the blocks, states,
+            whatever decides on eigenvalues, the loss and the optimizer are float32. "tf32", on an NVIDIA GPU: all is
+            float32, and matrix products see the first 11 bits of their inputs. "float32": all of it. It is of training
+            alone; a trained model is evaluated in float32.
         z_loss: coefficient of the z-loss (arXiv 2204.02311), the mean square of the logarithm of the softmax's
             denominator. Cross-entropy stops caring once a model is confident; this term goes on to penalize any drift
             of the state that changes the logits, and so makes eigenvalues exact enough for sequences far longer than
@@ -62,6 +67,7 @@ class TrainingConfig:
     warmup: float = 0.1
     decay: float = 0.9
     decay_shape: Literal["cosine", "linear"] = "cosine"
+    precision: PrecisionOnTask = "float32"
     z_loss: float = 0.0
     weight_decay: float = 0.01
     beta1: float = 0.9
@@ -99,6 +105,7 @@ class TrainingConfig:
             raise ValueError("last_label_only and part_labels exclude each other: choose one")
         if self.decay_shape not in ("cosine", "linear"):
             raise ValueError(f"decay_shape must be cosine or linear, got {self.decay_shape!r}")
+        check_precision(self.precision, PrecisionOnTask)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in 0..2^63 - 1, got {self.seed}")
 

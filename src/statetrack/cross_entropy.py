@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statetrack.layers import product_dtype
 from statetrack.ops import triton_cross_entropy
 from statetrack.ops.backend import differentiable_once, wants_gradient
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD
+from statetrack.precision import product_dtype
 from statetrack.transition import accumulation_dtype
 
 IGNORE = -100

@@ -55,7 +55,8 @@ def evaluate(
 ) -> list[Accuracy]:
     """Judges the label at each of the lengths on sequences that training has not seen.
 
-    A sequence is read in segments, with the state carried from one to the next, so that memory does not grow with
+    The model computes in the dtype of its weights, which is float32 whatever the precision of its training was. A
+    sequence is read in segments, with the state carried from one to the next, so that memory does not grow with
     length. Where sequences end with the answer (expressions, programs), each length has sequences of its own.
 
     Args:

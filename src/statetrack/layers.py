@@ -17,21 +17,8 @@ from statetrack.ops.backend import wants_gradient
 from statetrack.ops.chunking import CACHED_NUMBERS
 from statetrack.ops.packing import Move, Packing, packing_of, tokens_of
 from statetrack.ops.vmapped import is_vmapped, replicas_first, vmapped
+from statetrack.precision import autocasts, product_dtype
 from statetrack.transition import accumulated
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of matrix products of `x`: that of autocast where it is on, else its own."""
-    # Autocast leaves float64 alone.
-    return torch.get_autocast_dtype(x.device.type) if _autocast(x) and x.dtype != torch.float64 else x.dtype
-
-
-# Looked up once: torch.compile of torch 2.11 can't trace the question.
-_HAVE_AUTOCAST = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
-
-
-def _autocast(x: Tensor) -> bool:
-    return x.device.type in _HAVE_AUTOCAST and torch.is_autocast_enabled(x.device.type)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
@@ -50,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float | None) -> Tensor:
     if eps is not None and triton_norm.serves(x, weight):
         return triton_norm.add_and_norm(x, None, weight, eps, dtype)[1]
     weight = None if weight is None else weight.to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False) if _autocast(x) else nullcontext():
+    with torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext():
         if is_vmapped():  # PyTorch's own kernels for it on a GPU have no batching rule
             y = vmapped(lambda x: F.rms_norm(x, x.shape[-1:], None, eps), x)
             y = y if weight is None else y * weight

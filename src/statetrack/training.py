@@ -14,6 +14,7 @@ from statetrack import seeds
 from statetrack.config import RunConfig
 from statetrack.model import LanguageModel, check_backends
 from statetrack.plain import difference
+from statetrack.precision import check_device
 from statetrack.runs import RunDirectory, RunError, TrainingError, load_weights
 from statetrack.tasks import get_task
 from statetrack.training_step import TrainingStep, fitting_lengths, learning_rate_at, make_optimizer
@@ -86,7 +87,8 @@ def train(
 
     Raises:
         RunError: if the directory holds another run.
-        ValueError: if the task has no sequences of the lengths asked for, or a backend can't compute the model here.
+        ValueError: if the task has no sequences of the lengths asked for, or the device has not the precision or the
+            backend that is asked for.
         TrainingError: if the loss is no longer finite.
         OSError: if a checkpoint can't be written; the last one is intact.
     """
@@ -170,6 +172,7 @@ class _Run:
         self.config, self.directory = config, directory
         torch.manual_seed(seeds.number("initial weights", config.training.seed))
         self.model = LanguageModel(config.model).to(device)
+        check_device(config.training.precision, self.model.embedding.weight.device)
         self.optimizer = make_optimizer(self.model, config.training)
         self.step = 0
         self.failure: TrainingError | None = None

@@ -1,9 +1,8 @@
 """One optimizer step of a run, or of several that differ in seed and learning rate alone: data, loss, gradients, AdamW.
 
 Several runs are one model whose parameters have one more axis, `torch.func.vmap` over it, so that a small model's step,
-which is bound by the number of its operations, costs less for all of them than one after the other. Gradients are
-clipped, learning rates set and AdamW applied run by run, so that each is trained as it would be alone, to float
-rounding.
+which is bound by the number of its operations, costs less for all of them than one after the other. Each has its own
+gradient clip and learning rate, so that it is trained as it would be alone, to float rounding.
 
 On a GPU a step is replayed from CUDA graphs and nothing waits for the device: see `statetrack.graphs`.
 """
@@ -26,6 +25,7 @@ from statetrack.config import RunConfig, TrainingConfig
 from statetrack.graphs import Graphs, Side
 from statetrack.model import LanguageModel
 from statetrack.ops.vmapped import LinearLayersTogether
+from statetrack.precision import autocast, products
 from statetrack.tasks import IGNORE, Batch, Task, get_task
 from statetrack.transition import accumulated
 from statetrack.weight_decay import by_weight_decay
@@ -47,16 +47,16 @@ class TrainingStep:
     Args:
         configs: of the runs; alike but for seed and learning rate.
         models: one for each, on the device. Their parameters become views of stacked ones where there are several.
-        optimizers: one for each, from `make_optimizer`.
-        fixed: keep batches, gradients and learning rates in the same memory at every step, as graphs need it. The
-            numbers are the same, but for the padding.
+        optimizers: one for each, from `make_optimizer`; those of several runs have a state in common afterwards.
+        fixed: keep batches and learning rates in the same memory at every step, as graphs need it. The numbers are the
+            same, but for the padding.
     """
 
     def __init__(
         self,
         configs: Sequence[RunConfig],
         models: Sequence[LanguageModel],
-        optimizers: Sequence[torch.optim.Optimizer],
+        optimizers: Sequence[torch.optim.AdamW],
         *,
         fixed: bool,
     ) -> None:
@@ -64,11 +64,11 @@ class TrainingStep:
         self._task = task.with_parts() if configs[0].training.part_labels else task
         self._options = [config.training for config in configs]
         self._fitting = fitting_lengths(self._task, self._options[0])
-        self._optimizers = optimizers
-        self._replicas = Replicas(models, fixed=fixed)
+        self._optimizers = optimizers_together(optimizers, self._options)
+        self._replicas = Replicas(models, fixed=fixed, precision=self._options[0].precision)
         self._lengths: dict[int, list[int]] = {}
         self._fixed = (
-            _Fixed(self._options, self._task, max(self._fitting), self._replicas, optimizers) if fixed else None
+            _Fixed(self._options, self._task, max(self._fitting), self._replicas, self._optimizers) if fixed else None
         )
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
@@ -77,10 +77,10 @@ class TrainingStep:
         With fixed memory they are overwritten by the next step.
         """
         lengths = self.lengths(step)
-        rates = [learning_rate_at(step, options) for options in self._options]
+        rates = [learning_rate_at(step, options) for _, options in self._optimizers]
         if self._fixed is not None:
             return self._fixed.step(step, lengths, rates, self.lengths(step + 1))
-        for optimizer, rate in zip(self._optimizers, rates, strict=True):
+        for (optimizer, _), rate in zip(self._optimizers, rates, strict=True):
             set_learning_rate(optimizer, rate)
         batches = [
             draw_batch(self._task, options, length, data_generator(options, step, self._replicas.device))
@@ -88,7 +88,7 @@ class TrainingStep:
         ]
         ids = torch.stack([pad(batch.ids, max(lengths), 0) for batch in batches])
         labels = torch.stack([pad(batch.labels, max(lengths), IGNORE) for batch in batches])
-        return update(self._replicas, self._optimizers, self._options[0], ids, labels)
+        return update(self._replicas, [optimizer for optimizer, _ in self._optimizers], self._options[0], ids, labels)
 
     def lengths(self, step: int) -> list[int]:
         """The length of each run's batch in a step."""
@@ -107,17 +107,27 @@ class Replicas:
     """R models of one config as one.
 
     Args:
-        models: of the same config, on the same device. If there are several, their parameters and gradients become
-            views of stacked ones: what is done to one is done to the other.
-        fixed: keep gradients in the same memory from step to step, and do nothing that no CUDA graph can hold.
+        models: of the same config, on the same device. If there are several, their parameters become views of stacked
+            ones: what is done to one is done to the other.
+        fixed: do nothing that no CUDA graph can hold.
+        precision: of the products in the models, as `TrainingConfig` has it.
     """
 
-    def __init__(self, models: Sequence[LanguageModel], *, fixed: bool = False) -> None:
-        self.models, self._fixed = models, fixed
+    def __init__(self, models: Sequence[LanguageModel], *, fixed: bool = False, precision: str = "float32") -> None:
+        self.models, self._fixed, self._precision = models, fixed, precision
         self.device = models[0].embedding.weight.device
         self._stacked: dict[str, Tensor] = {}
-        self._gradients: Tensor | None = None
+        self._identity = self._linear = None
+        weight = models[0].embedding.weight
+        if fixed and len(weight) <= MOST_ONE_HOT:
+            self._identity = torch.eye(len(weight), dtype=weight.dtype, device=self.device)
         if len(models) == 1:
+            if precision == "bfloat16":
+                self._linear = {
+                    f"{name}.weight": module.weight
+                    for name, module in models[0].named_modules()
+                    if isinstance(module, nn.Linear) and module.weight.dtype == torch.float32
+                }
             return
         for name, _ in models[0].named_parameters():
             members = [model.get_parameter(name) for model in models]
@@ -136,7 +146,8 @@ class Replicas:
             # Embeddings in place of ids, as the model can't look at the ids of replicas.
             def model(ids: Tensor) -> Tensor:
                 x = self._embed(ids, parameters["embedding.weight"])
-                return functional_call(self.models[0], parameters, (x,))  # type: ignore[no-any-return]
+                with autocast(self._precision, self.device):
+                    return functional_call(self.models[0], parameters, (x,))  # type: ignore[no-any-return]
 
             return loss_and_accuracy(model, ids, labels, z_loss)
 
@@ -145,35 +156,46 @@ class Replicas:
 
     def _alone(self, ids: Tensor) -> Tensor:
         model = self.models[0]
-        return model(self._embed(ids, model.embedding.weight) if self._fixed else ids)  # type: ignore[no-any-return]
+        # The sum over the blocks starts with the embeddings, and has their dtype.
+        x = self._embed(ids, model.embedding.weight) if self._fixed else ids
+        with autocast(self._precision, self.device):
+            if not self._linear:
+                return model(x)  # type: ignore[no-any-return]
+            return functional_call(model, rounded_together(self._linear), (x,))  # type: ignore[no-any-return]
 
     def _embed(self, ids: Tensor, weight: Tensor) -> Tensor:
         if not self._fixed:
             return F.embedding(ids, weight)
-        if len(weight) > MOST_ONE_HOT:
+        if self._identity is None:
             return weight[ids]
-        return one_hot(ids, len(weight), weight.dtype) @ weight
+        return F.embedding(ids, self._identity) @ weight
 
-    def zero_gradients(self) -> None:
-        """Forgets the gradients; where they are fixed, or of several models, by setting them to zero."""
-        if len(self.models) == 1 and not self._fixed:
-            self.models[0].zero_grad(set_to_none=True)
-            return
-        if self._gradients is None:
-            self._gradients = self._allocate_gradients(self._stacked or dict(self.models[0].named_parameters()))
-        self._gradients.zero_()
+    def backward(self, losses: Tensor, gradient_clip: float) -> None:
+        """Puts the gradients of each model's loss [R] in the place of those before, no longer than `gradient_clip`.
 
-    def _allocate_gradients(self, leaves: Mapping[str, Tensor]) -> Tensor:
-        """All gradients in one piece of memory, which one operation sets to zero."""
-        sizes = [leaf.numel() for leaf in leaves.values()]
-        first = next(iter(leaves.values()))
-        gradients = torch.empty(sum(sizes), dtype=first.dtype, device=first.device)
-        for (name, leaf), piece in zip(leaves.items(), gradients.split(sizes), strict=True):
-            leaf.grad = piece.view_as(leaf)
-            if self._stacked:
-                for model, gradient in zip(self.models, leaf.grad, strict=True):
-                    model.get_parameter(name).grad = gradient
-        return gradients
+        Nothing is added to zeros: that would be one more operation for every parameter.
+        """
+        leaves = self._stacked or dict(self.models[0].named_parameters())
+        for leaf in leaves.values():
+            leaf.grad = None
+        losses.backward(torch.ones_like(losses))
+        if self._stacked:
+            self._hand_out(leaves, gradient_clip)
+        elif gradient_clip:
+            nn.utils.clip_grad_norm_(leaves.values(), gradient_clip)
+
+    def _hand_out(self, leaves: Mapping[str, Tensor], gradient_clip: float) -> None:
+        """Clips each model's part of stacked gradients, all at once, and gives it to the model."""
+        found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        gradients = torch.cat([gradient.flatten(1) for gradient in found.values()], 1)
+        if gradient_clip:
+            norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+            gradients *= (gradient_clip / (norms + 1e-6)).clamp(max=1.0)  # as nn.utils.clip_grad_norm_
+        pieces = gradients.split([gradient[0].numel() for gradient in found.values()], 1)
+        for (name, leaf), piece in zip(found.items(), pieces, strict=True):
+            leaves[name].grad = None
+            for model, gradient in zip(self.models, piece, strict=True):
+                model.get_parameter(name).grad = gradient.view(leaf.shape[1:])
 
 
 def update(
@@ -184,12 +206,10 @@ def update(
     labels: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Forward, backward, clipping and AdamW on a batch [R, B, T]; the losses and shares of right labels, [R] each."""
-    losses, correct = replicas.losses(ids, labels, options.z_loss)
-    replicas.zero_gradients()
-    losses.sum().backward()
-    for model, optimizer in zip(replicas.models, optimizers, strict=True):
-        if options.gradient_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
+    with products(options.precision):
+        losses, correct = replicas.losses(ids, labels, options.z_loss)
+        replicas.backward(losses, options.gradient_clip)
+    for optimizer in optimizers:
         optimizer.step()
     return losses.detach(), correct
 
@@ -206,16 +226,16 @@ class _Fixed:
         task: Task,
         longest: int,
         replicas: Replicas,
-        optimizers: Sequence[torch.optim.Optimizer],
+        optimizers: Sequence[tuple[torch.optim.Optimizer, TrainingConfig]],
     ) -> None:
         self._options, self._longest = options, longest
-        self._replicas, self._optimizers = replicas, optimizers
+        self._replicas, self._optimizers = replicas, [optimizer for optimizer, _ in optimizers]
         shape = (2, len(options), options[0].batch_size, self._longest)
         self._batch = torch.zeros(shape, dtype=torch.int64, device=replicas.device)
         self._results = torch.zeros(2, len(options), device=replicas.device)
         self._samplers = [_Sampler(own, task, self._longest, replicas.device) for own in options]
         self._drawn: int | None = None
-        for optimizer in optimizers:
+        for optimizer in self._optimizers:
             fix_learning_rate(optimizer, replicas.device)
         self._graphs = Graphs(replicas.device)
 
@@ -230,7 +250,10 @@ class _Fixed:
     def step(
         self, step: int, lengths: Sequence[int], rates: Sequence[float], lengths_after: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Step number `step` with batches of these lengths; those of the step after it will have others."""
+        """Step number `step` with batches of these lengths and the learning rate of each optimizer.
+
+        The batches of the step after it will have other lengths.
+        """
         if self._drawn != step:
             self._draw(step, lengths)
         for index, sampler in enumerate(self._samplers):
@@ -350,9 +373,25 @@ def draw_batch(task: Task, options: TrainingConfig, length: int, generator: torc
     return batch
 
 
-def one_hot(ids: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """[..., size], 1 at each id and 0 elsewhere."""
-    return (ids.unsqueeze(-1) == torch.arange(size, device=ids.device)).to(dtype)
+def rounded_together(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in bfloat16, as autocast would round them one by one: in two operations for all, forward and backward."""
+    return dict(zip(weights, _Rounded.apply(*weights.values()), strict=True))
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        return _converted(weights, torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, ...]:
+        return _converted(grad_outputs, torch.float32)
+
+
+def _converted(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    converted = tuple(torch.empty_like(x, dtype=dtype) for x in tensors)
+    torch._foreach_copy_(converted, tensors)  # type: ignore[reportPrivateImportUsage]
+    return converted
 
 
 def pad(x: Tensor, length: int, value: int) -> Tensor:
@@ -369,7 +408,7 @@ def loss_and_accuracy(
     loss = F.cross_entropy(logits, answers, ignore_index=IGNORE)
     if z_loss:
         loss = loss + z_loss * (torch.logsumexp(logits, -1).square() * asked).sum() / asked.sum()
-    correct = ((logits.detach().argmax(-1) == answers) & asked).sum() / asked.sum()
+    correct = (logits.detach().argmax(-1) == answers).sum() / asked.sum()
     return loss, correct
 
 
@@ -381,6 +420,32 @@ def make_optimizer(model: LanguageModel, options: TrainingConfig) -> torch.optim
         {"params": kept, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=(options.beta1, options.beta2), fused=True)
+
+
+def optimizers_together(
+    optimizers: Sequence[torch.optim.AdamW], options: Sequence[TrainingConfig]
+) -> list[tuple[torch.optim.AdamW, TrainingConfig]]:
+    """One optimizer for all runs of a learning rate, as a fused step takes few operations for many parameters.
+
+    The optimizers given share its state from now on, so that they can be saved; they are not to take steps.
+    """
+    alike: dict[float, list[int]] = {}
+    for index, own in enumerate(options):
+        alike.setdefault(own.learning_rate, []).append(index)
+    together = []
+    for members in alike.values():
+        chosen = [optimizers[index] for index in members]
+        whole = chosen[0]
+        if len(chosen) > 1:
+            groups = zip(*(optimizer.param_groups for optimizer in chosen), strict=True)
+            whole = torch.optim.AdamW(
+                [{**same[0], "params": [p for group in same for p in group["params"]]} for same in groups], fused=True
+            )
+            for optimizer in chosen:
+                whole.state.update(optimizer.state)
+                optimizer.state = whole.state
+        together.append((whole, options[members[0]]))
+    return together
 
 
 def fix_learning_rate(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

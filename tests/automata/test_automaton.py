@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from statetrack.automata import Automaton
 from statetrack.automata import automaton as module
+from statetrack.automata.prefixes import Prefixes
+from statetrack.tasks import get_task
 
 PARITY = Automaton(torch.tensor([[0, 1], [1, 0]]), 0, torch.tensor([0, 1]), ("0", "1"), ("even", "odd"))
 LONG = module.DIRECT_LENGTH + 1
@@ -82,6 +84,41 @@ def test_blocks_agree_with_steps(data):
     automaton._run_steps(ids, start, by_steps)
     automaton._run_blocks(ids, start, by_blocks)
     assert torch.equal(by_blocks, by_steps)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 40, 64, 65, LONG, 8193])
+@pytest.mark.parametrize(
+    ("automaton", "elements", "cyclic"),
+    [
+        (PARITY, 2, True),
+        (get_task("modular_addition:7").automaton, 7, True),
+        (Automaton.from_group("A4"), 12, False),
+        (Automaton.from_group("Z2xZ2"), 4, False),
+        (Automaton.from_regex("(ab|ba)*"), None, False),
+        (random_automaton(3, 2, seed=3), None, False),
+        (random_automaton(1, 1), 1, True),
+    ],
+)
+def test_words_read_as_products_agree_with_steps(automaton, elements, cyclic, length, monkeypatch):
+    monkeypatch.setitem(module.SCANNED_ELEMENTS, "cpu", 128)
+    prefixes = Prefixes.of(automaton, 128)
+    assert prefixes is not None
+    assert (prefixes.products is None) == cyclic
+    assert elements in (None, prefixes.num_elements)
+    calls = []
+    run = Prefixes.run
+    monkeypatch.setattr(Prefixes, "run", lambda self, *inputs: calls.append(1) or run(self, *inputs))
+    ids, starts = words(automaton, 3, length), words(random_automaton(1, automaton.num_states), 1, 3)[0]
+    expected = torch.empty(length, 3, dtype=torch.int64)
+    automaton._run_steps(ids.T.contiguous(), starts, expected)
+    assert torch.equal(copy.copy(automaton).run(ids, starts), expected.T)
+    assert len(calls) == (0 if length == 1 else -(-length // module.WINDOW))
+
+
+def test_automata_of_large_monoids_are_not_read_as_products():
+    automaton = Automaton.from_group("S5")
+    assert Prefixes.of(automaton, 119) is None
+    assert Prefixes.of(automaton, 120) is not None
 
 
 @pytest.mark.parametrize("length", [5, LONG])

@@ -13,7 +13,7 @@ import pytest
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 # Whole and with segments, and with what high precision adds.
 @pytest.mark.parametrize("options", [[], ["--processors", "132"], ["--precision", "high"]], ids=" ".join)
-@pytest.mark.parametrize("op", ["householder", "diagonal", "discretized", "low_rank"])
+@pytest.mark.parametrize("op", ["householder", "diagonal", "discretized", "low_rank", "selective"])
 def test_every_kernel_compiles_and_fits(op, options, tmp_path):
     # A process of its own: a stand-in takes the place of triton's driver, and the interpreter must be off.
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}

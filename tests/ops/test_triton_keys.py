@@ -13,7 +13,7 @@ import pytest
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 # None, which any rows fill, and so many that all sizes are cut into segments.
 @pytest.mark.parametrize("processors", [0, 10**6])
-@pytest.mark.parametrize("op", ["householder", "diagonal", "discretized", "low_rank"])
+@pytest.mark.parametrize("op", ["householder", "diagonal", "discretized", "low_rank", "selective"])
 def test_kernels_are_the_same_for_every_batch_size_and_length(op, processors):
     folder = Path(__file__).parent
     path = [str(folder.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -194,7 +194,7 @@ def test_the_table():
         ({"mfu": 1.5}, "mfu must lie in"),
         ({"parallelism": "tp"}, "parallelism must be auto, none, ddp or fsdp, got 'tp'"),
         ({"checkpointing": -1}, "checkpointing must be 0"),
-        ({"precision": "fp8"}, "precision must be bfloat16 or float32, got 'fp8'"),
+        ({"precision": "fp8"}, "precision must be float32 or bfloat16, got 'fp8'"),
         ({"cards": (Card("Voodoo 2", GIB),)}, "the peak of Voodoo 2 is not known"),
     ],
 )

@@ -18,6 +18,8 @@ from statetrack.automata.expressions import ExpressionError, letters_of
 if TYPE_CHECKING:
     from automata.fa.dfa import DFA
 
+    from statetrack.automata.prefixes import Prefixes
+
 DIRECT_LENGTH = 256
 """Up to this length a word is read letter by letter, in T steps."""
 
@@ -26,6 +28,10 @@ WINDOW = 4096
 
 BLOCKED_WORK = {"cpu": 1 << 11, "cuda": 1 << 18}
 """Sequences times states up to which following every start state costs less than the steps that it saves, by device."""
+
+SCANNED_ELEMENTS = {"cuda": 1024}
+"""Elements of a transition monoid up to which words are read as products of their letters, by device: on a GPU, where
+an operation on the letters of one position takes as long as one on all of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +133,9 @@ class Automaton:
         Short words are read letter by letter. Longer ones are cut in blocks that are read side by side: first from
         every state at once, which says where each block leads, then from the one state that it really starts in. In a
         window of T letters that takes O(sqrt T) tensor operations instead of O(T). Where there are so many words or
-        states that this costs more than it saves, long words are read letter by letter as well.
+        states that this costs more than it saves, long words are read letter by letter as well. On a GPU words are
+        read as products of their letters, O(log T) operations for all states after them, where the transition monoid is
+        small (`automata/prefixes.py`).
 
         Args:
             letters: the words, integers [B, T] on the automaton's device; T may be 0.
@@ -159,10 +167,13 @@ class Automaton:
         Nothing is checked, as looking at the letters would wait for a GPU: letters that don't exist give wrong states.
         """
         length, batch = letters.shape
+        prefixes = self._prefixes if length > 1 and self.device.type in SCANNED_ELEMENTS else None
         blocked = length > DIRECT_LENGTH and batch * self.num_states <= BLOCKED_WORK.get(self.device.type, 0)
         states = torch.empty((length, batch), dtype=torch.int64, device=letters.device)
         for source, target in zip(letters.split(WINDOW), states.split(WINDOW), strict=True):
-            if blocked:
+            if prefixes is not None:
+                prefixes.run(source, start, target)
+            elif blocked:
                 self._run_blocks(source, start, target)
             else:
                 self._run_steps(source.contiguous(), start, target)
@@ -347,6 +358,13 @@ class Automaton:
         )
         minimal.__dict__["_is_minimal"] = True
         return minimal
+
+    @cached_property
+    def _prefixes(self) -> Prefixes | None:
+        """For words read as products; None if the transition monoid is too large."""
+        from statetrack.automata.prefixes import Prefixes  # which reads automata itself
+
+        return Prefixes.of(self, SCANNED_ELEMENTS[self.device.type])
 
     @cached_property
     def _copies(self) -> dict[torch.device, Automaton]:

@@ -361,7 +361,9 @@ class DeltaNet(Mixer):
         # With beta divided by its squared length, a key of length l writes its value 1 / l times: l has to be 1.
         k = unit_vectors(k) if self.config.normalize else l2_normalize(k)
         logits = accumulated(self.b_proj(x)).view(b, t, self.num_householder, self.num_heads)
-        beta = self.widening.householder_beta(torch.sigmoid(self.config.beta_gain * logits))
+        if (gain := self.config.beta_gain) != 1:
+            logits = gain * logits
+        beta = self.widening.householder_beta(torch.sigmoid(logits))
         decay = None
         if self.decay_range is not None:
             rate = accumulated(self.A_log).exp().view(-1, *(1 for _ in self.decay_shape[1:]))

@@ -35,7 +35,7 @@ from statetrack.mixers.mixer import (
     require_positive,
     with_options,
 )
-from statetrack.ops import check_packing, linear_recurrence
+from statetrack.ops import check_packing, linear_recurrence, triton_selective
 from statetrack.transition import Discretized, EigenvalueRange, accumulation_dtype
 
 
@@ -118,17 +118,31 @@ class Mamba(Mixer):
 
     def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         u, z, after = self._convolve(x, state, cu_seqlens)
-        transition, write, q = self._select(u)
-        v = (transition.dt * u.unsqueeze(2)).to(u.dtype)
         initial = None if state is None else state["recurrence"]
+        raw, write, q = self._project(u)
+        dt_bias, fused = self.dt_proj.bias, self.config.backend in ("auto", "triton") and cu_seqlens is None
+        if fused and triton_selective.serves(u, raw, z, q, write, dt_bias, self.A_log, self.D):
+            a, lower_end = self._rates(u), self.widening.current_lower_end()
+            y, after["recurrence"] = triton_selective.selective_scan(
+                u, raw, dt_bias, a, lower_end, write, q, self.D, z, initial, self.config.eigenvalue_range
+            )
+            return self.out_proj(y), after
+        transition = self._discretized(raw)
+        v = (transition.dt * u.unsqueeze(2)).to(u.dtype)
         o, after["recurrence"] = linear_recurrence(
-            transition, q, v, write=write, initial_state=initial, cu_seqlens=cu_seqlens, backend=self.config.backend
+            transition,
+            q.unsqueeze(2),
+            v,
+            write=write.unsqueeze(2),
+            initial_state=initial,
+            cu_seqlens=cu_seqlens,
+            backend=self.config.backend,
         )
         y = torch.addcmul(o.squeeze(2), u, self.D.to(u.dtype)) * F.silu(z)
         return self.out_proj(y), after
 
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Discretized:
-        return self._select(self._convolve(x, state, cu_seqlens)[0])[0]
+        return self._discretized(self._project(self._convolve(x, state, cu_seqlens)[0])[0])
 
     def eigenvalue_parameters(self) -> list[Tensor]:
         return [self.dt_proj.weight, self.dt_proj.bias, self.A_log, *self.widening.parameters()]
@@ -164,17 +178,22 @@ class Mamba(Mixer):
             u, after["conv"] = self.conv1d(u, before, cu_seqlens, activation="silu")
         return u, z, after
 
-    def _select(self, u: Tensor) -> tuple[Discretized, Tensor, Tensor]:
-        """The transition, the write keys B_t and the queries C_t, each [B, T, 1, K], from the channels."""
+    def _project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The step sizes before bias and softplus [B, T, V], the write keys B_t and the queries C_t, both [B, T, K]."""
         size = self.config.state_size
         low_rank, write, q = self.x_proj(u).split([self.dt_rank, size, size], -1)
-        wide = accumulation_dtype(u)
-        dt = F.softplus(F.linear(low_rank, self.dt_proj.weight).to(wide) + self.dt_proj.bias.to(wide))
-        a = -torch.exp(self.A_log.to(wide)).mT.unsqueeze(0)
+        return F.linear(low_rank, self.dt_proj.weight), write, q
+
+    def _rates(self, u: Tensor) -> Tensor:
+        """A, [K, V]."""
+        return -torch.exp(self.A_log.to(accumulation_dtype(u))).mT
+
+    def _discretized(self, raw: Tensor) -> Discretized:
+        wide = accumulation_dtype(raw)
+        dt = F.softplus(raw.to(wide) + self.dt_proj.bias.to(wide))
         lower_end = self.widening.current_lower_end()
         lower_end = None if lower_end is None else lower_end.unsqueeze(0)
-        transition = Discretized(dt.unsqueeze(2), a, self.config.eigenvalue_range, lower_end)
-        return transition, write.unsqueeze(2), q.unsqueeze(2)
+        return Discretized(dt.unsqueeze(2), self._rates(raw).unsqueeze(0), self.config.eigenvalue_range, lower_end)
 
 
 MIXERS = (MambaConfig,)

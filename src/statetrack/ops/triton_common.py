@@ -153,5 +153,24 @@ def join_segments(maps: Tensor, ends: Tensor, border: Tensor | None, *, reverse:
     return borders
 
 
+def sum_parts(parts: Tensor, like: Tensor) -> Tensor:
+    """The sum of the parts [R, count, ...], float32, of a gradient that has the shape and dtype of `like`.
+
+    PyTorch's own sum over an axis that is not the last one has one thread for each number of a gradient this small.
+    """
+    total = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    sets, count, numbers = parts.shape[0], parts.shape[1], parts.shape[2:].numel()
+    if total.numel():
+        with torch.cuda.device_of(parts):
+            kernels("parts").sum_parts[(-(-numbers // _SUMMED), sets)](
+                parts, total, count, N=numbers, BP=256, BN=_SUMMED, num_warps=8
+            )
+    return total
+
+
+_SUMMED = 16
+"""Numbers of a gradient that a program sums: few, as programs are few; 64 bytes, which memory is read in."""
+
+
 def as_float32(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from statetrack.ops.backend import differentiable_once, register_operator
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, power_of_two, unavailable
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, power_of_two, sum_parts, unavailable
 from statetrack.ops.vmapped import replicas_first
 
 PRIORITY = CHECKED_ON_A_CARD
@@ -106,10 +106,10 @@ def _backward(
                 x, weight.contiguous(), None if bias is None else bias.contiguous(), d_y.contiguous(), d_x, d_taps,
                 d_bias, x.shape[-2], rows, run, **constants, BR=_RUNS, BC=block_c, AHEAD=_AHEAD, num_warps=4,
             )  # fmt: skip
-    d_weight = d_taps.sum(1).view(weight.shape).to(weight.dtype)
+    d_weight = sum_parts(d_taps, weight)
     if bias is None:
         return d_x, d_weight, weight.new_empty(0)
-    return d_x, d_weight, d_bias.sum(1).view(bias.shape).to(bias.dtype)
+    return d_x, d_weight, sum_parts(d_bias, bias)
 
 
 def _arguments(

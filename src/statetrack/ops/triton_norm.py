@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from statetrack.ops.backend import register_operator, wants_gradient
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, power_of_two, unavailable
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, power_of_two, sum_parts, unavailable
 from statetrack.ops.vmapped import is_vmapped, replicas_first
 
 PRIORITY = CHECKED_ON_A_CARD
@@ -171,8 +171,8 @@ def _backward(
     if weight is None or parts is None:
         return d_x, d_y, d_weight
     # A sum over one part would be a kernel that copies.
-    d_weight = parts.squeeze(1) if programs == 1 else parts.sum(1)
-    return d_x, d_y, d_weight.view(weight.shape).to(weight.dtype)
+    d_weight = parts.view(weight.shape).to(weight.dtype) if programs == 1 else sum_parts(parts, weight)
+    return d_x, d_y, d_weight
 
 
 def _empty_gradients(

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from statetrack.precision import product_dtype
 from statetrack.transition import Discretized, Transition
 
 Recurrence = Callable[[Transition, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
@@ -58,9 +59,9 @@ def vmapped_recurrence(
     return _Vmapped.apply(folded, *inputs)  # type: ignore[no-any-return]
 
 
-def vmapped(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A function that does the same to everything along the first axes of a tensor, of all replicas at once."""
-    return _Vmapped.apply(lambda replicas, moved: function(moved[0]), x)  # type: ignore[no-any-return]
+def vmapped(function: Callable[..., Any], *inputs: Tensor | None) -> Any:
+    """A function of tensors with replicas on their first axis or, if it does the same to all, with any first axes."""
+    return _Vmapped.apply(lambda replicas, moved: function(*moved), *inputs)
 
 
 def vmapped_over_heads(function: Callable[..., Any], axes: list[int], *inputs: Tensor) -> Any:
@@ -87,19 +88,22 @@ class LinearLayersTogether(TorchFunctionMode):
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    dtype = product_dtype(input)
+
     def folded(replicas: int, moved: list[Tensor]) -> Tensor:
         x, w = moved
-        return _Products.apply(x.flatten(1, -2), w).unflatten(1, x.shape[1:-1])  # type: ignore[no-any-return]
+        return _Products.apply(x.flatten(1, -2).to(dtype), w).unflatten(1, x.shape[1:-1])  # type: ignore[no-any-return]
 
     y: Tensor = _Vmapped.apply(folded, input, weight)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(dtype)
 
 
 class _Products(torch.autograd.Function):
-    """[R, n, I], [R, O, I] -> [R, n, O]"""
+    """[R, n, I], [R, O, I] -> [R, n, O], in the dtype of the first; autocast must have no part in it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight_dtype, weight = weight.dtype, weight.to(x.dtype)
         ctx.save_for_backward(x, weight)
         return x @ weight.mT
 
@@ -109,7 +113,7 @@ class _Products(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         parts = next(parts for parts in (16, 8, 4, 2, 1) if x.shape[1] % parts == 0)
         d_parts = d_y.unflatten(1, (parts, -1)).mT @ x.unflatten(1, (parts, -1))
-        return d_y @ weight, d_parts.sum(1)
+        return d_y @ weight, d_parts.sum(1, dtype=ctx.weight_dtype)
 
 
 def replicas_first(info: Any, in_dims: Sequence[int | None], inputs: Sequence[Tensor | None]) -> list[Any]:

@@ -30,6 +30,7 @@ from typing import Any, Literal, TypeVar, get_type_hints
 from statetrack.mixers.mixer import WidenedMixerConfig
 from statetrack.model import ModelConfig
 from statetrack.plain import from_data, to_data
+from statetrack.precision import Precision, check_precision
 from statetrack.pretraining.optimizers import OptimizerConfig, ScheduleConfig
 from statetrack.pretraining.presets import preset
 from statetrack.transition import EigenvalueRange
@@ -82,7 +83,7 @@ class PretrainingConfig:
     """
 
     steps: int
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     gradient_clip: float = 1.0
     z_loss: float = 0.0
     spike_deviations: float = 6.0
@@ -93,8 +94,7 @@ class PretrainingConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "max_skipped")
         _at_least(self, 2, "spike_window")
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision must be float32 or bfloat16, got {self.precision!r}")
+        check_precision(self.precision)
         for name in ("gradient_clip", "z_loss", "spike_deviations"):
             if not 0 <= (value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"{name} must be 0 or positive, got {value}")

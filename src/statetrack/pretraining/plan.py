@@ -25,6 +25,7 @@ from torch.func import functional_call
 from statetrack.cross_entropy import peak_bytes
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops.triton_common import assuming_a_gpu
+from statetrack.precision import Precision, check_precision
 from statetrack.pretraining.flops import card_peak_flops, training_flops_per_token
 from statetrack.pretraining.optimizers import MuonWithAdamW, OptimizerConfig, build_optimizer
 
@@ -38,7 +39,6 @@ FRAGMENTATION = 1.05
 MOST_SEQUENCES = 2**20
 """Larger micro batches are not asked for."""
 
-Precision = Literal["bfloat16", "float32"]
 Parallelism = Literal["auto", "none", "ddp", "fsdp"]
 
 
@@ -209,8 +209,7 @@ def plan(
         raise ValueError(f"world_sizes must be at least 1, got {list(world_sizes)}")
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu must lie in (0, 1], got {mfu}")
-    if precision not in ("bfloat16", "float32"):
-        raise ValueError(f"precision must be bfloat16 or float32, got {precision!r}")
+    check_precision(precision)
     if parallelism not in ("auto", "none", "ddp", "fsdp"):
         raise ValueError(f"parallelism must be auto, none, ddp or fsdp, got {parallelism!r}")
     if checkpointing is not None and checkpointing < 0:
