@@ -226,8 +226,8 @@ def test_measures_by_length_have_a_table_of_medians(measure):
     outcomes = [Outcome(run, one) for run, one in zip(runs, shares, strict=True)]
     tables = comparison(published, outcomes)
     assert [table.title for table in tables] == ["Ours and theirs", "Accuracy by length", "Where the protocols differ"]
-    assert tables[1].header == ("task", "model", "4", "8")
-    assert tables[1].rows == [("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer", "99.9%", "43.8%")]
+    assert tables[1].header == ("task", "model", "length: accuracy")
+    assert tables[1].rows == [("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer", "4: 99.9%, 8: 43.8%")]
     assert tables[0].rows[0][2] == "4 / 4"
     line = outcomes[0].data(published)
     assert (line[measure], line["horizon"]) == ({"4": 1.0, "8": 0.875}, 4)
@@ -239,7 +239,7 @@ def test_measures_by_length_have_a_table_of_medians(measure):
     # Recipes have lines of their own, and nothing is said of models that have not been judged.
     recipe = Outcome(replace(runs[0], recipe=True), record({4: 1.0}))
     rows = comparison(published, [Outcome(runs[0], None), recipe])[1].rows
-    assert rows == [("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer, our recipe", "100%")]
+    assert rows == [("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer, our recipe", "4: 100%")]
     assert "Accuracy by length" not in [table.title for table in comparison(published, [Outcome(runs[0], None)])]
 
 

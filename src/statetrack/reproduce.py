@@ -306,23 +306,21 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
 
 def _by_length(publication: Publication, outcomes: Sequence[Outcome]) -> ReportTable:
     """Accuracy against length, the median of the seeds, a row for each model and task, of recipes and the protocol."""
-    lengths = sorted({length for o in outcomes if o.record is not None for length in o.record.accuracy})
     rows = []
     for (task, model), members in _by_row(outcomes).items():
         for recipe in (False, True):
             records = [o.record for o in members if o.run.recipe == recipe and o.record is not None]
             if records:
-                medians = [_median_accuracy(records, length) for length in lengths]
-                rows.append((task, model + ", our recipe" * recipe, *medians))
+                lengths = sorted({length for record in records for length in record.accuracy})
+                medians = [f"{length:,}: {_median_accuracy(records, length)}" for length in lengths]
+                rows.append((task, model + ", our recipe" * recipe, ", ".join(medians) or percent(None)))
     of = "right answers" if publication.measure == "accuracy" else "sequences that are right throughout"
-    text = f"The share of {of}, the median of the seeds; a dash where a model was not judged."
-    return ReportTable("Accuracy by length", text, ("task", "model", *(f"{length:,}" for length in lengths)), rows)
+    text = f"The share of {of}, the median of the seeds, at each length."
+    return ReportTable("Accuracy by length", text, ("task", "model", "length: accuracy"), rows)
 
 
 def _median_accuracy(records: Sequence[Record], length: int) -> str:
-    """A dash if none was judged there; runs that failed count as 0."""
-    if not any(length in record.accuracy for record in records):
-        return percent(None)
+    """Runs that failed count as 0."""
     shares = [0.0 if record.failed is not None else record.accuracy.get(length) for record in records]
     return percent(statistics.median(share for share in shares if share is not None))
 
