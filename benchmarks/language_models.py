@@ -96,7 +96,7 @@ def config(model: Model, options: argparse.Namespace) -> PretrainConfig:
                 "separate_documents": False,
             },
             "training": {"precision": "bfloat16", "seed": model.seed},
-            "optimizer": {"learning_rate": 1e-3},
+            "optimizer": {"learning_rate": 2e-3},
             "schedule": {},
             "execution": {"micro_batch_size": 32, "log_every": 10, "evaluate_every": 0, "keep_checkpoints": 1},
         },

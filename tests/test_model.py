@@ -254,3 +254,44 @@ def test_a_wrong_mask_of_a_step_is_refused():
     model = make()
     with pytest.raises(ValueError, match=r"\[B\] = \(2,\)"):
         model.step(torch.zeros(2, dtype=torch.long), model.init_state(2), torch.ones(2, 1, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", mixer_configs())
+def test_initial_weights_have_the_range_that_the_config_gives(name):
+    mixer = mixer_config(name)()
+    models = []
+    for initializer_range in (None, 0.02):
+        torch.manual_seed(0)
+        config = ModelConfig(
+            vocab_size=64, d_model=64, num_layers=2, mlp_ratio=2, mixer=mixer, initializer_range=initializer_range
+        )
+        models.append(LanguageModel(config))
+    natural, drawn = models
+    assert drawn.embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    for before, block in zip(natural.blocks, drawn.blocks, strict=True):
+        # Four layers write to the residual stream: a mixer and an MLP of each of two blocks.
+        written = getattr(block.mixer, block.mixer.output_layer)
+        assert written.weight.std().item() == pytest.approx(0.01, rel=0.1)
+        assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.01, rel=0.1)
+        assert block.mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        for own in block.mixer.own_start:
+            # Each model's own draw from the same distribution.
+            a, b = (dict(x.mixer.named_parameters()) for x in (before, block))
+            for key in a:
+                if key.startswith(f"{own}."):
+                    assert b[key].std(unbiased=False).item() == pytest.approx(
+                        a[key].std(unbiased=False).item(), rel=0.3, abs=1e-6
+                    )
+
+
+def test_the_range_of_initial_weights_reaches_the_layers_of_mixers():
+    config = ModelConfig(vocab_size=8, d_model=128, initializer_range=0.05, mixer=mixer_config("deltanet")())
+    mixer = LanguageModel(config).blocks[0].mixer
+    assert mixer.q_proj.weight.std().item() == pytest.approx(0.05, rel=0.05)
+    assert mixer.convolutions["k"].weight.std().item() == pytest.approx(0.05, rel=0.1)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -0.02, 2.0, float("nan")])
+def test_a_wrong_range_of_initial_weights_is_refused(wrong):
+    with pytest.raises(ValueError, match="initializer_range must be a standard deviation"):
+        ModelConfig(vocab_size=4, initializer_range=wrong)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from statetrack.cross_entropy import IGNORE, linear_cross_entropy
-from statetrack.layers import GatedMLP, ReLUMLP, RMSNorm
+from statetrack.layers import GatedMLP, ReLUMLP, RMSNorm, ShortConvolution
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.mixers.mixer import Mixer, MixerConfig, State, overwrite
 from statetrack.ops.packing import on_host, pack, unpack
@@ -83,6 +83,11 @@ class ModelConfig:
         residual_in_float32: keep the sum over the blocks in float32 where the weights have fewer bits.
         tie_embeddings: the output layer is the transposed embedding, which begins with the standard deviation 0.02;
             output_size must then be vocab_size.
+        initializer_range: standard deviation of the normal distribution from which embeddings, linear layers and short
+            convolutions start; divided by the root of their number for the layers that write to the residual stream,
+            the last ones of mixers and MLPs (as GPT-2, Radford et al. 2019). Layers that a mixer defines the start of
+            (`Mixer.own_start`) keep it. None for PyTorch's and each mixer's own, which suits small models of tasks;
+            language models learn far faster from 0.02 (docs/pretrain.md).
         mixer: the token mixer of every block; or a tuple of them, a hybrid: the pattern is repeated over the layers,
             and its length divides num_layers.
     """
@@ -100,6 +105,7 @@ class ModelConfig:
     norm_placement: NormPlacements = "before"
     residual_in_float32: bool = False
     tie_embeddings: bool = False
+    initializer_range: float | None = None
     mixer: Mixers = field(default_factory=DeltaNetConfig)
 
     def __post_init__(self) -> None:
@@ -115,6 +121,10 @@ class ModelConfig:
             raise ValueError(f"mlp must be gated or relu, got {self.mlp!r}")
         if self.mlp == "gated" and self.mlp_depth != 1:
             raise ValueError(f"mlp_depth = {self.mlp_depth} needs mlp = relu; a gated MLP has one hidden layer")
+        if self.initializer_range is not None and not 0 < self.initializer_range <= 1:
+            raise ValueError(
+                f"initializer_range must be a standard deviation in (0, 1], or None, got {self.initializer_range}"
+            )
         if not 0 < self.norm_eps < 1:
             raise ValueError(f"norm_eps must be a small positive number, got {self.norm_eps}")
         if self.mlp_ratio * self.d_model > MAX_SIZE:
@@ -276,6 +286,24 @@ class LanguageModel(nn.Module):
             # Of deviation 1 as usual, their products with normalized activations would have the deviation sqrt(D): the
             # first loss would be far above that of a uniform guess, ln(vocab_size).
             nn.init.normal_(self.embedding.weight, std=0.02)
+        if config.initializer_range is not None:
+            self._start(config.initializer_range)
+
+    @torch.no_grad()
+    def _start(self, deviation: float) -> None:
+        """Draws the weights that `initializer_range` is for."""
+        writers: set[nn.Module] = set()
+        own: set[nn.Module] = set()
+        for block in self._blocks():
+            writers.add(block.mixer.get_submodule(block.mixer.output_layer))
+            if block.mlp is not None:
+                writers.add(block.mlp.down_proj)
+            kept = [getattr(block.mixer, name) for name in block.mixer.own_start]  # None for a layer that is left out
+            own.update(module for layer in kept if layer is not None for module in layer.modules())
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding, ShortConvolution)) and module not in own:
+                share = len(writers) ** -0.5 if module in writers else 1.0
+                nn.init.normal_(module.weight, std=deviation * share)
 
     def init_state(self, batch_size: int) -> ModelState:
         """The state before the first token."""

@@ -89,6 +89,9 @@ class Mamba(Mixer):
         config: a `MambaConfig`; or leave it out and give its fields as keyword options.
     """
 
+    output_layer = "out_proj"
+    own_start = ("dt_proj",)
+
     def __init__(self, d_model: int, config: MambaConfig | None = None, **options: Any) -> None:
         super().__init__()
         self.config = config = with_options(MambaConfig, config, options)

@@ -119,6 +119,8 @@ class Mamba2(Mixer):
         config: a `Mamba2Config`; or leave it out and give its fields as keyword options.
     """
 
+    output_layer = "out_proj"
+
     def __init__(self, d_model: int, config: Mamba2Config | None = None, **options: Any) -> None:
         super().__init__()
         self.config = config = with_options(Mamba2Config, config, options)

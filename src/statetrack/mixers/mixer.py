@@ -138,6 +138,12 @@ class Mixer(nn.Module, ABC):
     compute the same function.
     """
 
+    output_layer: ClassVar[str] = "o_proj"
+    """The name of the linear layer whose output `scan` returns."""
+    own_start: ClassVar[tuple[str, ...]] = ()
+    """Names of the layers whose initial weights are part of the mixer's definition, which `initializer_range` of the
+    model leaves as they are."""
+
     @abstractmethod
     def init_state(self, batch_size: int) -> State:
         """The state before the first token."""

@@ -109,6 +109,9 @@ class MLSTM(Mixer):
         config: an `MLSTMConfig`; or leave it out and give its fields as keyword options.
     """
 
+    output_layer = "out_proj"
+    own_start = ("igate_preact", "fgate_preact")
+
     def __init__(self, d_model: int, config: MLSTMConfig | None = None, **options: Any) -> None:
         super().__init__()
         self.config = config = with_options(MLSTMConfig, config, options)

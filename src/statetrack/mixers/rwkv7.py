@@ -107,6 +107,8 @@ class RWKV7(Mixer):
         config: an `RWKV7Config`; or leave it out and give its fields as keyword options.
     """
 
+    own_start = ("r_proj", "k_proj", "v_proj", "w_map", "a_map", "g_map")
+
     def __init__(self, d_model: int, config: RWKV7Config | None = None, **options: Any) -> None:
         super().__init__()
         self.config = config = with_options(RWKV7Config, config, options)

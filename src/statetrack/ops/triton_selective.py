@@ -16,11 +16,11 @@ from torch import Tensor
 
 from statetrack.ops import triton_discretized
 from statetrack.ops.backend import differentiable_once, register_operator, wants_gradient
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, LARGEST_KEY, ON_REQUEST, kernels, power_of_two, unavailable
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, LARGEST_KEY, kernels, power_of_two, unavailable
 from statetrack.ops.vmapped import is_vmapped, vmapped
 from statetrack.transition import EigenvalueRange
 
-PRIORITY = ON_REQUEST
+PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends; `tests/ops/test_triton_selective.py` is the check."""
 
 # Of a program: so many times so many tokens, of so many channels.

@@ -62,7 +62,14 @@ def preset(
         raise ValueError(f"unknown preset {name!r}; there are {known}") from None
     mixer = {"name": mixer_name, **options["mixer"]}
     model = from_data(
-        ModelConfig, {"vocab_size": vocab_size, "tie_embeddings": True, **options["model"], "mixer": mixer}
+        ModelConfig,
+        {
+            "vocab_size": vocab_size,
+            "tie_embeddings": True,
+            "initializer_range": 0.02,
+            **options["model"],
+            "mixer": mixer,
+        },
     )
     if eigenvalue_range is None:
         return model
