@@ -63,6 +63,32 @@ def test_what_runs_share_stands_once():
     assert read_experiment(file) == read_experiment(SMALL)
 
 
+def test_an_entry_of_a_sweep_may_have_seeds_of_its_own():
+    sweep = [{"seeds": [0, 1]}, {"eigenvalue_range": [0, 1]}]
+    file = {**SMALL, "run": [{**SMALL["run"][0], "sweep": sweep}], "preset": {"tiny": {"seeds": [5]}}}
+
+    def seeds(*options):
+        return [run.config.training.seed for run in read_experiment(file, *options).runs]
+
+    assert seeds() == [0, 1, 3, 4]
+    assert seeds([7]) == [7, 7]
+    assert seeds(None, "tiny") == [5, 5]
+    assert seeds([7], "tiny") == [7, 7]
+
+
+def test_a_run_may_be_judged_on_another_task_than_it_is_trained_on(tmp_path):
+    table = {**SMALL["run"][0], "task": "group:Z2", "judged_task": "parity", "sweep": [{}], "winner_lengths": []}
+    experiment = read_experiment({**SMALL, "run": [table]}, [3])
+    records = run_experiment(experiment, tmp_path, workers=1)
+    assert records is not None
+    directory = RunDirectory(tmp_path / experiment.runs[0].name)
+    assert (directory.read_config().task, directory.read_evaluation()["task"]) == ("group:Z2", "parity")
+    assert list(finished_records(experiment, tmp_path, [0]).values()) == records
+    # Judged on what it was trained on, it is another run.
+    own = replace(experiment, runs=(replace(experiment.runs[0], judged_task=None),))
+    assert finished_records(own, tmp_path, [0]) == {}
+
+
 def test_the_parity_experiment_has_every_family_at_both_ranges():
     experiment = load_experiment("parity", [0])
     ranges = {}

@@ -67,7 +67,11 @@ def test_the_word_problems_are_those_of_both_papers():
     tasks = {run.config.task for run in experiment.runs}
     s5 = {"group:S5", "group:S5:swaps", "group:S5:3-cycles", "group:S5:all:4"}
     assert tasks == s5 | {"group:Z60", "group:S3", "group:S4", "group:A5"}
-    assert all(run.whole and max(run.lengths) == 500 for run in experiment.runs)
+    assert all(run.whole and max(run.lengths) >= 500 for run in experiment.runs)
+    (all_elements,) = {run.lengths for run in experiment.runs if "group_S5-deltaproduct" in run.name}
+    assert {512, 1024, 2048} < set(all_elements)
+    recipes = [run.config.training for run in experiment.runs if run.config.task == "group:S5" and run.recipe]
+    assert [(t.max_length, t.seed) for t in recipes] == [(length, seed) for length in (32, 128) for seed in range(5)]
     paced = [run.config.training for run in experiment.runs if run.config.task == "group:S5:all:4"]
     assert {(training.min_length, training.max_length) for training in paced} == {(64, 64)}
     products = [run.config.model.mixer for run in experiment.runs if "deltaproduct" in run.name]
@@ -84,10 +88,12 @@ def test_the_word_problems_are_those_of_both_papers():
 @pytest.mark.parametrize("name", reproductions())
 def test_a_preset_is_the_same_grid_and_says_that_it_is_smaller(name):
     whole = load_experiment(name, [0])
-    for preset in reproductions()[name]["preset"]:
-        smaller = load_experiment(name, preset=preset)
+    for preset, options in reproductions()[name]["preset"].items():
+        smaller, tasks = load_experiment(name, preset=preset), options.get("tasks", {})
         rows, whole_rows = (
-            list(dict.fromkeys((run.config.task, Outcome(run, None).model) for run in experiment.runs))
+            list(
+                dict.fromkeys((tasks.get(t := run.config.task, t), Outcome(run, None).model) for run in experiment.runs)
+            )
             for experiment in (smaller, whole)
         )
         assert rows == whole_rows
@@ -181,7 +187,7 @@ def test_the_learning_rate_is_chosen_by_the_median_over_seeds():
     records = [None if share is None else record({4: share}) for share in shares]
     outcomes = [Outcome(run, one) for run, one in zip(experiment.runs, records, strict=True)]
     table = comparison(experiment.published, outcomes)[0]
-    assert table.rows == [("modular_arithmetic:3", "DeltaNet [-1, 1], 1 layer", "0.500 / 0.500", "–", "0.01", "6 of 9")]
+    assert table.rows == [("modular_arithmetic:3", "DeltaNet [-1, 1], 1 layer", "0.500 / 0.500", "0.01", "6 of 9")]
     assert table.header[-2] == "learning rate"
     page = reproduce._on_the_page(experiment.published, outcomes)
     assert [(one.variant, one.accuracy[4]) for one in page] == [("learning rate 0.01", share) for share in shares[:3]]
@@ -210,6 +216,31 @@ def test_the_horizon_ends_where_accuracy_first_fails(accuracy, horizon):
     assert outcome.horizon() == horizon
     assert outcome.data(published)["horizon"] == horizon
     assert outcome.data(published)["sequence_accuracy"] == {str(length): share for length, share in accuracy.items()}
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "sequence_accuracy"])
+def test_measures_by_length_have_a_table_of_medians(measure):
+    published = replace(read_experiment(SMALL).published, measure=measure)
+    runs = read_experiment(SMALL, [0, 1, 2]).runs[:3]
+    shares = [record({4: 1.0, 8: 0.875}), record({4: 0.9999}), record({}, failed="the loss became nan")]
+    outcomes = [Outcome(run, one) for run, one in zip(runs, shares, strict=True)]
+    tables = comparison(published, outcomes)
+    assert [table.title for table in tables] == ["Ours and theirs", "Accuracy by length", "Where the protocols differ"]
+    assert tables[1].header == ("task", "model", "length: accuracy")
+    assert tables[1].rows == [("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer", "4: 99.9%, 8: 43.8%")]
+    assert tables[0].rows[0][2] == "4 / 4"
+    line = outcomes[0].data(published)
+    assert (line[measure], line["horizon"]) == ({"4": 1.0, "8": 0.875}, 4)
+    # Where nobody has published numbers there is no column for them.
+    assert tables[0].header == ("task", "model", "ours", "published", "seeds")
+    unpublished = [replace(outcome, run=replace(outcome.run, published={})) for outcome in outcomes]
+    results = comparison(published, unpublished)[0]
+    assert (results.title, results.header) == ("Results", ("task", "model", "ours", "seeds"))
+    # Recipes have lines of their own, and nothing is said of models that have not been judged.
+    recipe = Outcome(replace(runs[0], recipe=True), record({4: 1.0}))
+    rows = comparison(published, [Outcome(runs[0], None), recipe])[1].rows
+    assert rows == [("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer, our recipe", "4: 100%")]
+    assert "Accuracy by length" not in [table.title for table in comparison(published, [Outcome(runs[0], None)])]
 
 
 def test_runs_that_failed_stay_failed_until_they_are_retried(tmp_path, monkeypatch, capsys):
@@ -261,10 +292,8 @@ def test_wrong_commands_get_one_sentence(words, message, capsys):
 def test_the_list_has_every_grid_and_preset(capsys):
     assert main(["reproduce", "--list"]) == 0
     text = capsys.readouterr().out
-    assert all(
-        word in text
-        for word in ("formal-languages", "word-problems", "--preset", "smoke", "arithmetic", "120", "93", "111", "336")
-    )
+    words = "formal-languages word-problems --preset smoke arithmetic tracking 120 93 118 336"
+    assert all(word in text for word in words.split())
 
 
 @pytest.mark.slow

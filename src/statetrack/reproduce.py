@@ -19,6 +19,7 @@ from statetrack.files import atomic_write
 from statetrack.mixers import mixer_configs
 from statetrack.progress import describe
 from statetrack.report import Record, ReportTable, provenance, write_report
+from statetrack.report.record import percent
 from statetrack.tasks import get_task
 
 HORIZON_ACCURACY = 0.9
@@ -107,11 +108,11 @@ class Outcome:
             line |= {"seconds": record.train_seconds, "failed": record.failed}
             if record.train_device == "cuda":
                 line["gpu_seconds"] = record.train_seconds
-            if publication.measure == "sequence_accuracy":
-                shares = {str(length): share for length, share in record.accuracy.items()}
-                line |= {"sequence_accuracy": shares, "horizon": self.horizon()}
-            else:
+            if publication.measure == "scaled_accuracy":
                 line["scaled_accuracy"] = self.scaled_accuracy()
+            else:
+                shares = {str(length): share for length, share in record.accuracy.items()}
+                line |= {publication.measure: shares, "horizon": self.horizon()}
         return line
 
 
@@ -248,8 +249,8 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
 
     Runs by our own recipe have a column of their own. Of several learning rates the one with the best median counts.
     """
-    by_sequence = publication.measure == "sequence_accuracy"
     summarize = _summarize(publication)
+    compared = any(outcome.run.published for outcome in outcomes)
     recipes = any(outcome.run.recipe for outcome in outcomes)
     tuned = any(outcome.run.tuned for outcome in outcomes)
     rows = []
@@ -261,25 +262,28 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         seeds += [f"recipe {_seeds(recipe)}"] if recipe else []
         rows.append(
             (
-                *(task, model, _shown(best), _theirs(published)),
+                *(task, model, _shown(best)),
+                *((_theirs(published),) if compared else ()),
                 *((_shown(summarize(recipe)),) if recipes else ()),
                 *((rate,) if tuned else ()),
                 "; ".join(seeds),
             )
         )
     header = (
-        *("task", "model", "ours", "published"),
+        *("task", "model", "ours"),
+        *(("published",) if compared else ()),
         *(("our recipe",) if recipes else ()),
         *(("learning rate",) if tuned else ()),
         "seeds",
     )
-    measured = (
-        f"The longest length up to which {HORIZON_ACCURACY:.0%} of sequences are right throughout"
-        if by_sequence
-        else "Scaled accuracy, (accuracy - chance) / (1 - chance), on average over the lengths"
-    )
+    longest = f"The longest length up to which {HORIZON_ACCURACY:.0%} of"
+    measured = {
+        "scaled_accuracy": "Scaled accuracy, (accuracy - chance) / (1 - chance), on average over the lengths",
+        "accuracy": f"{longest} answers are right",
+        "sequence_accuracy": f"{longest} sequences are right throughout",
+    }
     text = (
-        f"{measured}: best / median of the seeds. Published: {publication.source}. Ours follows "
+        f"{measured[publication.measure]}: best / median of the seeds. Published: {publication.source}. Ours follows "
         f"{PROTOCOLS[publication.protocol]}."
     )
     if any(outcome.failed for outcome in outcomes):
@@ -288,7 +292,9 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         text += " Our recipe: models trained in our own way in place of that protocol."
     if tuned:
         text += " Of the learning rates the one with the best median counts."
-    tables = [ReportTable("Ours and theirs", text, header, rows)]
+    tables = [ReportTable("Ours and theirs" if compared else "Results", text, header, rows)]
+    if publication.measure != "scaled_accuracy" and any(outcome.record for outcome in outcomes):
+        tables.append(_by_length(publication, outcomes))
     for title, of, sentences in (
         ("Where the protocols differ", "ours", publication.differences),
         ("What our recipe does otherwise", "our recipe", publication.recipe if recipes else []),
@@ -296,6 +302,27 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         if sentences:
             tables.append(ReportTable(title, "", (of,), [(sentence,) for sentence in sentences]))
     return tables
+
+
+def _by_length(publication: Publication, outcomes: Sequence[Outcome]) -> ReportTable:
+    """Accuracy against length, the median of the seeds, a row for each model and task, of recipes and the protocol."""
+    rows = []
+    for (task, model), members in _by_row(outcomes).items():
+        for recipe in (False, True):
+            records = [o.record for o in members if o.run.recipe == recipe and o.record is not None]
+            if records:
+                lengths = sorted({length for record in records for length in record.accuracy})
+                medians = [f"{length:,}: {_median_accuracy(records, length)}" for length in lengths]
+                rows.append((task, model + ", our recipe" * recipe, ", ".join(medians) or percent(None)))
+    of = "right answers" if publication.measure == "accuracy" else "sequences that are right throughout"
+    text = f"The share of {of}, the median of the seeds, at each length."
+    return ReportTable("Accuracy by length", text, ("task", "model", "length: accuracy"), rows)
+
+
+def _median_accuracy(records: Sequence[Record], length: int) -> str:
+    """Runs that failed count as 0."""
+    shares = [0.0 if record.failed is not None else record.accuracy.get(length) for record in records]
+    return percent(statistics.median(share for share in shares if share is not None))
 
 
 def _by_row(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]:
@@ -307,7 +334,7 @@ def _by_row(outcomes: Sequence[Outcome]) -> dict[tuple[str, str], list[Outcome]]
 
 
 def _summarize(publication: Publication) -> Callable[[Sequence[Outcome]], Summary]:
-    return _lengths if publication.measure == "sequence_accuracy" else _scaled
+    return _scaled if publication.measure == "scaled_accuracy" else _lengths
 
 
 Summary = tuple[float, float] | None

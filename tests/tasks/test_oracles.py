@@ -143,6 +143,30 @@ def test_programs_print_what_python_prints(variables):
     assert set(kinds) == {"branch", "swap", "assign", "empty"}
 
 
+@pytest.mark.parametrize("variables", [3, 5])
+def test_lines_of_programs_are_labelled_with_what_python_assigns_in_them(variables):
+    task = get_task(f"code_evaluation:{variables}")
+    lines = 0
+    for length in (3, 7, 8, 40, 97):
+        ids, labels = task.with_parts().sample(20, length, torch.Generator().manual_seed(length))
+        same = task.sample(20, length, torch.Generator().manual_seed(length))
+        assert torch.equal(ids, same.ids)
+        assert torch.equal(labels[:, -1], same.labels[:, -1])
+        for tokens, answers in zip([[task.token_names[i] for i in row] for row in ids], labels.tolist(), strict=True):
+            values = {name: value for value, name in enumerate("abcde"[:variables])}
+            wanted, line = [], []
+            for token in tokens[:-3]:
+                line.append(token)
+                wanted.append(IGNORE)
+                if token == "\n" and len(line) > 1:
+                    exec("".join(line), values)
+                    wanted[-1] = values[line[5 if line[0] == "if " else 0]]
+                    lines += 1
+                line = [] if token == "\n" else line
+            assert answers[:-1] == [*wanted, IGNORE, IGNORE]
+    assert lines > 300
+
+
 def test_programs_have_the_promised_mixture_of_statements():
     # The beginning of a program is not yet cut by its end.
     first = Counter(
@@ -358,5 +382,7 @@ def test_chess_games_are_legal_and_every_first_move_occurs():
 
 def test_without_the_chess_package_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "chess", None)
-    with pytest.raises(ValueError, match=r'needs the package chess.*pip install "statetrack\[chess\]"'):
-        get_task("chess_tracking:31,1,987")
+    task = get_task("chess_tracking:31,1,987")
+    for ask in (lambda: task.chance, lambda: task.sample(1, 5, torch.Generator())):
+        with pytest.raises(ValueError, match=r'needs the package chess.*pip install "statetrack\[chess\]"'):
+            ask()

@@ -22,12 +22,15 @@ of a sweep may also replace the mixer or the list as a whole, with `mixer = ...`
 over the run's. With `learning_rates = [1e-2, 1e-3]` every seed is trained at each of them, and tables show the one with
 the best median over seeds. An entry with `recipe = true` is by our own recipe in place of the experiment's protocol: it
 has a column of its own beside the same model's. `variant = "three layers"` names what tells an entry from others of the
-same mixer.
+same mixer. `seeds = [0, 1, 2, 3, 4]` gives an entry other seeds than the experiment's.
+
+A task whose sequences are drawn from a fixed set is judged on another: `judged_task = "chess_tracking:250,500,1"`.
 
 An experiment that others have published says so in a table `[published]` (see `Publication`), and what they measured
 stands beside each model as `published = { best = 1.0, median = 0.9 }`, or in words as `published = { text = "..." }`.
 `[preset.cpu]` and the like are smaller versions of the whole: `seeds`, and options that are laid over every run; with a
-table `recipe` in them, `model` and `training` of that one are laid over the runs by recipe instead.
+table `recipe` in them, `model` and `training` of that one are laid over the runs by recipe instead. A table `tasks`
+names smaller tasks that stand for larger ones, `tasks = { "group:S5" = "group:S3" }`.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ class ExperimentRun:
     Attributes:
         config: the run.
         lengths: positions of the labels that are judged.
+        judged_task: what it is judged on, if that is not the task it is trained on.
         winner_lengths: further positions, judged only if the run solved its task.
         sequences: how many sequences it is judged on; None for the default of `evaluate`.
         whole: whether all labels up to a position must be right (sequence accuracy).
@@ -64,6 +68,7 @@ class ExperimentRun:
 
     config: RunConfig
     lengths: tuple[int, ...]
+    judged_task: str | None = None
     winner_lengths: tuple[int, ...] = ()
     sequences: int | None = None
     whole: bool = False
@@ -98,15 +103,16 @@ class Publication:
     Attributes:
         source: the publication.
         protocol: which of its protocols the grid follows: "paper", "released" (its code) or "ours".
-        measure: "scaled_accuracy", (accuracy - chance) / (1 - chance) on average over the lengths, or
-            "sequence_accuracy", the share of sequences that are right throughout, by length.
+        measure: "scaled_accuracy", (accuracy - chance) / (1 - chance) on average over the lengths; "accuracy", the
+            share of right answers by length; or "sequence_accuracy", the share of sequences that are right throughout,
+            by length.
         differences: what is done otherwise here, a sentence each.
         recipe: what the runs by our own recipe do otherwise, a sentence each.
     """
 
     source: str
     protocol: Literal["paper", "released", "ours"]
-    measure: Literal["scaled_accuracy", "sequence_accuracy"]
+    measure: Literal["scaled_accuracy", "accuracy", "sequence_accuracy"]
     differences: list[str] = field(default_factory=list)
     recipe: list[str] = field(default_factory=list)
 
@@ -133,6 +139,7 @@ class _RunTable:
     task: str
     mixer: dict[str, Any] | list[dict[str, Any]]
     lengths: list[int]
+    judged_task: str | None = None
     winner_lengths: list[int] = field(default_factory=list)
     sequences: int | None = None
     chance: float | None = None
@@ -186,17 +193,21 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
     if preset is not None and preset not in file.preset:
         raise ValueError(f"unknown preset {preset!r}; this experiment has {', '.join(file.preset) or 'none'}")
     smaller = dict(file.preset[preset]) if preset is not None else {}
-    chosen = seeds or smaller.pop("seeds", file.seeds)
-    smaller.pop("seeds", None)
+    chosen = smaller.pop("seeds", None)
+    chosen = seeds or chosen
+    smaller_tasks = smaller.pop("tasks", {})
     smaller_recipe = smaller.pop("recipe", smaller)
     whole = file.published is not None and file.published.measure == "sequence_accuracy"
     runs = []
     for own in file.run:
-        table = from_data(_RunTable, _laid_over(_laid_over(file.shared, own), smaller))
+        laid = _laid_over(_laid_over(file.shared, own), smaller)
+        tasks = {key: smaller_tasks.get(laid[key], laid[key]) for key in ("task", "judged_task") if key in laid}
+        table = from_data(_RunTable, {**laid, **tasks})
         for changes in table.sweep:
             laid_over = smaller_recipe if changes.get("recipe") else smaller
             last = {key: {**changes[key], **laid_over.get(key, {})} for key in ("model", "training") if key in changes}
-            runs += _expand(table, {**changes, **last}, chosen, whole)
+            own_seeds = chosen or changes.get("seeds", file.seeds)
+            runs += _expand(table, {**changes, **last}, own_seeds, whole)
     names = [run.name for run in runs]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
@@ -221,7 +232,7 @@ def _laid_over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, A
     return both
 
 
-_NO_OPTIONS = ("explanation", "mixer", "model", "training", "published", "recipe", "variant")
+_NO_OPTIONS = ("explanation", "mixer", "model", "training", "published", "recipe", "variant", "seeds")
 """Keys of an entry of a sweep that are no options of its mixer."""
 
 
@@ -238,6 +249,7 @@ def _expand(table: _RunTable, changes: Mapping[str, Any], seeds: list[int], whol
         yield ExperimentRun(
             config=run_config(table.task, mixer, model, replace(training, seed=seed, learning_rate=rate)),
             lengths=tuple(table.lengths),
+            judged_task=table.judged_task,
             winner_lengths=tuple(table.winner_lengths),
             sequences=table.sequences,
             whole=whole,

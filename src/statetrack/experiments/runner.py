@@ -187,7 +187,7 @@ def _is_judged(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int
         set(run.lengths) <= judged.keys() <= {*run.lengths, *run.winner_lengths}
         and all(count == (run.sequences or default_sequences(length)) for length, count in judged.items())
         and evaluation.get("seed") == evaluation_seed
-        and evaluation.get("task") == get_task(run.config.task).name
+        and evaluation.get("task") == get_task(run.judged_task or run.config.task).name
         and evaluation.get("whole", run.whole) == run.whole  # files of before it was written down are the grid's
     )
 
@@ -365,7 +365,7 @@ def _judge(job: _Job, outcome: TrainingResult | Exception, evaluation_seed: int)
 
 
 def _evaluate(job: _Job, model: LanguageModel, evaluation_seed: int) -> None:
-    run, task = job.run, get_task(job.run.config.task)
+    run, task = job.run, get_task(job.run.judged_task or job.run.config.task)
 
     def on_progress(done: int, total: int) -> None:
         if _stop.is_set():

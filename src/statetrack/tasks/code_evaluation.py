@@ -7,7 +7,7 @@ source, such as `a,b=b,a` / `if c==1:a=c` / `print(a)`.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -30,10 +30,17 @@ PRINT_LENGTH = 3
 
 
 class _Statement(NamedTuple):
-    """One line of a program: the numbers of its tokens, and what it does to every tuple of values, int64 [states]."""
+    """One line of a program.
+
+    Attributes:
+        tokens: their numbers.
+        effect: what it does to every tuple of values: int64 [states].
+        target: which variable it assigns, the first of two.
+    """
 
     tokens: tuple[int, ...]
     effect: Tensor
+    target: int
 
 
 class _Statements(NamedTuple):
@@ -43,6 +50,7 @@ class _Statements(NamedTuple):
         automaton: its letters are the statements, its states the values of all variables.
         tokens: of each, int64 [statements, longest], -1 behind the end.
         lengths: how many tokens each has: int64 [statements].
+        targets: which variable each assigns, the first of two: int64 [statements].
         first, counts: where the statements of each of the `KINDS` begin, and how many they are: int64 [8].
         values: of each variable in each state: int64 [states, V].
     """
@@ -50,6 +58,7 @@ class _Statements(NamedTuple):
     automaton: Automaton
     tokens: Tensor
     lengths: Tensor
+    targets: Tensor
     first: Tensor
     counts: Tensor
     values: Tensor
@@ -59,6 +68,7 @@ class _Statements(NamedTuple):
             automaton=self.automaton.to(device),
             tokens=self.tokens.to(device),
             lengths=self.lengths.to(device),
+            targets=self.targets.to(device),
             first=self.first.to(device),
             counts=self.counts.to(device),
             values=self.values.to(device),
@@ -75,6 +85,8 @@ class CodeEvaluation(Task):
 
     Attributes:
         variables: V, how many variables and values.
+        parts: whether every line has a label too, at its end: the value that the variable on its left, or the first of
+            two, has by then.
     """
 
     name: str = field(init=False)
@@ -83,6 +95,7 @@ class CodeEvaluation(Task):
     num_labels: int = field(init=False)
     chance: float = field(init=False)
     variables: int
+    parts: bool = False
 
     def __post_init__(self) -> None:
         values = {
@@ -112,6 +125,9 @@ class CodeEvaluation(Task):
     def fits(self, length: int) -> bool:
         return length >= PRINT_LENGTH
 
+    def with_parts(self) -> CodeEvaluation:
+        return replace(self, parts=True)
+
     def sample(
         self, batch_size: int, length: int, generator: torch.Generator, device: torch.device | str | None = None
     ) -> Batch:
@@ -139,6 +155,10 @@ class CodeEvaluation(Task):
         labels = torch.full_like(ids, IGNORE)
         start = torch.full((batch_size,), language.automaton.start, device=there)
         states = torch.cat([start.unsqueeze(0), language.automaton.run_time_first(statements.T, start)])
+        if self.parts:
+            values = language.values[states[1:].T].gather(2, language.targets[statements].unsqueeze(2)).squeeze(2)
+            # What is no line puts its label where the answer comes.
+            labels.scatter_(1, torch.where(ends <= room, ends, length) - 1, values)
         labels[:, -1] = language.values[states[-1], printed]
         return Batch(ids, labels)
 
@@ -165,7 +185,7 @@ class CodeEvaluation(Task):
             after = values.clone()
             for variable, value in changes.items():
                 after[:, variable] = value
-            return _Statement(tuple(number[word] for word in text), (after * base).sum(1))
+            return _Statement(tuple(number[word] for word in text), (after * base).sum(1), target=next(iter(changes)))
 
         pairs = list(itertools.permutations(range(count), 2))
         swaps = [
@@ -184,12 +204,13 @@ class CodeEvaluation(Task):
             _Statement(
                 (number["if "], i, number["=="], number[str(d)], number[":"], *then.tokens),
                 torch.where(values[:, i] == d, then.effect, same),
+                then.target,
             )
             for i, d in itertools.product(range(count), repeat=2)
             for then in (*swaps, *constants, *copies)
         ]
         groups = {"swap": swaps, "constant": constants, "copy": copies, "branch": branches}
-        everything = [*swaps, *constants, *copies, *branches, _Statement((), same)]
+        everything = [*swaps, *constants, *copies, *branches, _Statement((), same, target=0)]
         starts = dict(zip(groups, itertools.accumulate(map(len, groups.values()), initial=0), strict=False))
         longest = max(len(one.tokens) for one in everything)
         return _Statements(
@@ -200,6 +221,7 @@ class CodeEvaluation(Task):
             ),
             tokens=torch.tensor([one.tokens + (-1,) * (longest - len(one.tokens)) for one in everything]),
             lengths=torch.tensor([len(one.tokens) for one in everything]),
+            targets=torch.tensor([one.target for one in everything]),
             first=torch.tensor([starts[kind] for kind in KINDS]),
             counts=torch.tensor([len(groups[kind]) for kind in KINDS]),
             values=values,
