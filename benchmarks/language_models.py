@@ -258,6 +258,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "tokens": options.tokens,
         "held_out_tokens": options.held_out_tokens,
         "set": sorted(options.set),
+        "learning_rate": config(MODELS[0], options).optimizer.learning_rate,
         "data": {"fingerprint": fingerprint(options.data), **read_manifest(options.data)["tokens"]},
     }
 
