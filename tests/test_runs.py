@@ -158,6 +158,12 @@ def test_an_evaluation_is_of_the_weights_that_it_judged(directory):
     assert record_of_run(directory).accuracy == {}
 
 
+def test_a_record_has_the_chance_of_the_task_that_the_run_was_judged_on(directory):
+    assert record_of_run(directory).chance == 0.5
+    directory.write_evaluation({"accuracy": {"4": 1.0}, "task": "modular_addition:4", "chance": 0.25})
+    assert record_of_run(directory).chance == 0.25
+
+
 def test_weights_that_say_nothing_of_their_training_have_a_record(directory):
     save_file(load_file(directory.model_file), directory.model_file)
     record = record_of_run(directory)

@@ -25,9 +25,10 @@ def record_of_run(directory: RunDirectory, *, explanation: str = "") -> Record:
     evaluation = directory.read_evaluation()
     accuracy = {int(length): share for length, share in evaluation.get("accuracy", {}).items()}
     task = get_task(config.task)
+    chance = evaluation.get("chance")  # that of the task it was judged on, as accuracies are
     eigenvalues = measure_eigenvalues(model, task)
     return Record(
-        **_facts(config),
+        **_facts(config, task.chance if chance is None else chance),
         num_parameters=model.num_parameters(),
         train_seconds=directory.train_seconds(),
         train_device=directory.train_device(),
@@ -48,7 +49,7 @@ def record_of_failure(directory: RunDirectory, reason: str, *, explanation: str 
     """
     config = directory.read_config()
     return Record(
-        **_facts(config),
+        **_facts(config, get_task(config.task).chance),
         num_parameters=LanguageModel(config.model).num_parameters(),
         failed=reason,
         explanation=explanation,
@@ -60,7 +61,7 @@ def _history(directory: RunDirectory) -> tuple[HistoryPoint, ...]:
     return tuple(HistoryPoint(m["step"], m["loss"], m["accuracy"]) for m in directory.read_metrics())
 
 
-def _facts(config: RunConfig) -> dict[str, Any]:
+def _facts(config: RunConfig, chance: float) -> dict[str, Any]:
     mixers, training = config.model.mixer_pattern, config.training
     ranges = _different(mixers, "eigenvalue_range")
     layers = config.model.num_layers
@@ -74,7 +75,7 @@ def _facts(config: RunConfig) -> dict[str, Any]:
         "num_householder": max(_different(mixers, "num_householder"), default=None),
         "seed": training.seed,
         "steps": training.steps,
-        "chance": get_task(config.task).chance,
+        "chance": chance,
         "train_lengths": (training.min_length, training.max_length),
         "variant": ", ".join(filter(None, variant)),
     }
