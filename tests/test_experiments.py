@@ -76,6 +76,16 @@ def test_an_entry_of_a_sweep_may_have_seeds_of_its_own():
     assert seeds([7], "tiny") == [7, 7]
 
 
+def test_a_preset_may_have_smaller_tasks_in_place_of_those_that_runs_are_of():
+    table = {**SMALL["run"][0], "judged_task": "modular_addition:5", "sweep": [{}]}
+    preset = {"tiny": {"tasks": {"parity": "group:Z2", "modular_addition:5": "modular_addition:3"}}}
+    (run,) = read_experiment({**SMALL, "run": [table], "preset": preset}, [0], "tiny").runs
+    assert (run.config.task, run.judged_task) == ("group:Z2", "modular_addition:3")
+    preset = {"tiny": {"tasks": {"partiy": "group:Z2"}}}
+    with pytest.raises(ValueError, match="the preset tiny has a smaller task for partiy, which no run is of"):
+        read_experiment({**SMALL, "preset": preset}, None, "tiny")
+
+
 def test_a_run_may_be_judged_on_another_task_than_it_is_trained_on(tmp_path):
     table = {**SMALL["run"][0], "task": "group:Z2", "judged_task": "parity", "sweep": [{}], "winner_lengths": []}
     experiment = read_experiment({**SMALL, "run": [table]}, [3])

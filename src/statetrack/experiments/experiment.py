@@ -198,6 +198,9 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
     smaller_tasks = smaller.pop("tasks", {})
     smaller_recipe = smaller.pop("recipe", smaller)
     whole = file.published is not None and file.published.measure == "sequence_accuracy"
+    named = {table.get(key) for table in (file.shared, *file.run) for key in ("task", "judged_task")}
+    if unknown := sorted(smaller_tasks.keys() - named):
+        raise ValueError(f"the preset {preset} has a smaller task for {unknown[0]}, which no run is of")
     runs = []
     for own in file.run:
         laid = _laid_over(_laid_over(file.shared, own), smaller)
