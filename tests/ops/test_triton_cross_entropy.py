@@ -7,7 +7,7 @@ from triton_cases import interpreted
 
 from statetrack.cross_entropy import IGNORE, linear_cross_entropy
 from statetrack.ops import triton_cross_entropy
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, ON_REQUEST
 from statetrack.ops.triton_cross_entropy import replace_by_gradient
 
 
@@ -59,10 +59,11 @@ def test_large_logits_do_not_overflow():
 
 @interpreted
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_the_chunked_loss_uses_it_once_it_is_checked(z_loss, monkeypatch):
+def test_the_chunked_loss_is_the_same_with_and_without_it(z_loss, monkeypatch):
     x, weight = torch.randn(2, 9, 8, requires_grad=True), torch.randn(31, 8, requires_grad=True)
     labels = torch.randint(31, (2, 9))
     labels[0, 3] = IGNORE
+    monkeypatch.setattr(triton_cross_entropy, "PRIORITY", ON_REQUEST)
     expected = linear_cross_entropy(x, weight, labels, z_loss=z_loss)
     gradients = torch.autograd.grad(expected, (x, weight))
     calls = []
@@ -76,6 +77,13 @@ def test_the_chunked_loss_uses_it_once_it_is_checked(z_loss, monkeypatch):
     assert calls
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, (x, weight)), gradients)
+
+
+@interpreted
+@pytest.mark.parametrize("shares", [None, torch.tensor([0.5, 0.0, 0.5])], ids=["losses", "gradient"])
+def test_the_operators_fake_tells_the_truth(shares):
+    arguments = (torch.randn(3, 7), torch.tensor([2, IGNORE, 6]), shares, 0.1, IGNORE)
+    torch.library.opcheck(triton_cross_entropy._op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu
