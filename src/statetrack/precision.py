@@ -13,7 +13,7 @@ Precision = Literal["float32", "bfloat16"]
 """Of matrix products and activations; bfloat16 is by autocast."""
 
 PrecisionOnTask = Literal["float32", "tf32", "bfloat16"]
-"""The same with products in TF32: float32 numbers of which a GPU multiplies the first 11 bits."""
+"""The same, and TF32: float32 numbers, of which a GPU multiplies the first 11 bits."""
 
 
 def check_precision(precision: str, kinds: Any = Precision) -> None:
