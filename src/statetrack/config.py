@@ -37,10 +37,10 @@ class TrainingConfig:
         warmup: share of the steps, at the start, in which the learning rate rises linearly from 0.
         decay: share of the steps, at the end, in which it falls to 0; it is constant in between.
         decay_shape: how it falls: along half a cosine or a straight line.
-        precision: "bfloat16": matrix products and activations, by autocast; weights, the sum over the blocks, states,
-            whatever decides on eigenvalues, the loss and the optimizer are float32. "tf32", on an NVIDIA GPU: all is
-            float32, and matrix products see the first 11 bits of their inputs. "float32": all of it. It is of training
-            alone; a trained model is evaluated in float32.
+        precision: of matrix products; "float32", or less: "bfloat16" is of activations too, by autocast; with "tf32",
+            on an NVIDIA GPU, products see the first 11 bits of float32 numbers. Weights, the sum over the blocks,
+            states, whatever decides on eigenvalues, the loss and the optimizer are float32 with all of them. It is of
+            training alone; a trained model is evaluated in float32.
         z_loss: coefficient of the z-loss (arXiv 2204.02311), the mean square of the logarithm of the softmax's
             denominator. Cross-entropy stops caring once a model is confident; this term goes on to penalize any drift
             of the state that changes the logits, and so makes eigenvalues exact enough for sequences far longer than

@@ -84,10 +84,10 @@ class ModelConfig:
         tie_embeddings: the output layer is the transposed embedding, which begins with the standard deviation 0.02;
             output_size must then be vocab_size.
         initializer_range: standard deviation of the normal distribution from which embeddings, linear layers and short
-            convolutions start; divided by the root of their number for the layers that write to the residual stream,
-            the last ones of mixers and MLPs (as GPT-2, Radford et al. 2019). Layers that a mixer defines the start of
-            (`Mixer.own_start`) keep it. None for PyTorch's and each mixer's own, which suits small models of tasks;
-            language models learn far faster from 0.02 (docs/pretrain.md).
+            convolutions start. That of the layers that write to the residual stream, the last ones of mixers and MLPs,
+            is divided by the root of how many of them there are (as in GPT-2, Radford et al. 2019). Layers that a
+            mixer defines the start of (`Mixer.own_start`) keep it. None for PyTorch's and each mixer's own, which
+            suits small models of tasks; language models learn far faster from 0.02 (docs/pretrain.md).
         mixer: the token mixer of every block; or a tuple of them, a hybrid: the pattern is repeated over the layers,
             and its length divides num_layers.
     """

@@ -35,7 +35,7 @@ LENGTHS = 4
 
 MOST_ONE_HOT = 1024
 """Embeddings of up to so many tokens are looked up by a matrix product where steps are captured: the gradient of
-`torch.nn.Embedding` makes the host wait for the device (pytorch issue 82886)."""
+`torch.nn.Embedding` makes the host wait for the device (pytorch issue 82886). With TF32 that product rounds them."""
 
 
 class TrainingStep:
@@ -49,7 +49,7 @@ class TrainingStep:
         models: one for each, on the device. Their parameters become views of stacked ones where there are several.
         optimizers: one for each, from `make_optimizer`; those of several runs have a state in common afterwards.
         fixed: keep batches and learning rates in the same memory at every step, as graphs need it. The numbers are the
-            same, but for the padding.
+            same, but for the padding and, with TF32, for embeddings (`MOST_ONE_HOT`).
     """
 
     def __init__(
