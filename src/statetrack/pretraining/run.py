@@ -74,8 +74,8 @@ class PretrainRun:
         there = _without_execution(self.read_config())
         if there != (here := _without_execution(config)):
             raise RunError(
-                f"{self.path} holds another run ({difference(there, here)}); choose another directory, or repeat the "
-                "config it was started with to go on"
+                f"{self.path} holds another run ({difference(there, here)}); choose another directory, or go on with "
+                f"the config that it was started with: statetrack pretrain --out {self.path}"
             )
         if data.get("data_fingerprint") != fingerprint(config.data.directory):
             raise RunError(
