@@ -102,6 +102,7 @@ def test_a_preset_is_the_same_grid_and_says_that_it_is_smaller(name):
             assert all(run.config.training.steps * run.config.training.batch_size <= 8 for run in smaller.runs)
         assert smaller.published.protocol == "ours"
         assert preset in smaller.published.differences[0]
+        assert ("smaller tasks" in smaller.published.differences[0]) == bool(tasks)
     with pytest.raises(ValueError, match="unknown preset 'huge'; this experiment has cpu, smoke"):
         load_experiment(name, preset="huge")
 
@@ -236,6 +237,7 @@ def test_measures_by_length_have_a_table_of_medians(measure):
     unpublished = [replace(outcome, run=replace(outcome.run, published={})) for outcome in outcomes]
     results = comparison(published, unpublished)[0]
     assert (results.title, results.header) == ("Results", ("task", "model", "ours", "seeds"))
+    assert comparison(published, unpublished)[-1].title == "How it is done"
     # Recipes have lines of their own, and nothing is said of models that have not been judged.
     recipe = Outcome(replace(runs[0], recipe=True), record({4: 1.0}))
     rows = comparison(published, [Outcome(runs[0], None), recipe])[1].rows

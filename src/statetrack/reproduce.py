@@ -296,7 +296,7 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
     if publication.measure != "scaled_accuracy" and any(outcome.record for outcome in outcomes):
         tables.append(_by_length(publication, outcomes))
     for title, of, sentences in (
-        ("Where the protocols differ", "ours", publication.differences),
+        ("Where the protocols differ" if compared else "How it is done", "ours", publication.differences),
         ("What our recipe does otherwise", "our recipe", publication.recipe if recipes else []),
     ):
         if sentences:

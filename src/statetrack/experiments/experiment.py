@@ -219,8 +219,8 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
     published = file.published
     if published is not None and preset is not None:
         note = (
-            f"This is the preset {preset}: smaller models, fewer steps, and fewer sequences at fewer lengths than is "
-            "said below, to see the ordering and not the numbers."
+            f"This is the preset {preset}: {'some smaller tasks, ' if smaller_tasks else ''}smaller models, fewer "
+            "steps, and fewer sequences at fewer lengths than is said below, to see the ordering and not the numbers."
         )
         published = replace(published, protocol="ours", differences=[note, *published.differences])
     return Experiment(title=file.title, runs=tuple(runs), published=published)
