@@ -288,7 +288,7 @@ def test_the_range_of_initial_weights_reaches_the_layers_of_mixers():
     config = ModelConfig(vocab_size=8, d_model=128, initializer_range=0.05, mixer=mixer_config("deltanet")())
     mixer = LanguageModel(config).blocks[0].mixer
     assert mixer.q_proj.weight.std().item() == pytest.approx(0.05, rel=0.05)
-    assert mixer.convolutions["k"].weight.std().item() == pytest.approx(0.05, rel=0.1)
+    assert mixer.get_parameter("convolutions.k.weight").std().item() == pytest.approx(0.05, rel=0.1)
 
 
 @pytest.mark.parametrize("wrong", [0.0, -0.02, 2.0, float("nan")])
