@@ -33,11 +33,13 @@ def _channels(C: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def _rows(i, n, RUN: tl.constexpr, BN: tl.constexpr):
-    """Of each token its row in tensors [R, n, C], and in those of the scan, and whether there is one."""
+def _places(i, n, channel, ok, C: tl.constexpr, RUN: tl.constexpr, BN: tl.constexpr):
+    """Of a tile: the rows of its tokens in tensors [R, n, C], its places in them and in those of the scan, and whether
+    there are such."""
     token = ((tl.program_id(0).to(tl.int64) * RUN + i) * BN + tl.arange(0, BN))[:, None]
     replica = tl.program_id(2)
-    return replica * n + token, token * tl.num_programs(2) + replica, token < n
+    row, scanned = replica * n + token, token * tl.num_programs(2) + replica
+    return row, row * C + channel[None, :], scanned * C + channel[None, :], (token < n) & ok[None, :]
 
 
 @triton.jit
@@ -66,9 +68,7 @@ def before(raw, bias, u, dt, v, n, C: tl.constexpr, RUN: tl.constexpr, BN: tl.co
     channel, ok = _channels(C, BC)
     offset = _parameter(bias, channel, ok, C)
     for i in range(RUN):
-        row, scanned, real = _rows(i, n, RUN, BN)
-        place, inside = row * C + channel[None, :], real & ok[None, :]
-        of_scan = scanned * C + channel[None, :]
+        _, place, of_scan, inside = _places(i, n, channel, ok, C, RUN, BN)
         step = _softplus(_tile(raw, place, inside) + offset)
         _put(dt, of_scan, step, inside)
         _put(v, of_scan, step * _tile(u, place, inside), inside)
@@ -83,9 +83,7 @@ def after(
     channel, ok = _channels(C, BC)
     skip = _parameter(D, channel, ok, C)
     for i in range(RUN):
-        row, scanned, real = _rows(i, n, RUN, BN)
-        place, inside = row * C + channel[None, :], real & ok[None, :]
-        of_scan = scanned * C + channel[None, :]
+        row, place, of_scan, inside = _places(i, n, channel, ok, C, RUN, BN)
         gate = _tile(z, row * STRIDE + channel[None, :], inside)
         opened, _ = _sigmoid(gate)
         out = _tile(o, of_scan, inside) + skip * _tile(u, place, inside)
@@ -102,9 +100,7 @@ def after_backward(
     offset, skip = _parameter(bias, channel, ok, C), _parameter(D, channel, ok, C)
     total = tl.zeros([BN, BC], tl.float32)
     for i in range(RUN):
-        row, scanned, real = _rows(i, n, RUN, BN)
-        place, inside = row * C + channel[None, :], real & ok[None, :]
-        of_scan = scanned * C + channel[None, :]
+        row, place, of_scan, inside = _places(i, n, channel, ok, C, RUN, BN)
         value = _tile(u, place, inside)
         step = _softplus(_tile(raw, place, inside) + offset)
         _put(dt, of_scan, step, inside)
@@ -128,9 +124,7 @@ def before_backward(
     offset, skip = _parameter(bias, channel, ok, C), _parameter(D, channel, ok, C)
     total = tl.zeros([BN, BC], tl.float32)
     for i in range(RUN):
-        row, scanned, real = _rows(i, n, RUN, BN)
-        place, inside = row * C + channel[None, :], real & ok[None, :]
-        of_scan = scanned * C + channel[None, :]
+        _, place, of_scan, inside = _places(i, n, channel, ok, C, RUN, BN)
         x, d_value = _tile(raw, place, inside) + offset, _tile(d_v, of_scan, inside)
         opened, _ = _sigmoid(x)
         d_x = (_tile(d_dt, of_scan, inside) + d_value * _tile(u, place, inside)) * opened
