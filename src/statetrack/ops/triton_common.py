@@ -172,5 +172,9 @@ _SUMMED = 16
 """Numbers of a gradient that a program sums: few, as programs are few; 64 bytes, which memory is read in."""
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def as_float32(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from statetrack.ops.backend import differentiable_once, register_operator
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, power_of_two, sum_parts, unavailable
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, contiguous, kernels, power_of_two, sum_parts, unavailable
 from statetrack.ops.vmapped import replicas_first
 
 PRIORITY = CHECKED_ON_A_CARD
@@ -82,7 +82,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padded: bool, silu:
         grid = (y.shape[:-2].numel(), -(-tokens // block_t), -(-channels // block_c))
         with torch.cuda.device_of(x):
             _kernels().forward[grid](
-                x, weight.contiguous(), None if bias is None else bias.contiguous(), y, x.shape[-2], rows,
+                x, weight.contiguous(), contiguous(bias), y, x.shape[-2], rows,
                 **constants, BT=block_t, BC=block_c, num_warps=4,
             )  # fmt: skip
     return y
@@ -103,7 +103,7 @@ def _backward(
     if d_x.numel():
         with torch.cuda.device_of(x):
             _kernels().backward[count, blocks, -(-channels // block_c)](
-                x, weight.contiguous(), None if bias is None else bias.contiguous(), d_y.contiguous(), d_x, d_taps,
+                x, weight.contiguous(), contiguous(bias), d_y.contiguous(), d_x, d_taps,
                 d_bias, x.shape[-2], rows, run, **constants, BR=_RUNS, BC=block_c, AHEAD=_AHEAD, num_warps=4,
             )  # fmt: skip
     d_weight = sum_parts(d_taps, weight)

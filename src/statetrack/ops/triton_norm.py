@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from statetrack.ops.backend import register_operator, wants_gradient
-from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, power_of_two, sum_parts, unavailable
+from statetrack.ops.triton_common import CHECKED_ON_A_CARD, contiguous, kernels, power_of_two, sum_parts, unavailable
 from statetrack.ops.vmapped import is_vmapped, replicas_first
 
 PRIORITY = CHECKED_ON_A_CARD
@@ -126,7 +126,7 @@ def _forward(
     """The total, of no numbers without y, the norm and the reciprocal root mean squares [...]."""
     results = _empty_results(x, y, weight, eps, dtype)
     total, normed, inverse_rms = results
-    x, y, weight = x.contiguous(), _contiguous(y), _contiguous(weight)
+    x, y, weight = x.contiguous(), contiguous(y), contiguous(weight)
     rows, sets, tile = _launch(x, weight)
     if rows:
         with torch.cuda.device_of(x):
@@ -156,7 +156,7 @@ def _backward(
     """The gradients of x, of y in a dtype of its own (else of no numbers), and of the weight (of no numbers)."""
     d_x, d_y, d_weight = _empty_gradients(total, weight, inverse_rms, d_normed, d_total, x_dtype, y_dtype)
     total, d_normed = total.contiguous(), d_normed.contiguous()
-    d_total, weight = _contiguous(d_total), _contiguous(weight)
+    d_total, weight = contiguous(d_total), contiguous(weight)
     rows, sets, tile = _launch(total, weight)
     if not rows:
         return d_x, d_y, d_weight.zero_()
@@ -191,10 +191,6 @@ def _empty_gradients(
 
 _forward_op = register_operator("triton_add_and_norm", _forward, _empty_results)
 _backward_op = register_operator("triton_add_and_norm_backward", _backward, _empty_gradients)
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _launch(x: Tensor, weight: Tensor | None) -> tuple[int, int, dict[str, int]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from statetrack.ops.backend import register_operator, wants_gradient
 from statetrack.ops.step import overwrites
-from statetrack.ops.triton_common import LARGEST_KEY, kernels, power_of_two, processors, unavailable
+from statetrack.ops.triton_common import LARGEST_KEY, contiguous, kernels, power_of_two, processors, unavailable
 from statetrack.transition import Diagonal, Discretized, Householder, LowRank, Transition
 
 # A program's part of the state, in numbers, at most; and how many value channels it has at least, which are a segment
@@ -58,7 +58,7 @@ def run(
         state = torch.empty_like(before)
     q, v = q.contiguous(), v.contiguous()
     if isinstance(transition, Householder):
-        k, beta, decay = (_contiguous(x) for x in (transition.k, transition.beta, transition.decay))
+        k, beta, decay = (contiguous(x) for x in (transition.k, transition.beta, transition.decay))
         return _householder_op(state, before, q, k, v, beta, decay, transition.normalize), state
     assert write is not None
     inputs = (q, write.contiguous(), v)
@@ -69,13 +69,9 @@ def run(
             state, before, *inputs, *(x.contiguous() for x in (transition.decay, transition.u, transition.w))
         ), state
     assert isinstance(transition, Discretized)
-    dt, A, lower_end = (_contiguous(x) for x in (transition.dt, transition.A, transition.lower_end))
+    dt, A, lower_end = (contiguous(x) for x in (transition.dt, transition.A, transition.lower_end))
     lo, hi = transition.eigenvalue_range.lo, transition.eigenvalue_range.hi
     return _discretized_op(state, before, *inputs, dt, A, lower_end, lo, hi), state
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
 
 
 def _kernels() -> Any:
