@@ -1,6 +1,7 @@
 """Reproductions: the grids are what they say, runs are resumed and not repeated, ours stands beside theirs."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -134,6 +135,24 @@ def test_a_grid_runs_stops_at_its_budget_and_goes_on(tmp_path):
     assert summary["provenance"]["Machine"]
     for text in ((tmp_path / "table.md").read_text(), (tmp_path / "report.html").read_text()):
         assert all(words in text for words in ("0.250 / 0.125", "perfect", "fewer steps", "a paper", "1 of 1"))
+
+
+def test_a_part_of_a_grid_is_chosen_by_the_names_of_its_runs(tmp_path, monkeypatch, capsys):
+    experiment = read_experiment(SMALL, [3])
+    name = experiment.runs[1].name
+    outcomes = run_reproduction(experiment, tmp_path, workers=1, only=re.escape(name) + "$")
+    assert [outcome.record is None for outcome in outcomes] == [True, False]
+    assert [path.name for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")] == [name]
+    assert [run["state"] for run in json.loads((tmp_path / "summary.json").read_text())["runs"]] == ["missing", "done"]
+    assert f"[1/1] {name}  done" in capsys.readouterr().out
+
+    monkeypatch.setattr(reproduce, "run_reproduction", lambda *args, **options: outcomes)
+    for only, message in (
+        (f"^{re.escape(name)}", "those that were asked for are done"),
+        (".", "the same command goes on"),
+    ):
+        assert main(["reproduce", "word-problems", "--preset", "smoke", "--out", str(tmp_path), "--only", only]) == 0
+        assert f"1 of 2 runs are left; {message}" in capsys.readouterr().err
 
 
 def test_best_and_median_leave_out_what_is_missing_and_count_what_failed_as_0():
@@ -284,6 +303,11 @@ def test_an_experiment_of_our_own_reproduces_nothing(tmp_path):
         ("reproduce word-problems --budget-minutes 0", "budget_minutes must be positive"),
         ("reproduce word-problems --devices tpu", "unknown device"),
         ("reproduce word-problems --seeds x", "seeds must be whole numbers"),
+        ("reproduce word-problems --only [", "only must be a regular expression, got '['"),
+        (
+            "reproduce word-problems --only parity",
+            "no run has a name with a match of 'parity'; names are such as group_",
+        ),
     ],
 )
 def test_wrong_commands_get_one_sentence(words, message, capsys):

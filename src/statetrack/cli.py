@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -95,6 +96,8 @@ class Reproduce:
         preset: a smaller version of the experiment.
         out: directory of the results; runs/NAME, or runs/NAME-PRESET, if left out.
         seeds: seeds of every model, such as 0,1,2; those of the experiment if left out.
+        only: a regular expression: only runs whose names have a match are trained, such as "parity.*deltanet". The table
+            has the whole grid.
         workers: runs at the same time; one for each core or GPU if left out.
         devices: where they run, such as cpu or cuda:0,cuda:1; if left out, all GPUs, or the CPU where there are none.
         budget_minutes: stop after so many minutes, with checkpoints and with what is done on the page.
@@ -114,6 +117,7 @@ class Reproduce:
     preset: str | None = None
     out: Path | None = None
     seeds: str | None = None
+    only: str | None = None
     workers: int | None = None
     devices: str | None = None
     budget_minutes: float | None = None
@@ -164,6 +168,7 @@ class Reproduce:
                     experiment,
                     out,
                     cluster,
+                    only=self.only,
                     workers=self.workers,
                     retry_failed=self.retry_failed,
                     should_stop=stopping,
@@ -172,6 +177,7 @@ class Reproduce:
                 outcomes = run_reproduction(
                     experiment,
                     out,
+                    only=self.only,
                     workers=self.workers,
                     devices=_devices(self.devices),
                     budget_minutes=self.budget_minutes,
@@ -180,9 +186,11 @@ class Reproduce:
                 )
             interrupted = stopping()
         print(f"the numbers: {out / 'summary.json'}, {out / 'table.md'}    the page: {out / 'report.html'}")
-        missing = sum(outcome.record is None for outcome in outcomes)
+        missing = [outcome.run.name for outcome in outcomes if outcome.record is None]
         if missing:
-            print(f"{missing} of {len(outcomes)} runs are left; the same command goes on", file=sys.stderr)
+            asked = missing if self.only is None else [name for name in missing if re.search(self.only, name)]
+            goes_on = "the same command goes on" if asked else "those that were asked for are done"
+            print(f"{len(missing)} of {len(outcomes)} runs are left; {goes_on}", file=sys.stderr)
         failed = sum(outcome.failed for outcome in outcomes)
         if failed:
             print(f"{failed} of {len(outcomes)} runs failed; --retry-failed lets them go on", file=sys.stderr)

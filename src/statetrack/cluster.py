@@ -14,7 +14,7 @@ from statetrack.experiments import Experiment
 from statetrack.experiments.runner import RunEvent, finished_records, forget_failures, run_experiment
 from statetrack.machine import available_devices
 from statetrack.report import Record
-from statetrack.reproduce import Outcome, publication_of, write_results
+from statetrack.reproduce import Outcome, chosen_runs, publication_of, write_results
 
 _POLL_SECONDS = 1.0
 
@@ -54,6 +54,7 @@ def reproduce_on_cluster(
     out: Path,
     cluster: Cluster,
     *,
+    only: str | None = None,
     workers: int | None = None,
     retry_failed: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
@@ -67,6 +68,7 @@ def reproduce_on_cluster(
         experiment: a grid with a `Publication`.
         out: the directory of the results.
         cluster: what a job asks for.
+        only: as of `run_reproduction`.
         workers: runs at the same time in a job; None for one on each GPU, or one on each core.
         retry_failed: let runs that have failed go on from their last checkpoints.
         should_stop: asked every second; on True the jobs are cancelled. Their runs go on from their last checkpoints.
@@ -76,15 +78,16 @@ def reproduce_on_cluster(
 
     Raises:
         ModuleNotFoundError: if submitit is not installed.
-        ValueError: if the experiment reproduces nothing.
+        ValueError: if the experiment reproduces nothing, or `only` chooses nothing.
         RuntimeError: if there is no SLURM here; or if jobs failed, after the results of the others are written.
     """
     publication_of(experiment)
+    chosen = chosen_runs(experiment, only)
     executor = _executor(out / "jobs", cluster, workers)
     if retry_failed:
         forget_failures(experiment, out / "runs")
     records = finished_records(experiment, out / "runs", range(len(experiment.runs)))
-    left = [index for index in range(len(experiment.runs)) if index not in records]
+    left = [index for index in chosen if index not in records]
     size = cluster.runs_per_job or workers or cluster.gpus or cluster.cpus or 1
     chunks = [left[start : start + size] for start in range(0, len(left), size)]
     console = Console()

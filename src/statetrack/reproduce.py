@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -102,6 +103,7 @@ class Outcome:
             "variant": self.run.variant,
             "learning_rate": config.training.learning_rate,
             "steps": config.training.steps,
+            "precision": config.training.precision,
             "state": "missing" if record is None else "failed" if self.failed else "done",
         }
         if record is not None:
@@ -116,10 +118,28 @@ class Outcome:
         return line
 
 
+def chosen_runs(experiment: Experiment, only: str | None) -> list[int]:
+    """Which runs of a grid have a name with a match of the regular expression `only`; all of them if it is None.
+
+    Raises:
+        ValueError: if it is no regular expression, or no run has such a name.
+    """
+    try:
+        pattern = re.compile(only or "")
+    except re.error as error:
+        raise ValueError(f"only must be a regular expression, got {only!r}: {error}") from None
+    chosen = [index for index, run in enumerate(experiment.runs) if pattern.search(run.name)]
+    if not chosen:
+        names = ", ".join(sorted({run.name for run in experiment.runs})[:3])
+        raise ValueError(f"no run has a name with a match of {only!r}; names are such as {names}")
+    return chosen
+
+
 def run_reproduction(
     experiment: Experiment,
     out: Path,
     *,
+    only: str | None = None,
     workers: int | None = None,
     devices: Sequence[str] = ("cpu",),
     budget_minutes: float | None = None,
@@ -134,6 +154,8 @@ def run_reproduction(
     Args:
         experiment: a grid with a `Publication`.
         out: the directory of the results.
+        only: train those runs alone whose names have a match of this regular expression; None for all. What is
+            written has the whole grid.
         workers: as of `run_experiment`.
         devices: as of `run_experiment`.
         budget_minutes: stop, with checkpoints, after so many minutes of wall-clock time; None for no limit.
@@ -144,9 +166,10 @@ def run_reproduction(
         The outcome of each run, in the experiment's order.
 
     Raises:
-        ValueError: if the experiment reproduces nothing.
+        ValueError: if the experiment reproduces nothing, or `only` chooses nothing.
     """
     publication_of(experiment)
+    chosen = chosen_runs(experiment, only)
     out.mkdir(parents=True, exist_ok=True)
     if retry_failed:
         forget_failures(experiment, out / "runs")
@@ -160,18 +183,20 @@ def run_reproduction(
         return late or should_stop()
 
     def show(event: RunEvent) -> None:
-        name = experiment.runs[event.run].name
+        index = chosen[event.run]
+        name = experiment.runs[index].name
         if event.record is not None:
-            records[event.run] = event.record
+            records[index] = event.record
             state = f"failed: {event.record.failed}" if event.record.failed is not None else "done"
-            say(f"[{len(records)}/{len(experiment.runs)}] {name}  {state}")
+            say(f"[{len(records)}/{len(chosen)}] {name}  {state}")
         elif event.progress is not None and (tenth := 10 * event.progress.step // event.progress.steps) > shown.get(
-            event.run, 0
+            index, 0
         ):
-            shown[event.run] = tenth
+            shown[index] = tenth
             say(f"{name}  {describe(event.progress)}")
 
-    run_experiment(experiment, out / "runs", workers=workers, devices=devices, on_event=show, should_stop=stop)
+    part = replace(experiment, runs=tuple(experiment.runs[index] for index in chosen))
+    run_experiment(part, out / "runs", workers=workers, devices=devices, on_event=show, should_stop=stop)
     # A call that stops before it gets to them still knows of the runs that earlier ones have finished.
     records |= finished_records(experiment, out / "runs", set(range(len(experiment.runs))) - records.keys())
     return write_results(experiment, records, out)
