@@ -306,7 +306,7 @@ def test_an_experiment_of_our_own_reproduces_nothing(tmp_path):
         ("reproduce word-problems --only [", "only must be a regular expression, got '['"),
         (
             "reproduce word-problems --only parity",
-            "no run has a name with a match of 'parity'; names are such as group_",
+            "no run has a name with a match of 'parity'; names are such as",
         ),
     ],
 )

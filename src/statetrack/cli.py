@@ -96,8 +96,8 @@ class Reproduce:
         preset: a smaller version of the experiment.
         out: directory of the results; runs/NAME, or runs/NAME-PRESET, if left out.
         seeds: seeds of every model, such as 0,1,2; those of the experiment if left out.
-        only: a regular expression: only runs whose names have a match are trained, such as "parity.*deltanet". The table
-            has the whole grid.
+        only: a regular expression: only runs whose names have a match are trained, such as "parity.*deltanet". The
+            table has the whole grid.
         workers: runs at the same time; one for each core or GPU if left out.
         devices: where they run, such as cpu or cuda:0,cuda:1; if left out, all GPUs, or the CPU where there are none.
         budget_minutes: stop after so many minutes, with checkpoints and with what is done on the page.
