@@ -1,14 +1,14 @@
 """A model over several processes, and in bf16: the same function and the same gradients, however they are spread.
 
-With FSDP2 every block is two groups. The weights of its linear layers are gathered in the precision of the matrix
-products; all else, above all what decides on eigenvalues, is gathered in float32. So a run computes with the same
-numbers as on one GPU, where autocast rounds the same weights and no others.
+With FSDP2 the weights of linear layers are gathered in the precision of the matrix products, a few blocks at a time; all
+else, above all what decides on eigenvalues, is gathered in float32. So a run computes with the same numbers as on one
+GPU, where autocast rounds the same weights and no others.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -25,6 +25,13 @@ from statetrack.mixers import Mixer
 from statetrack.model import LanguageModel
 from statetrack.pretraining.config import ExecutionConfig
 from statetrack.pretraining.processes import Processes
+
+
+GROUP_PARAMETERS = 2**25
+"""With FSDP neighbouring blocks are gathered together until they have so many parameters. Each group costs the host some
+milliseconds a step, for which small blocks keep no GPU busy."""
+
+_SMALL = 1 / 8
 
 
 class ParallelModel:
@@ -56,7 +63,9 @@ class ParallelModel:
         if self.parallelism == "fsdp":
             # Left to itself FSDP takes the GPU where there is one, also in a run on the CPU.
             mesh = init_device_mesh(processes.device.type, (processes.size,))
-            _shard(model, mesh, torch.bfloat16 if self.bf16 else None)
+            # Blocks that are computed again, or compiled, come one at a time.
+            whole = execution.compile or execution.activation_checkpointing
+            _shard(model, mesh, torch.bfloat16 if self.bf16 else None, 0 if whole else GROUP_PARAMETERS)
         # FSDP puts gathered weights in the place of its parts for the time of a forward and backward pass.
         self.parameters = dict(model.named_parameters())
         self._module: nn.Module = model
@@ -107,20 +116,40 @@ def _parallelism(wanted: str, size: int) -> str:
     return wanted
 
 
-def _shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None) -> None:
+def _shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None, group_parameters: int) -> None:
     # Blocks also return states, which may be views; nobody changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     # Autocast has the last word on the dtypes of inputs.
     products = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     rest = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for block in model.blocks:
-        linear: list[nn.Module] = _linear_layers(block) if compute is not None else []
+    for blocks in _groups(model.blocks, group_parameters):
+        linear: list[Any] = (
+            [layer for block in blocks for layer in _linear_layers(block)] if compute is not None else []
+        )
         if linear:
             (first, *_) = fully_shard(linear, mesh=mesh, mp_policy=products)
             # Some mixers look at a weight before its layer is called, for the dtype of their state.
-            block.register_forward_pre_hook(partial(_gather, first))
-        fully_shard(block, mesh=mesh, mp_policy=rest)
+            blocks[0].register_forward_pre_hook(partial(_gather, first))
+        of_products = {id(p) for layer in linear for p in layer.parameters()}
+        for block in blocks:
+            # What is small stays with the embeddings, in one group of the whole model.
+            others = sum(p.numel() for p in block.parameters() if id(p) not in of_products)
+            if others > _SMALL * sum(p.numel() for p in block.parameters()):
+                fully_shard(block, mesh=mesh, mp_policy=rest)
     fully_shard(model, mesh=mesh, mp_policy=rest)
+
+
+def _groups(blocks: Iterable[nn.Module], parameters: int) -> list[list[nn.Module]]:
+    """Neighbouring blocks together until they have so many parameters."""
+    groups: list[list[nn.Module]] = []
+    count = parameters
+    for block in blocks:
+        if count >= parameters:
+            groups.append([])
+            count = 0
+        groups[-1].append(block)
+        count += sum(p.numel() for p in block.parameters())
+    return groups
 
 
 def _gather(group: FSDPModule, block: nn.Module, inputs: Any) -> None:
