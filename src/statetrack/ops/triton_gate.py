@@ -140,7 +140,8 @@ def _empty_gradients(gate: Tensor, x: Tensor, d_y: Tensor, silu: bool) -> tuple[
 
 
 def _halves_forward(both: Tensor, silu: bool) -> Tensor:
-    return _forward(*both.contiguous().chunk(2, -1), silu)
+    gate, x = both.contiguous().chunk(2, -1)
+    return _forward(gate, x, silu)
 
 
 def _empty_half(both: Tensor, silu: bool) -> Tensor:
