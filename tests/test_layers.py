@@ -1,5 +1,6 @@
 """The layers against PyTorch's own convolution and formulas."""
 
+import types
 from contextlib import contextmanager
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from statetrack import layers
 from statetrack.layers import (
@@ -17,6 +20,9 @@ from statetrack.layers import (
     ReLUMLP,
     RMSNorm,
     ShortConvolution,
+    gated_halves,
+    joined_linear,
+    joined_product,
     l2_normalize,
     token_shift,
     unit_vectors,
@@ -192,6 +198,162 @@ def test_rms_norm_is_its_formula_in_the_dtype_of_the_products_after_it(autocast,
     assert (found.double() - wanted).norm() <= tolerance * wanted.norm()
 
 
+@pytest.fixture
+def joined_on_cpu(monkeypatch):
+    monkeypatch.setattr(layers, "_JOINED_ON", ("cpu",))
+
+
+def several(*outputs, inputs=6):
+    return [torch.nn.Linear(inputs, size, bias=False) for size in outputs]
+
+
+@pytest.mark.parametrize("multiple", [1, 16])
+def test_layers_joined_are_each_alone_and_so_are_their_gradients(multiple, joined_on_cpu):
+    linears, x = several(5, 7, 1), torch.randn(3, 11, 6, requires_grad=True)
+    weights = [linear.weight for linear in linears]
+    product = joined_product(x, *linears, multiple=multiple)
+    assert product is not None
+    assert product.shape == (3, 11, 13 if multiple == 1 else 16)
+    assert torch.equal(product[..., 13:], torch.zeros_like(product[..., 13:]))
+    y = product[..., :13].split([5, 7, 1], -1)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (x, *weights)]
+    expected = [wide[0] @ weight.mT for weight in wide[1:]]
+    d = [torch.randn_like(part) for part in y]
+    found = [*y, *torch.autograd.grad(y, [x, *weights], d)]
+    exact = [*expected, *torch.autograd.grad(expected, wide, [part.double() for part in d])]
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_joined_layers_are_views_of_one_tensor(joined_on_cpu):
+    y = joined_linear(torch.randn(20, 6), *several(5, 7))
+    assert [part.shape for part in y] == [(20, 5), (20, 7)]
+    assert len({part.untyped_storage().data_ptr() for part in y}) == 1
+
+
+def test_joined_weights_are_rounded_as_autocast_rounds_them(joined_on_cpu, monkeypatch):
+    linears, x = several(5, 7), torch.randn(20, 6, requires_grad=True)
+    inputs, d = [x, *(linear.weight for linear in linears)], torch.randn(20, 12).bfloat16()
+    found = []
+    for join in (True, False):
+        monkeypatch.setattr(layers, "JOIN", join)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = joined_linear(x, *linears)
+        gradients = torch.autograd.grad(y, inputs, d.split([5, 7], -1))
+        assert [part.dtype for part in (*y, *gradients)] == [torch.bfloat16] * 2 + [torch.float32] * 3
+        found.append((*y, *gradients))
+    # The gradient of x is a sum that is rounded once, not twice.
+    torch.testing.assert_close(*found, rtol=2**-6, atol=2**-6)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True))
+
+
+def test_a_frozen_layer_among_the_joined_has_no_gradient(joined_on_cpu):
+    first, second = several(5, 7)
+    first.weight.requires_grad_(False)
+    sum(y.sum() for y in joined_linear(torch.randn(20, 6), first, second)).backward()
+    assert first.weight.grad is None
+    assert second.weight.grad is not None
+
+
+def test_gradients_of_gradients_of_joined_layers(joined_on_cpu, monkeypatch):
+    mlp, x = GatedMLP(4, 6), torch.randn(20, 4, requires_grad=True)
+    found = []
+    for join in (True, False):
+        monkeypatch.setattr(layers, "JOIN", join)
+        first = torch.autograd.grad(mlp(x).square().sum(), [x, *mlp.parameters()], create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), [x, *mlp.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+class _Scaled(torch.nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class _Negative(torch.nn.Module):
+    def forward(self, weight):
+        return -weight
+
+
+def _patched(linear):
+    linear.forward = types.MethodType(lambda self, x: F.linear(x, 3 * self.weight), linear)
+
+
+STANDS_BETWEEN = {
+    "a forward hook": lambda linear: linear.register_forward_hook(lambda module, inputs, output: 2 * output),
+    "a hook before": lambda linear: linear.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],)),
+    "a backward hook": lambda linear: linear.register_full_backward_hook(lambda module, d_x, d_y: (2 * d_x[0],)),
+    "a parametrization": lambda linear: parametrize.register_parametrization(linear, "weight", _Negative()),
+    "another forward": _patched,
+    "another class": lambda linear: setattr(linear, "__class__", _Scaled),
+    "another dtype": lambda linear: linear.bfloat16(),
+    "a bias": lambda linear: setattr(linear, "bias", torch.nn.Parameter(torch.ones(7))),
+}
+
+
+@pytest.mark.parametrize("change", STANDS_BETWEEN.values(), ids=STANDS_BETWEEN)
+def test_what_stands_between_a_layer_and_its_weight_keeps_it_alone(change, joined_on_cpu):
+    linears, x = several(5, 7), torch.randn(20, 6)
+    assert joined_product(x, *linears) is not None
+    change(linears[1])
+    assert joined_product(x, *linears) is None
+    if linears[1].weight.dtype == torch.float32:
+        y = joined_linear(x, *linears)
+        assert all(torch.equal(part, linear(x)) for part, linear in zip(y, linears, strict=True))
+
+
+def test_where_layers_are_not_joined(joined_on_cpu, monkeypatch):
+    linears, x = several(5, 7), torch.randn(20, 6)
+    assert joined_product(x[:11], *linears) is None  # fewer tokens than outputs
+    assert joined_product(x.double(), *(linear.double() for linear in several(5, 7))) is None
+    seen = []
+    vmap(lambda x: seen.append(joined_product(x, *linears)) or x)(x.expand(2, 20, 6))
+    assert seen == [None]
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+    assert joined_product(x, *linears) is None
+    hook.remove()
+    assert joined_product(x, *linears) is not None
+    monkeypatch.setattr(layers, "JOIN", False)
+    assert joined_product(x, *linears) is None
+    monkeypatch.undo()
+    assert joined_product(x, *linears) is None  # on a CPU
+
+
+def test_a_gated_mlp_is_the_same_with_one_product(joined_on_cpu, monkeypatch):
+    mlp, x = GatedMLP(4, 6), torch.randn(2, 30, 4, requires_grad=True)
+    names, inputs = list(mlp.state_dict()), [x, *mlp.parameters()]
+    found = []
+    for join in (True, False):
+        monkeypatch.setattr(layers, "JOIN", join)
+        y = mlp(x)
+        again = checkpoint(mlp, x, use_reentrant=False)
+        assert torch.equal(y, again)
+        gradients = torch.autograd.grad(y.square().sum(), inputs)
+        torch.testing.assert_close(torch.autograd.grad(again.square().sum(), inputs), gradients, rtol=0, atol=0)
+        found.append((y, *gradients))
+    torch.testing.assert_close(*found)
+    assert list(mlp.state_dict()) == names == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
+
+
+def test_a_gated_mlp_with_one_product_compiles_in_one_graph(joined_on_cpu):
+    torch._dynamo.reset()
+    mlp, x = GatedMLP(4, 6), torch.randn(2, 30, 4, requires_grad=True)
+    compiled = torch.compile(mlp, fullgraph=True, backend="aot_eager")
+    for length in (30, 2):
+        inputs = [part := x[:, :length].detach().requires_grad_(), *mlp.parameters()]
+        y, expected = compiled(part), mlp(part)
+        torch.testing.assert_close(y, expected)
+        gradients = torch.autograd.grad(y.square().sum(), inputs)
+        torch.testing.assert_close(gradients, torch.autograd.grad(expected.square().sum(), inputs))
+
+
+def test_two_halves_are_gated():
+    both = torch.randn(3, 8)
+    assert torch.equal(gated_halves(both, "sigmoid"), torch.sigmoid(both[:, :4]) * both[:, 4:])
+    assert torch.equal(gated_halves(both), F.silu(both[:, :4]) * both[:, 4:])
+
+
 class _Casts(TorchDispatchMode):
     """How many tensors of some shape are cast."""
 
@@ -231,6 +393,44 @@ def test_no_layer_after_a_norm_casts_its_output_under_autocast_on_a_gpu(dtype):
         with _Casts(shape) as casts:  # the check sees the casts of PyTorch's own norm
             F.linear(F.rms_norm(torch.empty(shape, dtype=dtype), (8,)), weight)
         assert casts.count > 0
+
+
+class _Calls(TorchDispatchMode):
+    """The operations, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_joined_layers_are_one_product_forward_and_two_backward(joined_on_cpu):
+    linears, x = several(6, 6, 2, inputs=8), torch.randn(4, 32, 8).bfloat16().requires_grad_()
+    weights = [linear.weight for linear in linears]
+    with torch.autocast("cpu", torch.bfloat16), _Calls() as calls:
+        y = joined_product(x, *linears, multiple=16)
+        assert y is not None
+        d_x, *d_weights = torch.autograd.grad(y, [x, *weights], torch.ones_like(y))
+    assert (y.shape, y.dtype, d_x.dtype) == ((4, 32, 16), torch.bfloat16, torch.bfloat16)
+    assert [(d.shape, d.dtype) for d in d_weights] == [(weight.shape, torch.float32) for weight in weights]
+    assert [name for name in calls.names if name in ("mm", "addmm", "bmm", "linear", "matmul")] == ["mm"] * 3
+    assert calls.names.count("_foreach_copy_") == 1  # joins and casts the weights
+    assert calls.names.count("_to_copy") == 1  # of their gradients
+    assert "cat" not in calls.names
+
+
+def test_layers_are_joined_on_a_gpu():
+    """On tensors without numbers, which are on a GPU that need not be there."""
+    linears = several(6, 6, 2, inputs=8)
+    with FakeTensorMode(), torch.device("cuda"), torch.no_grad(), cuda_autocast():
+        for linear in linears:
+            linear.weight = torch.nn.Parameter(torch.empty(linear.weight.shape))
+        y = joined_product(torch.empty(4, 32, 8), *linears)
+        assert y is not None
+        assert (y.shape, y.dtype) == ((4, 32, 14), torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
 
 from statetrack.ops import triton_convolution, triton_gate, triton_norm, triton_normalize
 from statetrack.ops.backend import wants_gradient
@@ -69,6 +71,108 @@ class RMSNorm(nn.RMSNorm):
         return total, self(total)
 
 
+JOIN = True
+"""Whether linear layers that read the same numbers on a GPU are computed as one product."""
+
+_JOINED_ON = ("cuda",)
+
+
+def joined_linear(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """What linear layers make of one input, as one product where that pays; [..., D] -> [..., O] of each.
+
+    The outputs are then views of one tensor. Parameters stay those of the layers.
+
+    Args:
+        x: [..., D].
+        linears: layers with D inputs.
+    """
+    product = joined_product(x, *linears)
+    if product is None:
+        return tuple(linear(x) for linear in linears)
+    return product.split([linear.weight.shape[0] for linear in linears], -1)
+
+
+def joined_product(x: Tensor, *linears: nn.Linear, multiple: int = 1) -> Tensor | None:
+    """The outputs of linear layers of one input beside each other, as one product, or None where they are not joined.
+
+    They are on a GPU, where the layers are `torch.nn.Linear` without a bias and nothing stands between them and their
+    weights, such as a hook; not in float64, and only where there are as many tokens as outputs, so that a copy of the
+    weights is less than what it saves. Under autocast that copy is the cast that there would be anyway.
+
+    Args:
+        x: [..., D].
+        linears: layers with D inputs.
+        multiple: of the width, for kernels that read many bytes at once.
+
+    Returns:
+        [..., W], zeros behind the outputs, which need a gradient that is finite.
+    """
+    if not JOIN or x.device.type not in _JOINED_ON or is_vmapped() or not all(_is_plain(linear) for linear in linears):
+        return None
+    weights = [linear.weight for linear in linears]
+    dtype = product_dtype(x)
+    if dtype == torch.float64 or len({(weight.dtype, weight.device) for weight in weights}) > 1:
+        return None
+    outputs = sum(weight.shape[0] for weight in weights)
+    width = -(-outputs // multiple) * multiple
+    if torch.compiler.is_compiling():
+        # What is compiled serves any number of tokens. Inductor makes one kernel of the casts and what joins them.
+        if not torch.is_grad_enabled():
+            return None
+        joined = F.pad(torch.cat([weight.to(dtype) for weight in weights]), (0, 0, 0, width - outputs))
+    elif x.shape[:-1].numel() < width:
+        return None
+    else:
+        joined = _Join.apply(dtype, width, *weights)
+    return F.linear(x.to(dtype), joined)
+
+
+class _Join(torch.autograd.Function):
+    """Weights [O, D] of one dtype beneath each other, in another: [width, D], zeros in the last rows.
+
+    Joined and cast in one pass over memory, and one launch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, width: int, *weights: Tensor) -> Tensor:
+        ctx.dtype, ctx.sizes = weights[0].dtype, [len(weight) for weight in weights]
+        joined = weights[0].new_empty(width, weights[0].shape[1], dtype=dtype)
+        *parts, rest = joined.split([*ctx.sizes, width - sum(ctx.sizes)])
+        torch._foreach_copy_(parts, weights)  # pyright: ignore[reportPrivateImportUsage]
+        if len(rest):
+            rest.zero_()
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (d_joined,) = grad_outputs
+        used = sum(ctx.sizes)
+        parts = d_joined[:used].to(ctx.dtype).split(ctx.sizes)
+        return None, None, *(d if n else None for d, n in zip(parts, ctx.needs_input_grad[2:], strict=True))
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether a layer is its weight and nothing else: what adapters, FSDP, pruning or quantization put on it is not."""
+    return (
+        type(linear) is nn.Linear
+        and linear.bias is None
+        and type(linear.weight) in (Tensor, nn.Parameter, FakeTensor)
+        and _has_no_hooks(linear)
+    )
+
+
+def _has_no_hooks(module: nn.Module) -> bool:
+    """Whether calling a module is calling the `forward` of its class."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    of_all = (
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+    return not any(own) and not any(of_all) and "forward" not in module.__dict__
+
+
 class ShortConvolution(nn.Module):
     """A causal depthwise convolution over time, [B, T, C] -> [B, T, C], with the last inputs as its state.
 
@@ -119,6 +223,10 @@ class ShortConvolution(nn.Module):
             state = x.new_zeros(x.shape[0], past, x.shape[2]) if state is None else state.to(x.dtype)
             extended = torch.cat([state, x], 1)
             return self._outputs(extended, silu), extended[:, length:]
+        if state is None and triton_convolution.serves(x, self.weight, self.bias):
+            places = packing_of(cu_seqlens).make(_convolution_ends, x, past)
+            y = triton_convolution.convolve(x, self.weight, self.bias, padded=True, silu=silu, reach=places.reach)
+            return y, places.take(x)
         # Every packed sequence gets its own state in front of it, in one longer row; then nothing is special any more.
         places = packing_of(cu_seqlens).make(_convolution_places, x, past)
         extended = x.new_zeros(length + len(places.before), x.shape[2])
@@ -142,6 +250,79 @@ class ShortConvolution(nn.Module):
                 y = y.addcmul(extended[:, i : i + length], weight[:, 0, i])
         y = y if self.bias is None else y + self.bias.to(extended.dtype)
         return F.silu(y) if silu else y
+
+
+def convolve_together(
+    x: Tensor,
+    convolutions: Sequence[ShortConvolution],
+    passed: Sequence[int],
+    cu_seqlens: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
+    """Convolutions of the channels of one tensor, in one kernel on a GPU; None where they are to be computed alone.
+
+    Args:
+        x: [B, T, W]: the inputs of the convolutions, what is passed on, then channels that nobody reads.
+        convolutions: up to three, without states before x.
+        passed: how many channels each part has that is passed on.
+        cu_seqlens: as of a `ShortConvolution`, and so is the activation.
+        activation: applied to the outputs.
+
+    Returns:
+        The outputs [B, T, C] of each convolution, the parts passed on, and the states of the convolutions.
+    """
+    first, sizes = convolutions[0], tuple(conv.weight.shape[0] for conv in convolutions)
+    past, length = first.size - 1, x.shape[1]
+    if (
+        len(convolutions) > 3
+        or any(type(conv) is not ShortConvolution or not _has_no_hooks(conv) for conv in convolutions)
+        or len({(conv.size, conv.bias is None) for conv in convolutions}) > 1
+        or is_vmapped()
+        or (cu_seqlens is None and length < past)
+        or not triton_convolution.serves(x, *(weight for conv in convolutions for weight in (conv.weight, conv.bias)))
+    ):
+        return None
+    weights: list[Tensor] = [conv.weight for conv in convolutions]
+    biases: list[Tensor] = [conv.bias for conv in convolutions if conv.bias is not None]
+    ends = None if cu_seqlens is None else packing_of(cu_seqlens).make(_convolution_ends, x, past)
+    parts = triton_convolution.convolve_parts(
+        x,
+        torch.cat(weights),
+        torch.cat(biases) if biases else None,
+        sizes,
+        tuple(passed),
+        silu=activation == "silu",
+        reach=None if ends is None else ends.reach,
+    )
+    inputs = x[..., : sum(sizes)]
+    after = inputs[:, length - past :] if ends is None else ends.take(inputs)
+    return list(parts[: len(sizes)]), list(parts[len(sizes) :]), list(after.split(sizes, -1))
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """Of packed sequences: how many tokens before it each token sees [T], int32; and where the last inputs of each
+    sequence lie and whether they are there, [S (size - 1)]."""
+
+    reach: Tensor
+    last: Tensor
+    there: Tensor
+    past: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """The state after each sequence, [S, size - 1, C], of the inputs [1, T, C]; zeros before its first token."""
+        taken = x[0].index_select(0, self.last)
+        return torch.where(self.there.unsqueeze(1), taken, 0).view(-1, self.past, x.shape[2])
+
+
+def _convolution_ends(packing: Packing, move: Move, past: int) -> _Ends:
+    boundaries, lengths = torch.tensor(packing.boundaries), torch.tensor(packing.lengths)
+    starts = boundaries[:-1]
+    reach = (torch.arange(packing.boundaries[-1]) - torch.repeat_interleave(starts, lengths)).clamp(max=past)
+    last = boundaries[1:, None] - past + torch.arange(past)
+    there = last >= starts[:, None]
+    return _Ends(move(reach.int()), move(last.clamp(min=0).flatten()), move(there.flatten()), past)
 
 
 @dataclass(frozen=True)
@@ -248,13 +429,22 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(hidden_size, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+        both = joined_product(x, self.gate_proj, self.up_proj)
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)) if both is None else gated_halves(both))
 
 
 def gated(gate: Tensor, x: Tensor, activation: Literal["silu", "sigmoid"] = "silu") -> Tensor:
     """`activation(gate) * x` of two tensors of one shape; on a GPU one kernel."""
     if triton_gate.serves(gate, x):
         return triton_gate.gated(gate, x, silu=activation == "silu")
+    return triton_gate.by_operations(gate, x, silu=activation == "silu")
+
+
+def gated_halves(both: Tensor, activation: Literal["silu", "sigmoid"] = "silu") -> Tensor:
+    """`gated` of the two halves of the last axis, [..., 2 C] -> [..., C]; on a GPU one kernel, and one gradient."""
+    gate, x = both.chunk(2, -1)
+    if triton_gate.serves(gate, x):
+        return triton_gate.gated_halves(both, silu=activation == "silu")
     return triton_gate.by_operations(gate, x, silu=activation == "silu")
 
 

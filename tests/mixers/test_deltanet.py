@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from statetrack import EigenvalueRange, mixer_config
+from statetrack import EigenvalueRange, layers, mixer_config
 from statetrack.mixers.deltanet import (
     DeltaNetConfig,
     DeltaProductConfig,
@@ -388,3 +388,44 @@ def test_the_spectrum_is_the_interval_that_can_be_proved(config, expected):
 def test_a_wrong_option_is_refused(make_wrong, message):
     with pytest.raises(ValueError, match=message):
         make_wrong()
+
+
+JOINED = [
+    DeltaNetConfig(num_heads=2),
+    DeltaNetConfig(num_heads=2, conv_size=0, activation="identity"),
+    GatedDeltaNetConfig(num_heads=2, num_value_heads=4, conv_bias=True),
+    DeltaProductConfig(num_heads=2, activation="identity", output_gate=True),
+    KimiDeltaAttentionConfig(num_heads=2),
+]
+
+
+@pytest.mark.parametrize("config", JOINED, ids=lambda config: config.name)
+def test_the_layers_as_one_product_compute_the_same(config, monkeypatch):
+    """In one piece, in two with the state of the first, packed, compiled, and one token."""
+    monkeypatch.setattr(layers, "_JOINED_ON", ("cpu",))
+    mixer, x = config.build(16), torch.randn(1, 250, 16, requires_grad=True)
+    names = list(mixer.state_dict())
+    products, joined = [], layers._Join.apply
+    monkeypatch.setattr(layers._Join, "apply", lambda *args: products.append(1) or joined(*args))
+    torch._dynamo.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
+
+    def results():
+        whole = mixer(x)
+        first, state = mixer.scan(x[:, :120])
+        second, after = mixer.scan(x[:, 120:], state)
+        packed = mixer(x, torch.tensor([0, 1, 1, 200, 250]))
+        y, _ = mixer.step(x[:, 0], after)
+        traced = compiled(x)
+        outputs = [whole, first, second, packed, y, traced, *(after[name] for name in sorted(after))]
+        gradients = torch.autograd.grad(sum(y.square().sum() for y in outputs), [x, *mixer.parameters()])
+        return [*outputs, *gradients, mixer.transition(x).dense()]
+
+    found = results()
+    assert len(products) == 5  # one token is not worth it, and the compiler joins by itself
+    assert list(mixer.state_dict()) == names
+    monkeypatch.setattr(layers, "JOIN", False)
+    torch._dynamo.reset()
+    for a, b in zip(found, results(), strict=True):
+        assert relative_error(a, b) < TOLERANCE
+    assert len(products) == 5

@@ -7,7 +7,7 @@ from triton_cases import interpreted
 
 from statetrack import layers
 from statetrack.ops import triton_gate
-from statetrack.ops.triton_gate import gated
+from statetrack.ops.triton_gate import gated, gated_halves
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
@@ -43,10 +43,77 @@ def test_the_kernels_are_the_formula(shape, silu):
     check(shape, silu=silu, dtypes=(BFLOAT16, FLOAT32))
 
 
+def check_halves(shape, *, silu, device="cpu", dtype=FLOAT32):
+    """Against the formula in float64: one tensor's two halves, and its gradient."""
+    both = (3 * torch.randn(*shape[:-1], 2 * shape[-1], device=device)).to(dtype).requires_grad_()
+    y = gated_halves(both, silu=silu)
+    wide = both.detach().double().requires_grad_()
+    expected = formula(*wide.chunk(2, -1), silu)
+    d_y = torch.randn_like(y)
+    (d_both,), (exact,) = torch.autograd.grad(y, both, d_y), torch.autograd.grad(expected, wide, d_y.double())
+    for a, b in ((y, expected), (d_both, exact)):
+        assert (a.dtype, a.shape) == (dtype, b.shape)
+        assert a.is_contiguous()
+        assert (a.double() - b).norm() <= (1e-6 if dtype == FLOAT32 else 1.2e-2) * b.norm() + 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_halves_of_one_tensor_are_the_formula(shape, silu):
+    check_halves(shape, silu=silu)
+    check_halves(shape, silu=silu, dtype=BFLOAT16)
+
+
+def strided(shape):
+    """Tensors of one shape [2, 5, 3, 8], differently laid out in memory."""
+    wide = torch.randn(2, 5, 40)
+    yield wide[..., 8:32].view(shape)
+    yield torch.randn(5, 2, 40)[..., :24].transpose(0, 1).view(shape)
+    yield torch.randn(2, 5, 3, 20)[..., 4:12]
+    yield torch.randn(1, 5, 3, 8).expand(shape)
+    yield torch.randn(2, 5, 3, 1).expand(shape)
+    yield torch.randn(2, 5, 8, 3).mT
+    yield torch.randn(2, 9, 40)[:, 2:7, :24].view(shape)
+    yield torch.randn(2, 5, 3, 16)[..., ::2]
+    yield torch.randn(shape)
+
+
+@interpreted
+def test_parts_of_wider_tensors():
+    """Whatever way gate and x are laid out in memory, each alone and both."""
+    shape = (2, 5, 3, 8)
+    for gate in strided(shape):
+        for x in strided(shape):
+            inputs = [tensor.detach().requires_grad_() for tensor in (gate, x)]
+            y, expected = gated(*inputs), formula(*inputs, silu=True)
+            torch.testing.assert_close(y, expected)
+            d_y = torch.randn(5, 2, 3, 8).transpose(0, 1)
+            torch.testing.assert_close(torch.autograd.grad(y, inputs, d_y), torch.autograd.grad(expected, inputs, d_y))
+
+
+@interpreted
+def test_a_part_of_a_projection_is_not_copied():
+    gate, x = torch.randn(2, 5, 40)[..., 8:32].view(2, 5, 3, 8), torch.randn(2, 5, 3, 8)
+    for readable in (triton_gate._readable(gate, x), triton_gate._readable(x, gate)):
+        assert {tensor.data_ptr() for tensor in readable[:2]} == {gate.data_ptr(), x.data_ptr()}
+        assert readable[2] == 24
+
+
+@interpreted
+def test_replicas_of_halves():
+    both = torch.randn(4, 3, 16, requires_grad=True)
+    y, expected = vmap(gated_halves, 1)(both), formula(*both.chunk(2, -1), silu=True).transpose(0, 1)
+    torch.testing.assert_close(y, expected)
+    d_y = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, both, d_y), torch.autograd.grad(expected, both, d_y))
+
+
 @interpreted
 def test_more_numbers_than_a_program_has(monkeypatch):
     monkeypatch.setattr(triton_gate, "_NUMBERS", 32)
     check((5, 8, 24), silu=True)
+    check_halves((5, 8, 24), silu=True)
 
 
 @interpreted
@@ -68,6 +135,7 @@ def test_nothing_gated_is_nothing():
     y = gated(gate, x)
     assert y.shape == (0, 8)
     assert all(d.shape == (0, 8) for d in torch.autograd.grad(y.sum(), (gate, x)))
+    assert torch.autograd.grad(gated_halves(gate).sum(), gate)[0].shape == (0, 8)
 
 
 @interpreted
@@ -91,6 +159,8 @@ def test_gradients_of_gradients(silu):
 
     expected = penalty(formula(*inputs, silu))
     torch.testing.assert_close(penalty(gated(*inputs, silu=silu)), expected, rtol=1e-4, atol=1e-4)
+    halves = gated_halves(torch.cat(inputs, -1), silu=silu)
+    torch.testing.assert_close(penalty(halves), expected, rtol=1e-4, atol=1e-4)
 
 
 @interpreted
@@ -99,6 +169,8 @@ def test_the_operators_fakes_tell_the_truth():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(triton_gate._forward_op, (gate, x, True), test_utils=tests)
     torch.library.opcheck(triton_gate._backward_op, (gate, x, d_y, False), test_utils=tests)
+    torch.library.opcheck(triton_gate._halves_forward_op, (gate, True), test_utils=tests)
+    torch.library.opcheck(triton_gate._halves_backward_op, (gate, x[:, :4], False), test_utils=tests)
 
 
 @interpreted
@@ -121,6 +193,8 @@ def test_a_gated_mlp_uses_them(monkeypatch):
 def test_the_kernels_on_a_gpu(shape, silu):
     for dtypes in ((FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16), (BFLOAT16, FLOAT32)):
         check(shape, silu=silu, dtypes=dtypes, device="cuda")
+    for dtype in (FLOAT32, BFLOAT16):
+        check_halves(shape, silu=silu, dtype=dtype, device="cuda")
 
 
 @pytest.mark.gpu

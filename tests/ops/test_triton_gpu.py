@@ -5,6 +5,7 @@ Values and gradients at all sizes are in the files of the backends; here every b
 
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import test_diagonal
@@ -17,7 +18,8 @@ from cases import relative_error
 from torch.utils.checkpoint import checkpoint
 from triton_cases import gpu_results, on_gpu
 
-from statetrack.mixers.deltanet import DeltaNetConfig, DeltaProductConfig, KimiDeltaAttentionConfig
+from statetrack import layers
+from statetrack.mixers.deltanet import DeltaNetConfig, DeltaProductConfig, GatedDeltaNetConfig, KimiDeltaAttentionConfig
 from statetrack.mixers.gla import GLAConfig
 from statetrack.mixers.mamba import MambaConfig
 from statetrack.mixers.rwkv7 import RWKV7Config
@@ -156,6 +158,92 @@ def test_models_compile_in_one_graph(mixer):
         expected = model(ids)
         compiled = torch.compile(model, fullgraph=True)(ids)
     assert relative_error(compiled, expected) < 1e-3
+
+
+JOINED = {
+    "deltanet": DeltaNetConfig(num_heads=2),
+    "gated_deltanet": GatedDeltaNetConfig(num_heads=3, head_dim=16, value_dim=32),
+    "deltaproduct": DeltaProductConfig(num_heads=2, conv_bias=True),
+    "kda": KimiDeltaAttentionConfig(num_heads=2),
+}
+BOUNDARIES = torch.tensor([0, 0, 100, 101, 300, 384])
+
+
+def joined_or_not(monkeypatch, join, results):
+    """The results, and how many products of several layers there were."""
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "JOIN", join)
+        product = layers._Join.apply
+        patch.setattr(layers._Join, "apply", lambda *args: calls.append(1) or product(*args))
+        return results(), len(calls)
+
+
+def loss_and_gradients(model, run, ids, cu_seqlens=None):
+    model.zero_grad()
+    with torch.autocast("cuda", torch.bfloat16):
+        logits = run(ids[:, :-1], cu_seqlens)
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def check_alike(found, expected):
+    """Both are bfloat16's, whose rounding differs by where sums are rounded."""
+    assert relative_error(found[0], expected[0]) < 1e-3
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in found[1].items():
+        assert gradient.isfinite().all(), name
+        assert relative_error(gradient, expected[1][name]) < 0.05, name
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
+@pytest.mark.parametrize("mixer", JOINED.values(), ids=JOINED)
+def test_models_train_as_they_do_with_layers_one_by_one(mixer, packed, monkeypatch):
+    model, ids = small_model(mixer)
+    ids, cu_seqlens = (ids.flatten()[None].repeat(1, 2)[:, :385], BOUNDARIES) if packed else (ids.repeat(1, 3), None)
+    found, joined = joined_or_not(monkeypatch, True, lambda: loss_and_gradients(model, model, ids, cu_seqlens))
+    expected, alone = joined_or_not(monkeypatch, False, lambda: loss_and_gradients(model, model, ids, cu_seqlens))
+    assert (joined, alone) == (2 * len(model.blocks), 0)
+    check_alike(found, expected)
+
+
+@pytest.mark.parametrize("mixer", JOINED.values(), ids=JOINED)
+def test_joined_layers_with_checkpoints(mixer, monkeypatch):
+    model, ids = small_model(mixer)
+    ids = ids.repeat(1, 3)
+    expected, _ = joined_or_not(monkeypatch, True, lambda: loss_and_gradients(model, model, ids))
+    model.checkpoint_blocks(partial(checkpoint, use_reentrant=False))
+    found, joined = joined_or_not(monkeypatch, True, lambda: loss_and_gradients(model, model, ids))
+    assert joined == 4 * len(model.blocks)
+    assert same([found[0], *found[1].values()], [expected[0], *expected[1].values()])
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.parametrize("mixer", JOINED.values(), ids=JOINED)
+def test_joined_layers_compile_in_one_graph(mixer, monkeypatch):
+    torch._dynamo.reset()
+    model, ids = small_model(mixer)
+    ids = ids.repeat(1, 3)
+    expected, _ = joined_or_not(monkeypatch, False, lambda: loss_and_gradients(model, model, ids))
+    check_alike(loss_and_gradients(model, torch.compile(model, fullgraph=True), ids), expected)
+
+
+def test_joined_layers_are_captured_in_a_graph():
+    model, ids = small_model(JOINED["gated_deltanet"])
+    ids = ids.repeat(1, 3)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = loss_and_gradients(model, model, ids)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, gradients = loss_and_gradients(model, model, ids)
+    for gradient in gradients.values():
+        gradient.fill_(torch.nan)
+    graph.replay()
+    assert same([loss, *gradients.values()], [expected[0], *expected[1].values()])
 
 
 @pytest.fixture(scope="module")

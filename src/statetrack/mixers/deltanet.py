@@ -27,7 +27,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from statetrack.layers import RMSNorm, ShortConvolution, gated, l2_normalize, unit_vectors
+from statetrack.layers import (
+    RMSNorm,
+    ShortConvolution,
+    convolve_together,
+    gated,
+    joined_product,
+    l2_normalize,
+    unit_vectors,
+)
 from statetrack.mixers.bounds import FactorBounds, Interval, gate_interval, linear_interval
 from statetrack.mixers.mixer import (
     Mixer,
@@ -41,6 +49,9 @@ from statetrack.mixers.mixer import (
 from statetrack.ops import check_packing, linear_recurrence
 from statetrack.transition import EigenvalueRange, Householder, accumulated, accumulation_dtype
 
+# Rows of a multiple of so many numbers begin at a multiple of 32 bytes, in which memory is read.
+_ALIGNED = 16
+_CONVOLVED = ("q", "k", "v")
 _ACTIVATIONS = {"silu": F.silu, "identity": lambda x: x}
 
 
@@ -249,7 +260,7 @@ class DeltaNet(Mixer):
         else:
             self.g_proj = _low_rank(d_model, kda.gate_rank or self.value_dim, o_size, bias=kda.gate_bias)
         self.o_norm = RMSNorm(self.value_dim, eps=config.output_norm_eps) if config.output_norm else None
-        sizes = {"q": q_size, "k": k_size, "v": v_size} if config.conv_size else {}
+        sizes = dict(zip(_CONVOLVED, (q_size, k_size, v_size), strict=True)) if config.conv_size else {}
         self.convolutions = nn.ModuleDict(
             {name: ShortConvolution(size, config.conv_size, bias=config.conv_bias) for name, size in sizes.items()}
         )
@@ -274,7 +285,7 @@ class DeltaNet(Mixer):
 
     def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         projected, after = self._project(x, state, cu_seqlens)
-        transition = self._transition(x, projected["k"])
+        transition = self._transition(x, projected)
         b, t, _ = x.shape
         q = projected["q"].view(b, t, self.num_key_heads, self.key_dim)
         q = self._for_every_value_head(l2_normalize(q, scale=self.key_dim**-0.5))
@@ -291,11 +302,12 @@ class DeltaNet(Mixer):
         if self.o_norm is not None:
             o = self.o_norm(o)
         if self.g_proj is not None:
-            o = gated(self.g_proj(x).view_as(o), o, self.config.gate_activation)
+            gate = projected["g"] if "g" in projected else self.g_proj(x)
+            o = gated(gate.view_as(o), o, self.config.gate_activation)
         return self.o_proj(o.flatten(2)), after
 
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Householder:
-        return self._transition(x, self._project(x, state, cu_seqlens)[0]["k"])
+        return self._transition(x, self._project(x, state, cu_seqlens)[0])
 
     def eigenvalue_parameters(self) -> list[Tensor]:
         gates: list[Tensor] = [self.b_proj.weight, *self.widening.parameters()]
@@ -334,20 +346,46 @@ class DeltaNet(Mixer):
         return [(name, conv) for name, conv in self.convolutions.items() if isinstance(conv, ShortConvolution)]
 
     def _project(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[State, State]:
-        """Activated queries, keys and values, flat, and the states of the convolutions."""
+        """Activated queries "q", keys "k" and values "v", flat, and the states of the convolutions.
+
+        Where one product computes all that is read of x, beside these what `g_proj`, `b_proj` and `a_proj` return.
+        """
         if cu_seqlens is not None:
             check_packing(x.shape[0], x.shape[1], cu_seqlens)
-        projected = {"q": self.q_proj(x), "k": self.k_proj(x), "v": self.v_proj(x)}
-        after: State = {}
         activation, fused = _ACTIVATIONS[self.config.activation], self.config.activation == "silu"
+        in_kernel = "silu" if fused else None
+        projected, after = self._project_together(x, state, cu_seqlens, in_kernel)
         for name, conv in self._convolutions():
-            before = None if state is None else state[name]
-            projected[name], after[name] = conv(
-                projected[name], before, cu_seqlens, activation="silu" if fused else None
-            )
+            if name not in after:
+                before = None if state is None else state[name]
+                projected[name], after[name] = conv(projected[name], before, cu_seqlens, activation=in_kernel)
         if not (fused and self.convolutions):
-            projected = {name: activation(y) for name, y in projected.items()}
+            projected |= {name: activation(projected[name]) for name in _CONVOLVED}
         return projected, after
+
+    def _project_together(
+        self, x: Tensor, state: State | None, cu_seqlens: Tensor | None, activation: Literal["silu"] | None
+    ) -> tuple[State, State]:
+        """What linear layers make of x, and, where the convolutions are one as well, their outputs and states."""
+        layers = dict(zip(_CONVOLVED, (self.q_proj, self.k_proj, self.v_proj), strict=True))
+        others = {"g": self.g_proj, "b": self.b_proj, "a": None if self.decay_range is None else self.a_proj}
+        all_layers = layers | {name: layer for name, layer in others.items() if isinstance(layer, nn.Linear)}
+        product = joined_product(x, *all_layers.values(), multiple=_ALIGNED)
+        if product is None:
+            return {name: layer(x) for name, layer in layers.items()}, {}
+        widths = [layer.weight.shape[0] for layer in all_layers.values()]
+        convolutions = [conv for _, conv in self._convolutions()]
+        if state is None and convolutions:
+            passed = widths[len(layers) :]
+            together = convolve_together(product, convolutions, passed, cu_seqlens, activation=activation)
+            if together is not None:
+                convolved, others_passed, after = together
+                return (
+                    dict(zip(all_layers, [*convolved, *others_passed], strict=True)),
+                    dict(zip(layers, after, strict=True)),
+                )
+        parts = product.split([*widths, product.shape[-1] - sum(widths)], -1)
+        return dict(zip(all_layers, parts[:-1], strict=True)), {}
 
     def _for_every_value_head(self, x: Tensor) -> Tensor:
         """[..., num_key_heads, K] -> [..., H, K]."""
@@ -355,19 +393,21 @@ class DeltaNet(Mixer):
             x.repeat_interleave(self.num_heads // self.num_key_heads, -2) if self.num_heads > self.num_key_heads else x
         )
 
-    def _transition(self, x: Tensor, k: Tensor) -> Householder:
+    def _transition(self, x: Tensor, projected: State) -> Householder:
         b, t, _ = x.shape
-        k = k.view(b, t, self.num_householder, self.num_key_heads, self.key_dim)
+        k = projected["k"].view(b, t, self.num_householder, self.num_key_heads, self.key_dim)
         # With beta divided by its squared length, a key of length l writes its value 1 / l times: l has to be 1.
         k = unit_vectors(k) if self.config.normalize else l2_normalize(k)
-        logits = accumulated(self.b_proj(x)).view(b, t, self.num_householder, self.num_heads)
+        raw = projected["b"] if "b" in projected else self.b_proj(x)
+        logits = accumulated(raw).view(b, t, self.num_householder, self.num_heads)
         if (gain := self.config.beta_gain) != 1:
             logits = gain * logits
         beta = self.widening.householder_beta(torch.sigmoid(logits))
         decay = None
         if self.decay_range is not None:
             rate = accumulated(self.A_log).exp().view(-1, *(1 for _ in self.decay_shape[1:]))
-            step = accumulated(self.a_proj(x)).view(b, t, *self.decay_shape) + accumulated(self.dt_bias)
+            raw = projected["a"] if "a" in projected else self.a_proj(x)
+            step = accumulated(raw).view(b, t, *self.decay_shape) + accumulated(self.dt_bias)
             decay = self.decay_range.widen(torch.exp(-rate * F.softplus(step)))
         # Keys in bf16 are a little longer or shorter than 1; dividing by their norm as rounded keeps beta = 2 a
         # reflection.
