@@ -25,6 +25,7 @@ from statetrack.training_step import (
     draw_length,
     fitting_lengths,
     learning_rate_at,
+    longest_length,
     loss_and_accuracy,
     make_optimizer,
 )
@@ -61,10 +62,13 @@ def test_training_learns_and_is_reproducible():
     assert not weights_equal(first.model, train(replace(config, training=replace(config.training, seed=1))).model)
 
 
-@pytest.mark.parametrize("mixer", ["deltanet", "mamba"])
+DOUBLING = {"curriculum": 1.0, "curriculum_shape": "doubling", "curriculum_learning_rate_power": 0.5}
+
+
+@pytest.mark.parametrize(("mixer", "options"), [("deltanet", {}), ("mamba", {}), ("deltanet", DOUBLING)])
 @pytest.mark.parametrize("stop", [1, 5, 7, 11])
-def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path, mixer, stop):
-    config = make(mixer)
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(tmp_path, mixer, options, stop):
+    config = make(mixer, **options)
     whole = train(config, RunDirectory(tmp_path / "whole"))
     directory, seen = RunDirectory(tmp_path / "stopped"), []
 
@@ -230,6 +234,72 @@ def test_in_a_curriculum_long_sequences_come_later():
     # Bounds that no sequence has leave the shortest that there is.
     odd = replace(options, min_length=3)
     assert draw_length(odd, fitting_lengths(get_task("modular_arithmetic:3"), odd), 0) == 4
+
+
+def drawn_at_every_step(options, task="parity"):
+    fitting = fitting_lengths(get_task(task), options)
+    return [draw_length(options, fitting, step) for step in range(options.steps)]
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "min_length", "max_length", "task", "expected"),
+    [
+        (1.0, 4, 32, "parity", [4] * 4 + [8] * 4 + [16] * 4 + [32] * 4),
+        (0.5, 4, 32, "parity", [4] * 2 + [8] * 2 + [16] * 2 + [32] * 10),
+        (0.75, 3, 10, "parity", [3] * 4 + [6] * 4 + [10] * 8),  # the last stage is shorter than twice the one before
+        (1.0, 7, 7, "parity", [7] * 16),
+        (1.0, 5, 20, "modular_arithmetic:3", [6] * 6 + [10] * 5 + [20] * 5),  # sequences of even lengths alone
+        (1.0, 3, 14, "modular_arithmetic:3", [4] * 4 + [6] * 4 + [12] * 4 + [14] * 4),
+    ],
+)
+def test_lengths_double_stage_by_stage(curriculum, min_length, max_length, task, expected):
+    options = TrainingConfig(
+        steps=16, min_length=min_length, max_length=max_length, curriculum=curriculum, curriculum_shape="doubling"
+    )
+    assert drawn_at_every_step(options, task) == expected
+    assert drawn_at_every_step(replace(options, seed=1), task) == expected
+
+
+def test_the_longest_length_grows_along_a_line_or_doubles():
+    linear = TrainingConfig(steps=8, min_length=8, max_length=40, curriculum=1.0)
+    doubling = replace(linear, curriculum_shape="doubling")
+    assert [longest_length(step, linear) for step in range(8)] == [8, 12, 16, 20, 24, 28, 32, 36]
+    assert [longest_length(step, doubling) for step in range(8)] == [8, 8, 16, 16, 32, 32, 40, 40]
+    assert {longest_length(step, TrainingConfig(steps=8)) for step in range(8)} == {40}
+    assert all(a <= b for a, b in zip(drawn_at_every_step(linear), [8, 12, 16, 20, 24, 28, 32, 36], strict=True))
+    # Steps of data that is drawn ahead, for a step that is never taken, have lengths as well.
+    assert (longest_length(8, linear), longest_length(8, doubling)) == (40, 40)
+
+
+def test_the_learning_rate_may_fall_with_the_length():
+    constant = {"steps": 6, "warmup": 0, "decay": 0, "learning_rate": 2.0, "min_length": 4, "max_length": 16}
+    options = TrainingConfig(
+        **constant, curriculum=1.0, curriculum_shape="doubling", curriculum_learning_rate_power=0.5
+    )
+    assert [learning_rate_at(step, options) for step in range(6)] == pytest.approx([2.0, 2.0, 2**0.5, 2**0.5, 1.0, 1.0])
+    linear = replace(options, curriculum_shape="linear", curriculum_learning_rate_power=1.0)
+    assert [learning_rate_at(step, linear) for step in range(6)] == pytest.approx(
+        [2 * 4 / longest for longest in (4, 6, 8, 10, 12, 14)]
+    )
+    falling = replace(options, warmup=0.5, decay=0.5, decay_shape="linear")
+    without = replace(falling, curriculum_learning_rate_power=0.0)
+    ratios = [learning_rate_at(step, falling) / learning_rate_at(step, without) for step in range(6)]
+    assert ratios == pytest.approx([1, 1, 0.5**0.5, 0.5**0.5, 0.5, 0.5])
+
+
+def test_runs_from_before_the_shape_of_a_curriculum_go_on(tmp_path):
+    config, directory = make(curriculum=0.5), RunDirectory(tmp_path / "run")
+    whole = train(config)
+    train(config, directory, should_stop=lambda: True)
+    file = directory.path / "config.json"
+    data = json.loads(file.read_text())
+    for name in ("curriculum_shape", "curriculum_learning_rate_power"):
+        del data["training"][name]
+    file.write_text(json.dumps(data))
+    assert directory.read_config().training.curriculum_shape == "linear"
+    result = train(config, directory)
+    assert result.step == config.training.steps
+    assert weights_equal(result.model, whole.model)
 
 
 def test_parts_may_be_learned_from_as_well():

@@ -182,6 +182,36 @@ def test_the_lengths_of_a_step_are_the_same_whenever_they_are_asked_for():
     assert [first for first, _ in lengths] != [second for _, second in lengths]
 
 
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("seeds", [[0], [0, 1]])
+def test_in_fixed_memory_lengths_double_as_they_do_otherwise(seeds):
+    config = make(steps=9, min_length=3, max_length=11, curriculum=1.0, curriculum_shape="doubling")
+    (fixed, fixed_models), (plain, models) = (steps_of(config, seeds, fixed=value) for value in (True, False))
+    for step in range(9):
+        assert fixed.lengths(step) == [(3, 6, 11)[step // 3]] * len(seeds)
+        for a, b in zip(fixed(step), plain(step), strict=True):
+            assert torch.allclose(a, b, rtol=1e-6, atol=0)
+    for a, b in zip(fixed_models, models, strict=True):
+        assert_alike(a, b, 1e-6)
+
+
+@pytest.mark.gpu
+def test_every_length_of_a_doubling_curriculum_has_a_graph():
+    config = make(
+        steps=32, learning_rate=1e-3, min_length=4, max_length=32, curriculum=1.0, curriculum_shape="doubling"
+    )
+    (captured, captured_models), (eager, models) = (
+        steps_of(config, [0, 1], fixed=value, device="cuda") for value in (True, False)
+    )
+    with captured.context():
+        for step in range(32):
+            a, b = captured(step), eager(step)
+            assert torch.allclose(a[0], b[0], rtol=2e-2, atol=2e-3), step
+        assert sorted(captured._fixed._graphs._graphs) == [4, 8, 16, 32]
+    for a, b in zip(captured_models, models, strict=True):
+        assert_alike(a, b, 2e-2)
+
+
 def test_batches_are_padded_to_few_lengths():
     assert [padded_length(length, 40) for length in (1, 4, 5, 33, 40)] == [4, 4, 8, 36, 40]
     assert padded_length(5, 6) == 6

@@ -29,8 +29,15 @@ class TrainingConfig:
         min_length: shortest training sequence, in tokens; every batch draws one length, uniformly among those that the
             task has.
         max_length: longest training sequence, in tokens.
-        curriculum: share of the steps, at the start, in which the longest length that is drawn rises linearly from
-            min_length to max_length.
+        curriculum: share of the steps, at the start, in which lengths grow from min_length to max_length; 0 for none.
+        curriculum_shape: how they grow. "linear": the longest length that is drawn rises along a line, and every batch
+            draws from min_length up to it. "doubling": all batches of a stage have one length, which is min_length in
+            the first and then twice that of the stage before, up to max_length in the last (or, of a task without
+            sequences of such a length, the next shorter one that it has); stages take equal parts of the share, and
+            the last one goes on to the end.
+        curriculum_learning_rate_power: p >= 0; in a curriculum the learning rate is (min_length / n)^p of what it would
+            be, where n is the longest length that may be drawn by then. Errors of a state add up over a sequence, so
+            that long ones want smaller steps.
         last_label_only: learn from the last label of every sequence alone, as from one question at the end.
         part_labels: learn also from a label wherever a part of a sequence ends (`Task.with_parts`).
         learning_rate: peak learning rate.
@@ -61,6 +68,8 @@ class TrainingConfig:
     min_length: int = 3
     max_length: int = 40
     curriculum: float = 0.0
+    curriculum_shape: Literal["linear", "doubling"] = "linear"
+    curriculum_learning_rate_power: float = 0.0
     last_label_only: bool = False
     part_labels: bool = False
     learning_rate: float = 1e-3
@@ -94,13 +103,21 @@ class TrainingConfig:
         for name in ("warmup", "beta1", "beta2"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), got {value}")
-        for name in ("z_loss", "weight_decay", "gradient_clip"):
+        for name in ("curriculum_learning_rate_power", "z_loss", "weight_decay", "gradient_clip"):
             if not 0 <= (value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"{name} must be 0 or positive, got {value}")
         if not 0 <= self.decay <= 1 - self.warmup:
             raise ValueError(f"decay must lie in [0, 1 - warmup] = [0, {1 - self.warmup:g}], got {self.decay}")
         if not 0 <= self.curriculum <= 1:
             raise ValueError(f"curriculum must lie in [0, 1], got {self.curriculum}")
+        if self.curriculum_shape not in ("linear", "doubling"):
+            raise ValueError(f"curriculum_shape must be linear or doubling, got {self.curriculum_shape!r}")
+        if not self.curriculum:
+            for name, none in (("curriculum_shape", "linear"), ("curriculum_learning_rate_power", 0)):
+                if (value := getattr(self, name)) != none:
+                    raise ValueError(
+                        f"{name} = {value!r} needs a curriculum; set curriculum to its share of the steps, such as 1"
+                    )
         if self.last_label_only and self.part_labels:
             raise ValueError("last_label_only and part_labels exclude each other: choose one")
         if self.decay_shape not in ("cosine", "linear"):

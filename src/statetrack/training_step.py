@@ -318,12 +318,28 @@ class _Sampler:
 
 
 def learning_rate_at(step: int, options: TrainingConfig) -> float:
-    """The learning rate of optimizer step `step` (from 0): a linear rise, a constant part, a fall to 0."""
+    """The learning rate of optimizer step `step` (from 0): a linear rise, a constant part, a fall to 0.
+
+    In a curriculum it may fall with the length as well.
+    """
     warmup, decay = options.warmup * options.steps, options.decay * options.steps
     rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
     left = min(1.0, (options.steps - step) / decay) if decay else 1.0
     fall = left if options.decay_shape == "linear" else (1 - math.cos(math.pi * left)) / 2
-    return options.learning_rate * rise * fall
+    of_length = (options.min_length / longest_length(step, options)) ** options.curriculum_learning_rate_power
+    return options.learning_rate * rise * fall * of_length
+
+
+def longest_length(step: int, options: TrainingConfig) -> int:
+    """The longest length that a batch of a step may have, whatever the task."""
+    shortest, longest = options.min_length, options.max_length
+    if not options.curriculum:
+        return longest
+    share = min(1.0, step / (options.curriculum * options.steps))
+    if options.curriculum_shape == "linear":
+        return int(shortest + share * (longest - shortest))
+    stages = 1 + (-(-longest // shortest) - 1).bit_length()  # the smallest n with shortest 2^(n - 1) >= longest
+    return min(longest, shortest << min(stages - 1, int(stages * share)))
 
 
 def fitting_lengths(task: Task, options: TrainingConfig) -> list[int]:
@@ -347,11 +363,11 @@ def padded_length(length: int, longest: int) -> int:
 
 
 def draw_length(options: TrainingConfig, fitting: Sequence[int], step: int) -> int:
-    """The length of the batch of a step; in a curriculum the longest of them come later."""
-    if options.curriculum:
-        share = min(1.0, step / (options.curriculum * options.steps))
-        longest = options.min_length + share * (options.max_length - options.min_length)
-        fitting = [length for length in fitting if length <= max(longest, fitting[0])]
+    """The length of the batch of a step; in a curriculum long ones come later."""
+    longest = max(longest_length(step, options), fitting[0])
+    fitting = [length for length in fitting if length <= longest]
+    if options.curriculum_shape == "doubling":
+        return fitting[-1]
     generator = seeds.generator("training length", options.seed, step)
     return fitting[int(torch.randint(len(fitting), (), generator=generator))]
 
