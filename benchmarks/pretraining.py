@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -34,7 +35,7 @@ from statetrack.pretraining.processes import Processes, processes
 def measure(
     name: str, micro_batch_size: int, parallelism: Any, options: argparse.Namespace, own: Processes
 ) -> dict[str, Any]:
-    """The times of training steps of a preset, the first `warmup` left out."""
+    """The times from the end of a training step to that of the next, those of the first `warmup` steps left out."""
     torch.manual_seed(0)
     config = PretrainConfig(
         model=preset(name, vocab_size=options.vocab_size),
@@ -61,25 +62,26 @@ def measure(
     shape = (1, micro_batch_size * options.sequence_length)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    times: list[float] = []
-    losses: list[float] = []
+    ends: list[float | torch.cuda.Event] = []
+    totals: list[torch.Tensor] = []
     for _ in range(options.warmup + options.steps):
         ids = torch.randint(config.model.vocab_size, shape, generator=draws)
         batch = PackedBatch(ids, ids.roll(-1, 1), torch.tensor([0, shape[1]]))
-        if cuda:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
         with parallel.accumulating(last=True):
             loss = batch_loss(parallel, batch, config)
             loss.backward()
         total = own.mean(loss.detach())
         guarded_step(optimizer, guard.accepts(total, parallel.clip_gradients(1.0)))
         optimizer.zero_grad(set_to_none=True)
-        if cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-        losses.append(total.item())
-    seconds = statistics.median(times[options.warmup :])
+        # Nobody waits for a GPU between steps, as in training.
+        end = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
+        if isinstance(end, torch.cuda.Event):
+            end.record()
+        ends.append(end)
+        totals.append(total)
+    losses = [total.item() for total in totals]
+    times = [_seconds_between(*both) for both in itertools.pairwise(ends)]
+    seconds = statistics.median(times[max(0, options.warmup - 1) :])
     rate = shape[1] * own.size / seconds
     flops, peak = training_flops_per_token(config.model, options.sequence_length), peak_flops(own.device)
     return {
@@ -98,6 +100,10 @@ def measure(
     }
 
 
+def _seconds_between(one: Any, other: Any) -> float:
+    return one.elapsed_time(other) / 1000 if isinstance(one, torch.cuda.Event) else other - one
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["deltanet-125m"])
@@ -109,7 +115,7 @@ def main() -> None:
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--activation-checkpointing", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="timed, besides those of --warmup")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, default=Path("results/scaling/pretraining.json"))

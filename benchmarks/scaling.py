@@ -118,7 +118,7 @@ def run_sections(setting: Setting, names: list[str], out: Path) -> dict[str, dic
 def throughput(setting: Setting, deadline: float) -> dict[str, Any]:
     """Weak scaling: the tokens a second of all GPUs over as many times those of one."""
     presets = ["deltanet-10m"] if setting.tiny else ["deltanet-125m", "deltaproduct-125m", "deltanet-340m"]
-    sizes = ["1"] if setting.tiny else ["16", "16", "8"]
+    sizes = ["1"] if setting.tiny else ["32", "32", "16"]
     words = ["--presets", *presets, "--micro-batch-size", *sizes, "--device", setting.device]
     if setting.tiny:
         words += ["--sequence-length", "32", "--vocab-size", "64", "--steps", "2", "--warmup", "1"]
@@ -349,7 +349,10 @@ class _Launched:
         return self.log.read_text(errors="replace")
 
     def end_of_output(self) -> str:
-        return self.output()[-1500:]
+        text = self.output()
+        # What a process raised, which torchrun puts before many lines of its own.
+        raised = "\n".join(line for line in text.splitlines() if line.startswith("[rank"))
+        return (raised or text)[-1500:]
 
     def stop(self) -> None:
         """Ends it with all its processes, which torchrun starts in sessions of their own."""

@@ -357,3 +357,9 @@ def test_gradients_on_a_gpu_are_the_same_every_time():
     y = layer(x, None, activation="silu")[0]
     first, *others = [torch.autograd.grad(y, [x, layer.weight], y.detach(), retain_graph=True) for _ in range(4)]
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "length"), [(1, 2**20 + 3), (2**16 + 5, 5)])
+def test_more_blocks_than_the_other_axes_of_a_grid_have(batch, length):
+    check(0, batch, length, 4, 4, "padded", "silu", device="cuda")

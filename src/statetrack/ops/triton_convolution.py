@@ -168,7 +168,7 @@ def _forward(
     tokens = ys[0].shape[-2]
     if ys[0].shape[:-1].numel() and sum(sizes):
         block_t, block_c = power_of_two(min(tokens, _TOKENS)), power_of_two(min(max(sizes), _CHANNELS))
-        grid = (x.shape[:-2].numel(), -(-tokens // block_t), sum(-(-size // block_c) for size in sizes))
+        grid = (x.shape[:-2].numel() * -(-tokens // block_t), sum(-(-size // block_c) for size in sizes))
         with torch.cuda.device_of(x):
             _kernels().forward[grid](
                 x, weight.contiguous(), contiguous(bias), reach, *_three(ys), x.shape[-2], rows,
@@ -199,7 +199,7 @@ def _backward(
     d_bias = d_taps.new_empty(d_taps.shape[:3] if bias is not None else (sets, 0, 0))
     if d_x.numel():
         with torch.cuda.device_of(x):
-            _kernels().backward[count, blocks, sum(-(-size // block_c) for size in sizes)](
+            _kernels().backward[count * blocks, sum(-(-size // block_c) for size in sizes)](
                 x, weight.contiguous(), contiguous(bias), reach, *_three([d_y.contiguous() for d_y in d_ys]), d_x,
                 d_taps, d_bias, x.shape[-2], rows, run, **constants, WIDTH=x.shape[-1],
                 BR=_RUNS, BC=block_c, AHEAD=_AHEAD, num_warps=4,

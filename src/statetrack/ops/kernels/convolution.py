@@ -22,7 +22,7 @@ def _part(y0, y1, y2, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, BC: 
     """Of a program's part: its y, its first channel and size, and which of its channels the program has."""
     N0: tl.constexpr = (C0 + BC - 1) // BC
     N1: tl.constexpr = (C1 + BC - 1) // BC
-    block = tl.program_id(2)
+    block = tl.program_id(1)
     y, first, size = y0, 0, C0
     within = block * BC
     if C1 > 0:
@@ -34,6 +34,14 @@ def _part(y0, y1, y2, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, BC: 
         y, first, size = tl.where(third, y2, y), tl.where(third, C0 + C1, first), tl.where(third, C2, size)
         within = tl.where(third, (block - N0 - N1) * BC, within)
     return y, first, size, within + tl.arange(0, BC)
+
+
+@triton.jit
+def _place(blocks):
+    """The row of a program, and which of the row's `blocks` it is: both lie along the first axis of the grid, as the
+    others have 65,535 programs at most, which long sequences and large batches exceed."""
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), program % blocks
 
 
 @triton.jit
@@ -66,12 +74,12 @@ def forward(
     STRIDE: tl.constexpr, SILU: tl.constexpr, BIAS: tl.constexpr, REACH: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.program_id(1) * BT + tl.arange(0, BT)
+    count = L + PAD - S + 1
+    row, within = _place((count + BT - 1) // BT)
+    token = within * BT + tl.arange(0, BT)
     y, first, size, own = _part(y0, y1, y2, C0, C1, C2, BC)
     channel, inside = first + own, own < size
     weights, offset = _set_of(taps, bias, row // rows, channel, inside, C, S, BIAS)
-    count = L + PAD - S + 1
     if REACH:
         reached = tl.load(reach + token, mask=token < count, other=0)[:, None]
     total = tl.zeros([BT, BC], tl.float32) + offset
@@ -113,8 +121,8 @@ def backward(
     Tokens of d_x are WIDTH numbers apart. d_taps are [parts, C, S] and d_bias [parts, C], a part for each program of a
     channel.
     """
-    row = tl.program_id(0).to(tl.int64)
-    start = PAD + (tl.program_id(1) * BR + tl.arange(0, BR)) * run
+    row, within = _place((L + BR * run - 1) // (BR * run))
+    start = PAD + (within * BR + tl.arange(0, BR)) * run
     d_y, first_channel, size, own = _part(d_y0, d_y1, d_y2, C0, C1, C2, BC)
     channel, inside = first_channel + own, own < size
     weights, offset = _set_of(taps, bias, row // rows, channel, inside, C, S, BIAS)
@@ -175,7 +183,7 @@ def backward(
             place = (row * L + token)[:, None] * WIDTH + channel[None, :]
             mine = ((step >= 0) & (token < L))[:, None] & inside[None, :]
             tl.store(d_x + place, d_e.to(d_x.dtype.element_ty), mask=mine)
-    part = (row * tl.num_programs(1) + tl.program_id(1)) * C + channel
+    part = tl.program_id(0).to(tl.int64) * C + channel
     for i in tl.static_range(S):
         tl.store(d_taps + part * S + i, tl.sum(sums[i], axis=0), mask=inside)
     if BIAS:
