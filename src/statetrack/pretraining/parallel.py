@@ -1,8 +1,8 @@
 """A model over several processes, and in bf16: the same function and the same gradients, however they are spread.
 
-With FSDP2 the weights of linear layers are gathered in the precision of the matrix products, a few blocks at a time; all
-else, above all what decides on eigenvalues, is gathered in float32. So a run computes with the same numbers as on one
-GPU, where autocast rounds the same weights and no others.
+With FSDP2 the weights of linear layers are gathered in the precision of the matrix products, a few blocks at a time;
+all else, above all what decides on eigenvalues, is gathered in float32. So a run computes with the same numbers as on
+one GPU, where autocast rounds the same weights and no others.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from statetrack.model import LanguageModel
 from statetrack.pretraining.config import ExecutionConfig
 from statetrack.pretraining.processes import Processes
 
-
 GROUP_PARAMETERS = 2**25
-"""With FSDP neighbouring blocks are gathered together until they have so many parameters. Each group costs the host some
-milliseconds a step, for which small blocks keep no GPU busy."""
+"""With FSDP neighbouring blocks are gathered together until they have so many parameters. Each group costs the host
+some milliseconds a step, for which small blocks keep no GPU busy."""
 
 _SMALL = 1 / 8
+"""Up to this share of a block's parameters, those that are gathered in float32 have no group of their own."""
 
 
 class ParallelModel:
