@@ -97,7 +97,8 @@ def joined_product(x: Tensor, *linears: nn.Linear, multiple: int = 1) -> Tensor 
 
     They are on a GPU, where the layers are `torch.nn.Linear` without a bias and nothing stands between them and their
     weights, such as a hook; not in float64, and only where there are as many tokens as outputs, so that a copy of the
-    weights is less than what it saves. Under autocast that copy is the cast that there would be anyway.
+    weights is less than what it saves. Under autocast that copy is the cast that there would be anyway. The compiler,
+    for which the number of tokens is no constant, has the layers one by one.
 
     Args:
         x: [..., D].
@@ -107,7 +108,9 @@ def joined_product(x: Tensor, *linears: nn.Linear, multiple: int = 1) -> Tensor 
     Returns:
         [..., W], zeros behind the outputs, which need a gradient that is finite.
     """
-    if not JOIN or x.device.type not in _JOINED_ON or is_vmapped() or not all(_is_plain(linear) for linear in linears):
+    if not JOIN or x.device.type not in _JOINED_ON or is_vmapped() or torch.compiler.is_compiling():
+        return None
+    if not all(_is_plain(linear) for linear in linears):
         return None
     weights = [linear.weight for linear in linears]
     dtype = product_dtype(x)
@@ -115,16 +118,9 @@ def joined_product(x: Tensor, *linears: nn.Linear, multiple: int = 1) -> Tensor 
         return None
     outputs = sum(weight.shape[0] for weight in weights)
     width = -(-outputs // multiple) * multiple
-    if torch.compiler.is_compiling():
-        # What is compiled serves any number of tokens. Inductor makes one kernel of the casts and what joins them.
-        if not torch.is_grad_enabled():
-            return None
-        joined = F.pad(torch.cat([weight.to(dtype) for weight in weights]), (0, 0, 0, width - outputs))
-    elif x.shape[:-1].numel() < width:
+    if x.shape[:-1].numel() < width:
         return None
-    else:
-        joined = _Join.apply(dtype, width, *weights)
-    return F.linear(x.to(dtype), joined)
+    return F.linear(x.to(dtype), _Join.apply(dtype, width, *weights))
 
 
 class _Join(torch.autograd.Function):
