@@ -13,6 +13,7 @@ from statetrack.mixers import mixer_configs
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops.triton_common import assuming_a_gpu
 from statetrack.pretraining.optimizers import OptimizerConfig, build_optimizer
+from statetrack.pretraining.parallel import GROUP_PARAMETERS, gathered_together
 from statetrack.pretraining.plan import (
     CARDS,
     GIB,
@@ -148,6 +149,24 @@ def test_shards_shrink_and_activations_do_not():
     assert one.memory.activations == eight.memory.activations
     assert eight.memory.gathered > 0
     assert eight.tokens_per_second == pytest.approx(8 * one.tokens_per_second)
+
+
+def test_small_blocks_are_gathered_several_at_a_time_unless_they_are_computed_again():
+    config = preset("deltanet-125m", vocab_size=32_000)
+    options = {"sequence_length": 64, "micro_batch_size": 1, "parallelism": "fsdp", "precision": "bfloat16"}
+    together, alone = (only(config, checkpointing=every, **options).memory.gathered for every in (0, 1))
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    groups = gathered_together(model.blocks, GROUP_PARAMETERS)
+    assert [block for group in groups for block in group] == list(model.blocks)
+    sizes = [[sum(p.numel() for p in block.parameters()) for block in group] for group in groups]
+    assert 1 < len(groups) < len(model.blocks)
+    assert all(sum(group[:-1]) < GROUP_PARAMETERS <= sum(group) for group in sizes[:-1])
+    # Two groups of weights in bf16, and gradients in bf16 and float32 where they outweigh those of the embeddings.
+    outside = 4 * (model.num_parameters() - sum(map(sum, sizes)))
+    for gathered, largest in ((together, max(map(sum, sizes))), (alone, max(map(max, sizes)))):
+        assert gathered == outside + 4 * largest + max(outside, 6 * largest)
+    assert gathered_together(model.blocks, 0) == [[block] for block in model.blocks]
 
 
 def test_the_largest_batch_is_the_last_that_fits():

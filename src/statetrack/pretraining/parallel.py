@@ -63,7 +63,7 @@ class ParallelModel:
         if self.parallelism == "fsdp":
             # Left to itself FSDP takes the GPU where there is one, also in a run on the CPU.
             mesh = init_device_mesh(processes.device.type, (processes.size,))
-            # Blocks that are computed again, or compiled, come one at a time.
+            # Blocks that are computed again, or compiled, come one at a time, and so they do in float32.
             whole = execution.compile or execution.activation_checkpointing
             _shard(model, mesh, torch.bfloat16 if self.bf16 else None, 0 if whole else GROUP_PARAMETERS)
         # FSDP puts gathered weights in the place of its parts for the time of a forward and backward pass.
@@ -122,7 +122,7 @@ def _shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None, 
     # Autocast has the last word on the dtypes of inputs.
     products = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     rest = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for blocks in _groups(model.blocks, group_parameters):
+    for blocks in gathered_together(model.blocks, group_parameters):
         linear: list[Any] = (
             [layer for block in blocks for layer in _linear_layers(block)] if compute is not None else []
         )
@@ -139,8 +139,8 @@ def _shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None, 
     fully_shard(model, mesh=mesh, mp_policy=rest)
 
 
-def _groups(blocks: Iterable[nn.Module], parameters: int) -> list[list[nn.Module]]:
-    """Neighbouring blocks together until they have so many parameters."""
+def gathered_together(blocks: Iterable[nn.Module], parameters: int) -> list[list[nn.Module]]:
+    """Neighbouring blocks in groups, each of which goes on until it has so many parameters."""
     groups: list[list[nn.Module]] = []
     count = parameters
     for block in blocks:

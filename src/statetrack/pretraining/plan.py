@@ -28,6 +28,7 @@ from statetrack.ops.triton_common import assuming_a_gpu
 from statetrack.precision import Precision, check_precision
 from statetrack.pretraining.flops import card_peak_flops, training_flops_per_token
 from statetrack.pretraining.optimizers import MuonWithAdamW, OptimizerConfig, build_optimizer
+from statetrack.pretraining.parallel import GROUP_PARAMETERS, gathered_together
 
 GIB = 2**30
 ASSUMED_MFU = 0.35
@@ -183,8 +184,8 @@ def plan(
 ) -> Plan:
     """What a run needs on each of some cards, and how long it would take.
 
-    Weights, gradients and optimizer states are float32 and, with FSDP2, sharded evenly over all cards; a block is then
-    gathered in `precision` while it is computed, and the next one beside it.
+    Weights, gradients and optimizer states are float32 and, with FSDP2, sharded evenly over all cards; a few blocks
+    are then gathered in `precision` while they are computed, and the next ones beside them.
 
     Args:
         model: the model.
@@ -233,7 +234,7 @@ def plan(
                     "parameters": 4 * parameters / shards,
                     "gradients": 4 * parameters / shards,
                     "optimizer": states / shards,
-                    "gathered": _gathered_bytes(whole, saved, sharded, precision),
+                    "gathered": _gathered_bytes(whole, saved, sharded, every, precision),
                 }
                 memory = partial(_memory, saved, fixed, every)
                 fitting = bisect_right(
@@ -395,18 +396,22 @@ def _optimizer_bytes(model: nn.Module, config: OptimizerConfig) -> int:
     return 8 * count - 4 * sum(p.numel() for p in muon)
 
 
-def _gathered_bytes(model: LanguageModel, saved: SavedActivations, sharded: bool, precision: Precision) -> float:
+def _gathered_bytes(
+    model: LanguageModel, saved: SavedActivations, sharded: bool, every: int, precision: Precision
+) -> float:
     """Weights beside the shards, and gradients before they are reduced.
 
-    Without shards these are autocast's copies. With shards the current block's weights and the next one's are whole, in
-    the precision of the computation, and what is outside the blocks is whole in float32 from the forward pass on; the
-    gradients of one such group are whole before they are reduced in float32.
+    Without shards these are autocast's copies. With shards the weights of the current group of blocks and of the next
+    one are whole, in the precision of the computation, and what is outside the blocks is whole in float32 from the
+    forward pass on; the gradients of one such group are whole before they are reduced in float32.
     """
     if not sharded:
         return float(sum(saved.block_weights))
-    blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
-    outside = model.num_parameters() - sum(blocks)
-    largest = max(blocks)
+    one_by_one = every or precision != "bfloat16"
+    groups = gathered_together(model.blocks, 0 if one_by_one else GROUP_PARAMETERS)
+    sizes = [sum(p.numel() for block in group for p in block.parameters()) for group in groups]
+    outside = model.num_parameters() - sum(sizes)
+    largest = max(sizes)
     # Without autocast there are no copies: the gathered weights are float32.
     itemsize = 2 if precision == "bfloat16" else 4
     gradients = max(4 * outside, (itemsize + 4) * largest)
