@@ -1,0 +1,284 @@
+"""Triton kernels for the gradients of rows, columns and decays with a decay for each key channel.
+
+Letters and layouts are those of `channels.py`. Between blocks of 16 tokens gradients are products of matrices; within
+a block the pairs are taken one by one, and a thread has its channels of all 16 tokens. Decays are only ever multiplied.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from statetrack.ops.kernels.channels import (
+    BLOCK,
+    is_later,
+    lies_between,
+    load_row,
+    load_rows,
+    products_to_end,
+    store_row,
+)
+from statetrack.ops.kernels.tiles import load_kinds, outer_products, state_overlap, state_products, store_kinds
+
+# Rows of a block that share one loop: fewer make more code, more have more pairs that are none.
+GROUP = tl.constexpr(4)
+
+
+@triton.jit(do_not_specialize=["T", "blocks"])
+def scale_within(
+    x, y, decay, x_in, y_out, across,
+    T, H, blocks,
+    K: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """For every block of 16 tokens the rows as they read the state at its start, the columns as they write the one at
+    its end, [B, T, H, K], and the product of its decays, [block, K]."""
+    pid = tl.program_id(0)
+    block = pid % blocks
+    head = (pid // blocks).to(tl.int64)
+    start = tl.program_id(1) * BD
+    tokens_left = T - block * BLOCK
+    row_stride = H * K
+    base = ((head // H * T + block * BLOCK) * H + head % H) * K
+    a = load_rows(decay + base, tokens_left, row_stride, start, 1.0, K, 1, BD)
+    rows = load_rows(x + base, tokens_left, row_stride, start, 0.0, K, 1, BD)
+    columns = load_rows(y + base, tokens_left, row_stride, start, 0.0, K, 1, BD)
+    to_end = products_to_end(a, 1, BD)
+    from_start = tl.full([1, BD], 1.0, tl.float32)
+    for t in tl.static_range(BLOCK):
+        from_start *= a[t]
+        store_row(x_in + base, rows[t] * from_start, t, tokens_left, row_stride, start, K, 1, BD)
+        store_row(y_out + base, columns[t] * to_end[BLOCK - 1 - t], t, tokens_left, row_stride, start, K, 1, BD)
+    channel = start + tl.arange(0, BD)[None, :]
+    tl.store(across + (head * blocks + block) * K + channel, to_end[BLOCK], mask=channel < K)
+
+
+@triton.jit
+def _totals_of_others(across, level: tl.constexpr, start, K: tl.constexpr, BLOCKS: tl.constexpr, BD: tl.constexpr):
+    """The products of all decays of the other one of each pair of neighbours of 2^level blocks, [BLOCKS, BD]."""
+    channel = start + tl.arange(0, BD)[None, :]
+    other = ((tl.arange(0, BLOCKS)[:, None] >> level) ^ 1) << level
+    product = tl.full([BLOCKS, BD], 1.0, tl.float32)
+    for block in tl.static_range(1 << level):
+        product *= tl.load(across + (other + block) * K + channel, mask=channel < K, other=1.0)
+    return product
+
+
+@triton.jit
+def _by_token(x, BLOCKS: tl.constexpr, BD: tl.constexpr):
+    """What the tokens of every block share, [BLOCKS, BD], for each of them, [BLOCKS 16, BD]."""
+    return tl.reshape(tl.broadcast_to(x[:, None, :], [BLOCKS, BLOCK, BD]), [BLOCKS * BLOCK, BD])
+
+
+@triton.jit
+def _sums_of_others(x, level: tl.constexpr, BLOCKS: tl.constexpr, BD: tl.constexpr):
+    """Sums over the other one of each pair of neighbours of 2^level blocks, [BLOCKS, BD], of x [BLOCKS 16, BD]."""
+    PAIRS: tl.constexpr = BLOCKS >> (level + 1)
+    sums = tl.sum(tl.reshape(x, [BLOCKS, BLOCK, BD]), axis=1)
+    later = is_later(level, BLOCKS)
+    of_earlier = tl.sum(tl.reshape(tl.where(later, 0.0, sums), [PAIRS, 2 << level, BD]), axis=1)
+    of_later = tl.sum(tl.reshape(tl.where(later, sums, 0.0), [PAIRS, 2 << level, BD]), axis=1)
+    shape: tl.constexpr = [PAIRS, 2 << level, BD]
+    of_earlier = tl.reshape(tl.broadcast_to(of_earlier[:, None, :], shape), [BLOCKS, BD])
+    of_later = tl.reshape(tl.broadcast_to(of_later[:, None, :], shape), [BLOCKS, BD])
+    return tl.where(later, of_earlier, of_later)
+
+
+@triton.jit
+def _store_scores(scores, x, BC: tl.constexpr, KINDS: tl.constexpr):
+    """Those of the pairs within blocks, a tile [KINDS 16, KINDS 16] for each block, with zeros above the diagonal."""
+    row, column = tl.arange(0, KINDS * BC)[:, None], tl.arange(0, KINDS * BC)[None, :]
+    if KINDS == 1:
+        at = row * BLOCK + column % BLOCK
+        tl.store(scores + at, tl.where(row >= column, x, 0.0), mask=row // BLOCK == column // BLOCK)
+    else:
+        # w does not see its own token.
+        seen = row % BC - row // BC >= column % BC
+        tl.store(scores + row * (KINDS * BC) + column, tl.where(seen, x, 0.0))
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "numbers"])
+def gradients_between(
+    x_in, y_out, across, starts, d_out, d_out2, written, written2, d_ends, d_scores, d_x_in, d_y_out, d_across,
+    T, H, chunks, numbers: tl.int64,
+    K: tl.constexpr, V: tl.constexpr, BC: tl.constexpr, KINDS: tl.constexpr, BLOCKS: tl.constexpr, BD: tl.constexpr,
+    BV: tl.constexpr, LEVELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """For every chunk, of 2^LEVELS blocks, the gradients of what `scale_within` gives, and of the scores of the pairs
+    within blocks [block, KINDS 16, KINDS 16].
+
+    From the whole chunk down to its blocks; one of one block has no x_in, y_out and across. `d_out` is the gradient of
+    what each row has read, `written` the values that each column writes. `d_x_in` and `d_y_out` are [KINDS, B, T, H,
+    K], where the kinds are `numbers` apart.
+    """
+    OPERAND: tl.constexpr = d_x_in.dtype.element_ty
+    ROWS: tl.constexpr = KINDS * BC
+    pid = tl.program_id(0)
+    chunk = pid % chunks
+    head = (pid // chunks).to(tl.int64)
+    h = head % H
+    first = head // H * T + chunk * BC
+    tokens_left = tl.minimum(T - chunk * BC, BC)
+    place = head * chunks + chunk
+    base, values_at = (first * H + h) * K, (first * H + h) * V
+    d_out, d_out2, written, written2 = d_out + values_at, d_out2 + values_at, written + values_at, written2 + values_at
+    starts, d_ends = starts + place * K * V, d_ends + place * K * V
+    d_x_in, d_y_out = d_x_in + base, d_y_out + base
+    pairs = outer_products(d_out, d_out2, written, written2, tokens_left, H * V, V, BC, KINDS, BV, OPERAND, PRECISION)
+    _store_scores(d_scores + place * ROWS * ROWS // BLOCKS, pairs, BC, KINDS)
+    for start in range(0, K, BD):
+        of_x = state_products(
+            d_out, d_out2, starts, tokens_left, H * V, start, K, V, BC, KINDS, BD, BV, OPERAND, PRECISION
+        )
+        of_y = state_products(
+            written, written2, d_ends, tokens_left, H * V, start, K, V, BC, KINDS, BD, BV, OPERAND, PRECISION
+        )
+        # The gradient of the product of all decays of each block's group, which in the end is the block itself.
+        of_group = tl.zeros([BLOCKS, BD], tl.float32) + state_overlap(starts, d_ends, start, K, V, BD, BV)[None, :]
+        if LEVELS > 0:
+            reading = load_kinds(x_in + base, x_in, tokens_left, H * K, start, K, BC, 1, BD)
+            writing = load_kinds(y_out + base, y_out, tokens_left, H * K, start, K, BC, 1, BD)
+        for step in tl.static_range(LEVELS):
+            level: tl.constexpr = LEVELS - 1 - step
+            later = _by_token(is_later(level, BLOCKS), BLOCKS, 1)
+            left, right = reading, writing
+            for below in tl.static_range(level):
+                within = _totals_of_others(across + place * BLOCKS * K, below, start, K, BLOCKS, BD)
+                left *= _by_token(tl.where(is_later(below, BLOCKS), within, 1.0), BLOCKS, BD)
+                right *= _by_token(tl.where(is_later(below, BLOCKS), 1.0, within), BLOCKS, BD)
+            totals = _totals_of_others(across + place * BLOCKS * K, level, start, K, BLOCKS, BD)
+            others = _by_token(totals, BLOCKS, BD)
+            scaled = tl.where(later, of_x * left, of_y * right)
+            of_group = of_group * totals + _sums_of_others(scaled, level, BLOCKS, BD)
+            seen = tl.where(lies_between(level, BC), pairs, 0.0).to(OPERAND)
+            # The later group's rows and the earlier one's columns; `seen` is zero elsewhere.
+            of_x = tl.dot(
+                seen, right.to(OPERAND), tl.where(later, of_x * others, of_x), input_precision=PRECISION
+            )
+            of_y = tl.dot(
+                tl.trans(seen), left.to(OPERAND), tl.where(later, of_y, of_y * others), input_precision=PRECISION
+            )
+        store_kinds(d_x_in, d_x_in + numbers, of_x, tokens_left, H * K, start, K, BC, KINDS, BD)
+        store_kinds(d_y_out, d_y_out + numbers, of_y, tokens_left, H * K, start, K, BC, KINDS, BD)
+        block, channel = tl.arange(0, BLOCKS)[:, None], start + tl.arange(0, BD)[None, :]
+        at = (place * BLOCKS + block) * K + channel
+        tl.store(d_across + at, of_group, mask=(channel < K) & (block < BLOCKS))
+
+
+@triton.jit
+def _gradients_of_row(
+    x, d_x, d_x_in, d_scores, a, columns, d_a, d_columns, i, last, tokens_left, row_stride, start,
+    FIRST: tl.constexpr, K: tl.constexpr, KINDS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Of row i, FIRST <= i < FIRST + GROUP, which sees the tokens up to `last`: stores its own gradient, and returns
+    those of decays and columns with its part added."""
+    COUNT: tl.constexpr = FIRST + GROUP
+    # Up: the gradient of the row as it reads the state before each token.
+    before = ()
+    of_row = load_row(d_x_in, i, tokens_left, row_stride, start, 0.0, K, 1, BD)
+    for j in tl.static_range(COUNT):
+        before = before + (of_row,)
+        if j < FIRST:
+            of_row *= a[j]
+        else:
+            of_row *= tl.where(j <= last, a[j], 1.0)
+        for kind in tl.static_range(KINDS):
+            of_row += tl.load(d_scores + (kind * BLOCK + j)) * columns[kind * BLOCK + j]
+    store_row(d_x, of_row, i, tokens_left, row_stride, start, K, 1, BD)
+    # Down: the row as it reads the state after each token.
+    row = load_row(x, i, tokens_left, row_stride, start, 0.0, K, 1, BD)
+    of_a, of_first, of_second = (), (), ()
+    for step in tl.static_range(COUNT):
+        j: tl.constexpr = COUNT - 1 - step
+        of_first = (d_columns[j] + tl.load(d_scores + j) * row,) + of_first
+        if KINDS == 2:
+            of_second = (d_columns[BLOCK + j] + tl.load(d_scores + (BLOCK + j)) * row,) + of_second
+        if j < FIRST:
+            of_a = (d_a[j] + row * before[j],) + of_a
+            row *= a[j]
+        else:
+            of_a = (d_a[j] + tl.where(j <= last, row * before[j], 0.0),) + of_a
+            row *= tl.where(j <= last, a[j], 1.0)
+    for j in tl.static_range(COUNT, BLOCK):
+        of_a, of_first = of_a + (d_a[j],), of_first + (d_columns[j],)
+        if KINDS == 2:
+            of_second = of_second + (d_columns[BLOCK + j],)
+    return of_a, of_first + of_second
+
+
+@triton.jit
+def _gradients_of_end(d_y_out, numbers, of_total, a, columns, tokens_left, row_stride, start,
+    K: tl.constexpr, KINDS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The gradients of decays and columns from those of the columns as they write the state at the block's end, and of
+    the product of all decays: as of one more row of ones, whose scores are different for each channel."""
+    d_written = ()
+    for kind in tl.static_range(KINDS):
+        d_written = d_written + load_rows(d_y_out + kind * numbers, tokens_left, row_stride, start, 0.0, K, 1, BD)
+    before = ()
+    for j in tl.static_range(BLOCK):
+        before = before + (of_total,)
+        of_total *= a[j]
+        for kind in tl.static_range(KINDS):
+            of_total += d_written[kind * BLOCK + j] * columns[kind * BLOCK + j]
+    to_end = products_to_end(a, 1, BD)
+    d_a, d_columns = (), ()
+    for j in tl.static_range(BLOCK):
+        d_a = d_a + (to_end[BLOCK - 1 - j] * before[j],)
+    for kind in tl.static_range(KINDS):
+        for j in tl.static_range(BLOCK):
+            d_columns = d_columns + (to_end[BLOCK - 1 - j] * d_written[kind * BLOCK + j],)
+    return d_a, d_columns
+
+
+@triton.jit(do_not_specialize=["T", "blocks", "numbers"])
+def gradients_within(
+    x, x2, y, y2, decay, d_scores, d_x_in, d_y_out, d_across, d_x, d_x2, d_y, d_y2, d_decay,
+    T, H, blocks, numbers: tl.int64,
+    K: tl.constexpr, KINDS: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The gradients of rows, columns and decays, from those that `gradients_between` gives for every block.
+
+    With E(i, j) the gradient of row i as it reads the state after token j, d_x_i is its own at the end of
+
+        E(i, j) = a_j E(i, j-1) + dS_ij y_j
+
+    and with the row as it reads that state, G(i, j), which is x_i at first and then takes a_j at each token,
+
+        d_a_j += G(i, j) E(i, j-1)        d_y_j += dS_ij G(i, j)
+    """
+    ROWS: tl.constexpr = KINDS * BLOCK
+    pid = tl.program_id(0)
+    block = pid % blocks
+    head = (pid // blocks).to(tl.int64)
+    start = tl.program_id(1) * BD
+    tokens_left = T - block * BLOCK
+    row_stride = H * K
+    base = ((head // H * T + block * BLOCK) * H + head % H) * K
+    place = head * blocks + block
+    d_x_in, d_y_out, d_scores = d_x_in + base, d_y_out + base, d_scores + place * ROWS * ROWS
+    channel = start + tl.arange(0, BD)[None, :]
+    of_total = tl.load(d_across + place * K + channel, mask=channel < K, other=0.0)
+    a = load_rows(decay + base, tokens_left, row_stride, start, 1.0, K, 1, BD)
+    columns = load_rows(y + base, tokens_left, row_stride, start, 0.0, K, 1, BD)
+    if KINDS == 2:
+        columns = columns + load_rows(y2 + base, tokens_left, row_stride, start, 0.0, K, 1, BD)
+    d_a, d_columns = _gradients_of_end(
+        d_y_out, numbers, of_total, a, columns, tokens_left, row_stride, start, K, KINDS, BD
+    )
+    # Rows are loops of a few, because with all of them unrolled the compiler took a minute.
+    for first in tl.static_range(0, BLOCK, GROUP):
+        for i in range(first, first + GROUP):
+            d_a, d_columns = _gradients_of_row(
+                x + base, d_x + base, d_x_in, d_scores + i * ROWS, a, columns, d_a, d_columns,
+                i, i, tokens_left, row_stride, start, first, K, KINDS, BD,
+            )  # fmt: skip
+            if KINDS == 2:
+                d_a, d_columns = _gradients_of_row(
+                    x2 + base, d_x2 + base, d_x_in + numbers, d_scores + (BLOCK + i) * ROWS, a, columns, d_a, d_columns,
+                    i, i - 1, tokens_left, row_stride, start, first, K, KINDS, BD,
+                )  # fmt: skip
+    for j in tl.static_range(BLOCK):
+        store_row(d_decay + base, d_a[j], j, tokens_left, row_stride, start, K, 1, BD)
+        store_row(d_y + base, d_columns[j], j, tokens_left, row_stride, start, K, 1, BD)
+        if KINDS == 2:
+            store_row(d_y2 + base, d_columns[BLOCK + j], j, tokens_left, row_stride, start, K, 1, BD)
