@@ -89,9 +89,9 @@ _TABLE: dict[str, dict[int, Launch]] = {
     "scan_forward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
     "scan_backward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
     "gradients_heads": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)},
-    "scale_within": {64: Launch(64, 1, 1), 128: Launch(128, 2, 1), 256: Launch(128, 2, 1)},
+    "scale_within": {64: Launch(64, 1, 1), 128: Launch(64, 1, 1), 256: Launch(64, 1, 1)},
     "gradients_between": {64: Launch(64, 4, 1), 128: Launch(128, 8, 1), 256: Launch(128, 8, 1)},
-    "gradients_within": {64: Launch(64, 1, 1), 128: Launch(128, 2, 1), 256: Launch(128, 2, 1)},
+    "gradients_within": {64: Launch(64, 1, 1), 128: Launch(64, 1, 1), 256: Launch(64, 1, 1)},
 }
 # float32 operands take twice the shared memory.
 _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
@@ -100,9 +100,9 @@ _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
     "scan_forward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
     "scan_backward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
     "gradients_heads": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
-    "scale_within": {64: Launch(64, 1, 1), 128: Launch(128, 2, 1), 256: Launch(128, 2, 1)},
+    "scale_within": {64: Launch(64, 1, 1), 128: Launch(64, 1, 1), 256: Launch(64, 1, 1)},
     "gradients_between": {64: Launch(64, 4, 1), 128: Launch(64, 4, 1), 256: Launch(64, 4, 1)},
-    "gradients_within": {64: Launch(64, 1, 1), 128: Launch(128, 2, 1), 256: Launch(128, 2, 1)},
+    "gradients_within": {64: Launch(64, 1, 1), 128: Launch(64, 1, 1), 256: Launch(64, 1, 1)},
 }
 # The width of the tiles of values of the kernels that cut keys.
 _VALUES = 64
@@ -173,9 +173,8 @@ class _Shape:
     def within(self, kernel: str) -> tuple[tuple[int, int], dict[str, Any]]:
         """Of a kernel whose programs have one block and a tile of keys each: the grid, and the options."""
         launch = self._launch(kernel)
-        block = min(launch.block, self.block_k)
-        grid = (self.rows * self.chunks * self.blocks, -(-self.key_dim // block))
-        return grid, {"K": self.key_dim, "BD": block, **launch.options}
+        grid = (self.rows * self.chunks * self.blocks, -(-self.key_dim // launch.block))
+        return grid, {"K": self.key_dim, **launch.by_thread}
 
     def scan(self, kernel: str) -> tuple[int, int, int, dict[str, Any]]:
         """Of a kernel that walks through the chunks, in tiles of values: the programs for a segment, the number of

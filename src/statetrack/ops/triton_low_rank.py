@@ -144,7 +144,7 @@ _TABLE: dict[str, dict[int, Launch]] = {
     "scan_forward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 8, 1)},
     "scan_backward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
     "gradients_between": {64: Launch(64, 4, 1), 128: Launch(64, 4, 1), 256: Launch(64, 4, 1)},
-    "gradients_within": {64: Launch(32, 1, 1), 128: Launch(64, 2, 1), 256: Launch(64, 2, 1)},
+    "gradients_within": {64: Launch(32, 1, 1), 128: Launch(32, 1, 1), 256: Launch(32, 1, 1)},
 }
 
 
@@ -182,9 +182,8 @@ class _Shape:
     def within(self) -> tuple[tuple[int, int], dict[str, Any]]:
         """Of the kernel for the gradients within chunks, whose programs have a tile of keys each: grid and options."""
         launch = _TABLE["gradients_within"][max(64, self.block_k)]
-        block = min(launch.block, self.block_k)
-        grid = (self.rows * self.chunks, -(-self.key_dim // block))
-        return grid, {"K": self.key_dim, "KINDS": 2, "BD": block, **launch.options}
+        grid = (self.rows * self.chunks, -(-self.key_dim // launch.block))
+        return grid, {"K": self.key_dim, "KINDS": 2, **launch.by_thread}
 
     def prepare(self) -> tuple[int, dict[str, Any]]:
         """Of the kernel that prepares chunks, several at once: the number of programs, and the options."""

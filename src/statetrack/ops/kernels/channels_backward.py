@@ -13,10 +13,7 @@ from statetrack.ops.kernels.channels import (
     BLOCK,
     is_later,
     lies_between,
-    load_row,
-    load_rows,
     products_to_end,
-    store_row,
 )
 from statetrack.ops.kernels.tiles import load_kinds, outer_products, state_overlap, state_products, store_kinds
 
@@ -24,32 +21,237 @@ from statetrack.ops.kernels.tiles import load_kinds, outer_products, state_overl
 GROUP = tl.constexpr(4)
 
 
+@triton.jit
+def _channels(start, THREADS: tl.constexpr, EACH: tl.constexpr):
+    """[THREADS, EACH]: the channels that each thread has, neighbours, so that a load takes them at once.
+
+    The `&`, which changes nothing, hides from the compiler that threads are neighbours too: it would give each several.
+    """
+    return start + (tl.arange(0, THREADS) & (THREADS - 1))[:, None] * EACH + tl.arange(0, EACH)[None, :]
+
+
+@triton.jit
+def _load_token(
+    pointer, t, tokens_left, row_stride, start, K: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr
+):  # fmt: skip
+    """[THREADS, EACH] in float32."""
+    channel = _channels(start, THREADS, EACH)
+    ok = (t < tokens_left) & (channel < K)
+    return tl.load(pointer + t * row_stride + channel, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_token(
+    pointer, x, t, tokens_left, row_stride, start, K: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr
+):  # fmt: skip
+    channel = _channels(start, THREADS, EACH)
+    tl.store(pointer + t * row_stride + channel, x.to(pointer.dtype.element_ty), mask=(t < tokens_left) & (channel < K))
+
+
+@triton.jit
+def _load_block(
+    pointer, tokens_left, row_stride, start, OTHER: tl.constexpr,
+    K: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """The 16 tokens, a tuple of tiles [THREADS, EACH] in float32.
+
+    They are one load, and then split in halves, which moves nothing between threads: the compiler's time for choosing
+    the layouts of loads goes with the square of their number.
+    """
+    token, channel = tl.arange(0, BLOCK)[None, :, None], _channels(start, THREADS, EACH)[:, None, :]
+    ok = (token < tokens_left) & (channel < K)
+    x = tl.load(pointer + token * row_stride + channel, mask=ok, other=OTHER).to(tl.float32)
+    rows = (tl.permute(tl.reshape(x, [THREADS, 2, 2, 2, 2, EACH]), [0, 5, 4, 3, 2, 1]),)
+    for _ in tl.static_range(4):
+        halves = ()
+        for part in tl.static_range(len(rows)):
+            halves = halves + tl.split(rows[part])
+        rows = halves
+    return rows
+
+
+@triton.jit
+def _store_block(
+    pointer, rows, tokens_left, row_stride, start, K: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr
+):  # fmt: skip
+    for _ in tl.static_range(4):
+        pairs = ()
+        for part in tl.static_range(0, len(rows), 2):
+            pairs = pairs + (tl.join(rows[part], rows[part + 1]),)
+        rows = pairs
+    x = tl.reshape(tl.permute(rows[0], [0, 5, 4, 3, 2, 1]), [THREADS, BLOCK, EACH]).to(pointer.dtype.element_ty)
+    token, channel = tl.arange(0, BLOCK)[None, :, None], _channels(start, THREADS, EACH)[:, None, :]
+    tl.store(pointer + token * row_stride + channel, x, mask=(token < tokens_left) & (channel < K))
+
+
 @triton.jit(do_not_specialize=["T", "blocks"])
 def scale_within(
     x, y, decay, x_in, y_out, across,
     T, H, blocks,
-    K: tl.constexpr, BD: tl.constexpr,
+    K: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """For every block of 16 tokens the rows as they read the state at its start, the columns as they write the one at
     its end, [B, T, H, K], and the product of its decays, [block, K]."""
     pid = tl.program_id(0)
     block = pid % blocks
     head = (pid // blocks).to(tl.int64)
-    start = tl.program_id(1) * BD
+    start = tl.program_id(1) * (THREADS * EACH)
     tokens_left = T - block * BLOCK
     row_stride = H * K
     base = ((head // H * T + block * BLOCK) * H + head % H) * K
-    a = load_rows(decay + base, tokens_left, row_stride, start, 1.0, K, 1, BD)
-    rows = load_rows(x + base, tokens_left, row_stride, start, 0.0, K, 1, BD)
-    columns = load_rows(y + base, tokens_left, row_stride, start, 0.0, K, 1, BD)
-    to_end = products_to_end(a, 1, BD)
-    from_start = tl.full([1, BD], 1.0, tl.float32)
+    a = _load_block(decay + base, tokens_left, row_stride, start, 1.0, K, THREADS, EACH)
+    rows = _load_block(x + base, tokens_left, row_stride, start, 0.0, K, THREADS, EACH)
+    columns = _load_block(y + base, tokens_left, row_stride, start, 0.0, K, THREADS, EACH)
+    to_end = products_to_end(a, THREADS, EACH)
+    from_start = tl.full([THREADS, EACH], 1.0, tl.float32)
+    reading, writing = (), ()
     for t in tl.static_range(BLOCK):
         from_start *= a[t]
-        store_row(x_in + base, rows[t] * from_start, t, tokens_left, row_stride, start, K, 1, BD)
-        store_row(y_out + base, columns[t] * to_end[BLOCK - 1 - t], t, tokens_left, row_stride, start, K, 1, BD)
-    channel = start + tl.arange(0, BD)[None, :]
+        reading = reading + (rows[t] * from_start,)
+        writing = writing + (columns[t] * to_end[BLOCK - 1 - t],)
+    _store_block(x_in + base, reading, tokens_left, row_stride, start, K, THREADS, EACH)
+    _store_block(y_out + base, writing, tokens_left, row_stride, start, K, THREADS, EACH)
+    channel = _channels(start, THREADS, EACH)
     tl.store(across + (head * blocks + block) * K + channel, to_end[BLOCK], mask=channel < K)
+
+
+@triton.jit
+def _load_pair(scores):
+    """Two neighbours by one load."""
+    both = tl.load(scores.to(tl.pointer_type(tl.uint64)))
+    first, second = (both & 0xFFFFFFFF).to(tl.uint32), (both >> 32).to(tl.uint32)
+    return first.to(tl.float32, bitcast=True), second.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_scores(scores, COUNT: tl.constexpr):
+    """The first COUNT of a row, a tuple of numbers."""
+    found = ()
+    for j in tl.static_range(0, COUNT, 2):
+        found = found + _load_pair(scores + j)
+    return found
+
+
+@triton.jit
+def _gradients_of_row(
+    x, d_x, d_x_in, d_scores, a, columns, d_a, d_columns, i, last, tokens_left, row_stride, start,
+    FIRST: tl.constexpr, K: tl.constexpr, KINDS: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Of row i, FIRST <= i < FIRST + GROUP, which sees the tokens up to `last`: stores its own gradient, and returns
+    those of decays and columns with its part added."""
+    COUNT: tl.constexpr = FIRST + GROUP
+    # Up: the gradient of the row as it reads the state before each token.
+    before = ()
+    of_row = _load_token(d_x_in, i, tokens_left, row_stride, start, K, THREADS, EACH)
+    first = _load_scores(d_scores, COUNT)
+    if KINDS == 2:
+        second = _load_scores(d_scores + BLOCK, COUNT)
+    for j in tl.static_range(COUNT):
+        before = before + (of_row,)
+        own = first[j] * columns[j]
+        if KINDS == 2:
+            own += second[j] * columns[BLOCK + j]
+        of_row = of_row * (a[j] if j < FIRST else tl.where(j <= last, a[j], 1.0)) + own
+    _store_token(d_x, of_row, i, tokens_left, row_stride, start, K, THREADS, EACH)
+    # Down: the row as it reads the state after each token.
+    row = _load_token(x, i, tokens_left, row_stride, start, K, THREADS, EACH)
+    of_a, of_first, of_second = (), (), ()
+    for j in tl.static_range(COUNT - 1, -1, -1):
+        of_first = (d_columns[j] + first[j] * row,) + of_first
+        if KINDS == 2:
+            of_second = (d_columns[BLOCK + j] + second[j] * row,) + of_second
+        if j < FIRST:
+            of_a = (d_a[j] + row * before[j],) + of_a
+            row *= a[j]
+        else:
+            of_a = (d_a[j] + tl.where(j <= last, row * before[j], 0.0),) + of_a
+            row *= tl.where(j <= last, a[j], 1.0)
+    for j in tl.static_range(COUNT, BLOCK):
+        of_a, of_first = of_a + (d_a[j],), of_first + (d_columns[j],)
+        if KINDS == 2:
+            of_second = of_second + (d_columns[BLOCK + j],)
+    return of_a, of_first + of_second
+
+
+@triton.jit
+def _gradients_of_end(
+    d_y_out, numbers, of_total, a, columns, tokens_left, row_stride, start,
+    K: tl.constexpr, KINDS: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """The gradients of decays and columns from those of the columns as they write the state at the block's end, and of
+    the product of all decays: as of one more row of ones, whose scores are different for each channel."""
+    d_written = _load_block(d_y_out, tokens_left, row_stride, start, 0.0, K, THREADS, EACH)
+    if KINDS == 2:
+        d_written = d_written + _load_block(
+            d_y_out + numbers, tokens_left, row_stride, start, 0.0, K, THREADS, EACH
+        )
+    to_end = products_to_end(a, THREADS, EACH)
+    d_a, d_columns = (), ()
+    for j in tl.static_range(BLOCK):
+        d_a = d_a + (to_end[BLOCK - 1 - j] * of_total,)
+        own = d_written[j] * columns[j]
+        if KINDS == 2:
+            own += d_written[BLOCK + j] * columns[BLOCK + j]
+        of_total = of_total * a[j] + own
+    for kind in tl.static_range(KINDS):
+        for j in tl.static_range(BLOCK):
+            d_columns = d_columns + (to_end[BLOCK - 1 - j] * d_written[kind * BLOCK + j],)
+    return d_a, d_columns
+
+
+@triton.jit(do_not_specialize=["T", "blocks", "numbers"])
+def gradients_within(
+    x, x2, y, y2, decay, d_scores, d_x_in, d_y_out, d_across, d_x, d_x2, d_y, d_y2, d_decay,
+    T, H, blocks, numbers: tl.int64,
+    K: tl.constexpr, KINDS: tl.constexpr, THREADS: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """The gradients of rows, columns and decays, from those that `gradients_between` gives for every block.
+
+    With E(i, j) the gradient of row i as it reads the state after token j, d_x_i is its own at the end of
+
+        E(i, j) = a_j E(i, j-1) + dS_ij y_j
+
+    and with the row as it reads that state, G(i, j), which is x_i at first and then takes a_j at each token,
+
+        d_a_j += G(i, j) E(i, j-1)        d_y_j += dS_ij G(i, j)
+    """
+    ROWS: tl.constexpr = KINDS * 16
+    pid = tl.program_id(0)
+    block = pid % blocks
+    head = (pid // blocks).to(tl.int64)
+    start = tl.program_id(1) * (THREADS * EACH)
+    tokens_left = T - block * BLOCK
+    row_stride = H * K
+    base = ((head // H * T + block * BLOCK) * H + head % H) * K
+    place = head * blocks + block
+    x, y, decay, d_x, d_y, d_decay = x + base, y + base, decay + base, d_x + base, d_y + base, d_decay + base
+    d_x_in, d_y_out, d_scores = d_x_in + base, d_y_out + base, d_scores + place * ROWS * ROWS
+    channel = _channels(start, THREADS, EACH)
+    of_total = tl.load(d_across + place * K + channel, mask=channel < K, other=0.0)
+    a = _load_block(decay, tokens_left, row_stride, start, 1.0, K, THREADS, EACH)
+    columns = _load_block(y, tokens_left, row_stride, start, 0.0, K, THREADS, EACH)
+    if KINDS == 2:
+        x2, y2, d_x2, d_y2 = x2 + base, y2 + base, d_x2 + base, d_y2 + base
+        columns = columns + _load_block(y2, tokens_left, row_stride, start, 0.0, K, THREADS, EACH)
+    d_a, d_columns = _gradients_of_end(
+        d_y_out, numbers, of_total, a, columns, tokens_left, row_stride, start, K, KINDS, THREADS, EACH
+    )
+    # Rows are loops of a few, because with all of them unrolled the compiler took a minute.
+    for first in tl.static_range(0, BLOCK, GROUP):
+        for i in range(first, first + GROUP):
+            d_a, d_columns = _gradients_of_row(
+                x, d_x, d_x_in, d_scores + i * ROWS, a, columns, d_a, d_columns,
+                i, i, tokens_left, row_stride, start, first, K, KINDS, THREADS, EACH,
+            )  # fmt: skip
+            if KINDS == 2:
+                d_a, d_columns = _gradients_of_row(
+                    x2, d_x2, d_x_in + numbers, d_scores + (BLOCK + i) * ROWS, a, columns, d_a, d_columns,
+                    i, i - 1, tokens_left, row_stride, start, first, K, KINDS, THREADS, EACH,
+                )  # fmt: skip
+    _store_block(d_decay, d_a, tokens_left, row_stride, start, K, THREADS, EACH)
+    _store_block(d_y, d_columns[:BLOCK], tokens_left, row_stride, start, K, THREADS, EACH)
+    if KINDS == 2:
+        _store_block(d_y2, d_columns[BLOCK:], tokens_left, row_stride, start, K, THREADS, EACH)
 
 
 @triton.jit
@@ -137,8 +339,7 @@ def gradients_between(
         if LEVELS > 0:
             reading = load_kinds(x_in + base, x_in, tokens_left, H * K, start, K, BC, 1, BD)
             writing = load_kinds(y_out + base, y_out, tokens_left, H * K, start, K, BC, 1, BD)
-        for step in tl.static_range(LEVELS):
-            level: tl.constexpr = LEVELS - 1 - step
+        for level in tl.static_range(LEVELS - 1, -1, -1):
             later = _by_token(is_later(level, BLOCKS), BLOCKS, 1)
             left, right = reading, writing
             for below in tl.static_range(level):
@@ -162,123 +363,3 @@ def gradients_between(
         block, channel = tl.arange(0, BLOCKS)[:, None], start + tl.arange(0, BD)[None, :]
         at = (place * BLOCKS + block) * K + channel
         tl.store(d_across + at, of_group, mask=(channel < K) & (block < BLOCKS))
-
-
-@triton.jit
-def _gradients_of_row(
-    x, d_x, d_x_in, d_scores, a, columns, d_a, d_columns, i, last, tokens_left, row_stride, start,
-    FIRST: tl.constexpr, K: tl.constexpr, KINDS: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Of row i, FIRST <= i < FIRST + GROUP, which sees the tokens up to `last`: stores its own gradient, and returns
-    those of decays and columns with its part added."""
-    COUNT: tl.constexpr = FIRST + GROUP
-    # Up: the gradient of the row as it reads the state before each token.
-    before = ()
-    of_row = load_row(d_x_in, i, tokens_left, row_stride, start, 0.0, K, 1, BD)
-    for j in tl.static_range(COUNT):
-        before = before + (of_row,)
-        if j < FIRST:
-            of_row *= a[j]
-        else:
-            of_row *= tl.where(j <= last, a[j], 1.0)
-        for kind in tl.static_range(KINDS):
-            of_row += tl.load(d_scores + (kind * BLOCK + j)) * columns[kind * BLOCK + j]
-    store_row(d_x, of_row, i, tokens_left, row_stride, start, K, 1, BD)
-    # Down: the row as it reads the state after each token.
-    row = load_row(x, i, tokens_left, row_stride, start, 0.0, K, 1, BD)
-    of_a, of_first, of_second = (), (), ()
-    for step in tl.static_range(COUNT):
-        j: tl.constexpr = COUNT - 1 - step
-        of_first = (d_columns[j] + tl.load(d_scores + j) * row,) + of_first
-        if KINDS == 2:
-            of_second = (d_columns[BLOCK + j] + tl.load(d_scores + (BLOCK + j)) * row,) + of_second
-        if j < FIRST:
-            of_a = (d_a[j] + row * before[j],) + of_a
-            row *= a[j]
-        else:
-            of_a = (d_a[j] + tl.where(j <= last, row * before[j], 0.0),) + of_a
-            row *= tl.where(j <= last, a[j], 1.0)
-    for j in tl.static_range(COUNT, BLOCK):
-        of_a, of_first = of_a + (d_a[j],), of_first + (d_columns[j],)
-        if KINDS == 2:
-            of_second = of_second + (d_columns[BLOCK + j],)
-    return of_a, of_first + of_second
-
-
-@triton.jit
-def _gradients_of_end(d_y_out, numbers, of_total, a, columns, tokens_left, row_stride, start,
-    K: tl.constexpr, KINDS: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """The gradients of decays and columns from those of the columns as they write the state at the block's end, and of
-    the product of all decays: as of one more row of ones, whose scores are different for each channel."""
-    d_written = ()
-    for kind in tl.static_range(KINDS):
-        d_written = d_written + load_rows(d_y_out + kind * numbers, tokens_left, row_stride, start, 0.0, K, 1, BD)
-    before = ()
-    for j in tl.static_range(BLOCK):
-        before = before + (of_total,)
-        of_total *= a[j]
-        for kind in tl.static_range(KINDS):
-            of_total += d_written[kind * BLOCK + j] * columns[kind * BLOCK + j]
-    to_end = products_to_end(a, 1, BD)
-    d_a, d_columns = (), ()
-    for j in tl.static_range(BLOCK):
-        d_a = d_a + (to_end[BLOCK - 1 - j] * before[j],)
-    for kind in tl.static_range(KINDS):
-        for j in tl.static_range(BLOCK):
-            d_columns = d_columns + (to_end[BLOCK - 1 - j] * d_written[kind * BLOCK + j],)
-    return d_a, d_columns
-
-
-@triton.jit(do_not_specialize=["T", "blocks", "numbers"])
-def gradients_within(
-    x, x2, y, y2, decay, d_scores, d_x_in, d_y_out, d_across, d_x, d_x2, d_y, d_y2, d_decay,
-    T, H, blocks, numbers: tl.int64,
-    K: tl.constexpr, KINDS: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """The gradients of rows, columns and decays, from those that `gradients_between` gives for every block.
-
-    With E(i, j) the gradient of row i as it reads the state after token j, d_x_i is its own at the end of
-
-        E(i, j) = a_j E(i, j-1) + dS_ij y_j
-
-    and with the row as it reads that state, G(i, j), which is x_i at first and then takes a_j at each token,
-
-        d_a_j += G(i, j) E(i, j-1)        d_y_j += dS_ij G(i, j)
-    """
-    ROWS: tl.constexpr = KINDS * BLOCK
-    pid = tl.program_id(0)
-    block = pid % blocks
-    head = (pid // blocks).to(tl.int64)
-    start = tl.program_id(1) * BD
-    tokens_left = T - block * BLOCK
-    row_stride = H * K
-    base = ((head // H * T + block * BLOCK) * H + head % H) * K
-    place = head * blocks + block
-    d_x_in, d_y_out, d_scores = d_x_in + base, d_y_out + base, d_scores + place * ROWS * ROWS
-    channel = start + tl.arange(0, BD)[None, :]
-    of_total = tl.load(d_across + place * K + channel, mask=channel < K, other=0.0)
-    a = load_rows(decay + base, tokens_left, row_stride, start, 1.0, K, 1, BD)
-    columns = load_rows(y + base, tokens_left, row_stride, start, 0.0, K, 1, BD)
-    if KINDS == 2:
-        columns = columns + load_rows(y2 + base, tokens_left, row_stride, start, 0.0, K, 1, BD)
-    d_a, d_columns = _gradients_of_end(
-        d_y_out, numbers, of_total, a, columns, tokens_left, row_stride, start, K, KINDS, BD
-    )
-    # Rows are loops of a few, because with all of them unrolled the compiler took a minute.
-    for first in tl.static_range(0, BLOCK, GROUP):
-        for i in range(first, first + GROUP):
-            d_a, d_columns = _gradients_of_row(
-                x + base, d_x + base, d_x_in, d_scores + i * ROWS, a, columns, d_a, d_columns,
-                i, i, tokens_left, row_stride, start, first, K, KINDS, BD,
-            )  # fmt: skip
-            if KINDS == 2:
-                d_a, d_columns = _gradients_of_row(
-                    x2 + base, d_x2 + base, d_x_in + numbers, d_scores + (BLOCK + i) * ROWS, a, columns, d_a, d_columns,
-                    i, i - 1, tokens_left, row_stride, start, first, K, KINDS, BD,
-                )  # fmt: skip
-    for j in tl.static_range(BLOCK):
-        store_row(d_decay + base, d_a[j], j, tokens_left, row_stride, start, K, 1, BD)
-        store_row(d_y + base, d_columns[j], j, tokens_left, row_stride, start, K, 1, BD)
-        if KINDS == 2:
-            store_row(d_y2 + base, d_columns[BLOCK + j], j, tokens_left, row_stride, start, K, 1, BD)
