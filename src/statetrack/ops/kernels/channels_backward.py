@@ -273,16 +273,40 @@ def _by_token(x, BLOCKS: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def _sums_of_others(x, level: tl.constexpr, BLOCKS: tl.constexpr, BD: tl.constexpr):
-    """Sums over the other one of each pair of neighbours of 2^level blocks, [BLOCKS, BD], of x [BLOCKS 16, BD]."""
-    PAIRS: tl.constexpr = BLOCKS >> (level + 1)
-    sums = tl.sum(tl.reshape(x, [BLOCKS, BLOCK, BD]), axis=1)
+    """For every block the sum of x [BLOCKS, BD] over the other one of its pair of neighbours of 2^level blocks."""
+    SHAPE: tl.constexpr = [BLOCKS >> (level + 1), 2 << level, BD]
     later = is_later(level, BLOCKS)
-    of_earlier = tl.sum(tl.reshape(tl.where(later, 0.0, sums), [PAIRS, 2 << level, BD]), axis=1)
-    of_later = tl.sum(tl.reshape(tl.where(later, sums, 0.0), [PAIRS, 2 << level, BD]), axis=1)
-    shape: tl.constexpr = [PAIRS, 2 << level, BD]
-    of_earlier = tl.reshape(tl.broadcast_to(of_earlier[:, None, :], shape), [BLOCKS, BD])
-    of_later = tl.reshape(tl.broadcast_to(of_later[:, None, :], shape), [BLOCKS, BD])
+    of_earlier = tl.sum(tl.reshape(tl.where(later, 0.0, x), SHAPE), axis=1)
+    of_later = tl.sum(tl.reshape(tl.where(later, x, 0.0), SHAPE), axis=1)
+    of_earlier = tl.reshape(tl.broadcast_to(of_earlier[:, None, :], SHAPE), [BLOCKS, BD])
+    of_later = tl.reshape(tl.broadcast_to(of_later[:, None, :], SHAPE), [BLOCKS, BD])
     return tl.where(later, of_earlier, of_later)
+
+
+@triton.jit
+def _down(
+    of_own, own, other, across, pairs, tokens_left, row_stride, start, LATER: tl.constexpr,
+    K: tl.constexpr, BC: tl.constexpr, BLOCKS: tl.constexpr, BD: tl.constexpr,
+    LEVELS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the gradient `of_own` of one side's tokens, as scaled to the chunk's border, that as scaled to the block's.
+
+    LATER is the side of rows, which the later one of a pair of groups has, `own`, where the earlier one has columns,
+    `other`; else it is the reverse and `pairs` are transposed. Also returns, for every level, what this side's tokens
+    add to the gradient of the total of their group's other, without the factors of the group itself, [BLOCKS, BD].
+    """
+    sums = ()
+    for level in tl.static_range(LEVELS - 1, -1, -1):
+        scaled = load_kinds(own, own, tokens_left, row_stride, start, K, BC, 1, BD)
+        sums = (tl.sum(tl.reshape(of_own * scaled, [BLOCKS, BLOCK, BD]), axis=1),) + sums
+        seen = load_kinds(other, other, tokens_left, row_stride, start, K, BC, 1, BD)
+        for below in tl.static_range(level):
+            totals = _totals_of_others(across, below, start, K, BLOCKS, BD)
+            seen *= _by_token(tl.where(is_later(below, BLOCKS) == LATER, 1.0, totals), BLOCKS, BD)
+        totals = _totals_of_others(across, level, start, K, BLOCKS, BD)
+        of_own *= _by_token(tl.where(is_later(level, BLOCKS) == LATER, totals, 1.0), BLOCKS, BD)
+        of_own = tl.dot(pairs[level], seen.to(OPERAND), of_own, input_precision=PRECISION)
+    return of_own, sums
 
 
 @triton.jit
@@ -325,41 +349,44 @@ def gradients_between(
     d_out, d_out2, written, written2 = d_out + values_at, d_out2 + values_at, written + values_at, written2 + values_at
     starts, d_ends = starts + place * K * V, d_ends + place * K * V
     d_x_in, d_y_out = d_x_in + base, d_y_out + base
+    if LEVELS > 0:
+        x_in, y_out, across = x_in + base, y_out + base, across + place * BLOCKS * K
     pairs = outer_products(d_out, d_out2, written, written2, tokens_left, H * V, V, BC, KINDS, BV, OPERAND, PRECISION)
     _store_scores(d_scores + place * ROWS * ROWS // BLOCKS, pairs, BC, KINDS)
+    seen, seen_from = (), ()
+    for level in tl.static_range(LEVELS):
+        between = tl.where(lies_between(level, BC), pairs, 0.0).to(OPERAND)
+        seen, seen_from = seen + (between,), seen_from + (tl.trans(between),)
     for start in range(0, K, BD):
         of_x = state_products(
             d_out, d_out2, starts, tokens_left, H * V, start, K, V, BC, KINDS, BD, BV, OPERAND, PRECISION
         )
+        if LEVELS > 0:
+            of_x, sums_x = _down(
+                of_x, x_in, y_out, across, seen, tokens_left, H * K, start, True,
+                K, BC, BLOCKS, BD, LEVELS, OPERAND, PRECISION,
+            )  # fmt: skip
+        store_kinds(d_x_in, d_x_in + numbers, of_x, tokens_left, H * K, start, K, BC, KINDS, BD)
         of_y = state_products(
             written, written2, d_ends, tokens_left, H * V, start, K, V, BC, KINDS, BD, BV, OPERAND, PRECISION
         )
+        if LEVELS > 0:
+            of_y, sums_y = _down(
+                of_y, y_out, x_in, across, seen_from, tokens_left, H * K, start, False,
+                K, BC, BLOCKS, BD, LEVELS, OPERAND, PRECISION,
+            )  # fmt: skip
+        store_kinds(d_y_out, d_y_out + numbers, of_y, tokens_left, H * K, start, K, BC, KINDS, BD)
         # The gradient of the product of all decays of each block's group, which in the end is the block itself.
         of_group = tl.zeros([BLOCKS, BD], tl.float32) + state_overlap(starts, d_ends, start, K, V, BD, BV)[None, :]
-        if LEVELS > 0:
-            reading = load_kinds(x_in + base, x_in, tokens_left, H * K, start, K, BC, 1, BD)
-            writing = load_kinds(y_out + base, y_out, tokens_left, H * K, start, K, BC, 1, BD)
         for level in tl.static_range(LEVELS - 1, -1, -1):
-            later = _by_token(is_later(level, BLOCKS), BLOCKS, 1)
-            left, right = reading, writing
+            later = is_later(level, BLOCKS)
+            sums = tl.where(later, sums_x[level], sums_y[level])
             for below in tl.static_range(level):
-                within = _totals_of_others(across + place * BLOCKS * K, below, start, K, BLOCKS, BD)
-                left *= _by_token(tl.where(is_later(below, BLOCKS), within, 1.0), BLOCKS, BD)
-                right *= _by_token(tl.where(is_later(below, BLOCKS), 1.0, within), BLOCKS, BD)
-            totals = _totals_of_others(across + place * BLOCKS * K, level, start, K, BLOCKS, BD)
-            others = _by_token(totals, BLOCKS, BD)
-            scaled = tl.where(later, of_x * left, of_y * right)
-            of_group = of_group * totals + _sums_of_others(scaled, level, BLOCKS, BD)
-            seen = tl.where(lies_between(level, BC), pairs, 0.0).to(OPERAND)
-            # The later group's rows and the earlier one's columns; `seen` is zero elsewhere.
-            of_x = tl.dot(
-                seen, right.to(OPERAND), tl.where(later, of_x * others, of_x), input_precision=PRECISION
-            )
-            of_y = tl.dot(
-                tl.trans(seen), left.to(OPERAND), tl.where(later, of_y, of_y * others), input_precision=PRECISION
-            )
-        store_kinds(d_x_in, d_x_in + numbers, of_x, tokens_left, H * K, start, K, BC, KINDS, BD)
-        store_kinds(d_y_out, d_y_out + numbers, of_y, tokens_left, H * K, start, K, BC, KINDS, BD)
+                later_below = is_later(below, BLOCKS)
+                totals = _totals_of_others(across, below, start, K, BLOCKS, BD)
+                sums *= tl.where(later == later_below, totals, 1.0)
+            totals = _totals_of_others(across, level, start, K, BLOCKS, BD)
+            of_group = of_group * totals + _sums_of_others(sums, level, BLOCKS, BD)
         block, channel = tl.arange(0, BLOCKS)[:, None], start + tl.arange(0, BD)[None, :]
         at = (place * BLOCKS + block) * K + channel
         tl.store(d_across + at, of_group, mask=(channel < K) & (block < BLOCKS))
