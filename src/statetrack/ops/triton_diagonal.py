@@ -90,7 +90,7 @@ _TABLE: dict[str, dict[int, Launch]] = {
     "scan_backward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
     "gradients_heads": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)},
     "scale_within": {64: Launch(64, 1, 1), 128: Launch(64, 1, 1), 256: Launch(64, 1, 1)},
-    "gradients_between": {64: Launch(64, 4, 1), 128: Launch(128, 8, 1), 256: Launch(128, 8, 1)},
+    "gradients_between": {64: Launch(64, 4, 1), 128: Launch(64, 4, 1), 256: Launch(64, 4, 1)},
     "gradients_within": {64: Launch(64, 1, 1), 128: Launch(64, 1, 1), 256: Launch(64, 1, 1)},
 }
 # float32 operands take twice the shared memory.

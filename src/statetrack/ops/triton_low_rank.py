@@ -143,7 +143,7 @@ _TABLE: dict[str, dict[int, Launch]] = {
     "prepare_channels": {64: Launch(64, 1, 1), 128: Launch(128, 1, 1), 256: Launch(128, 1, 1)},
     "scan_forward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 8, 1)},
     "scan_backward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
-    "gradients_between": {64: Launch(64, 4, 1), 128: Launch(64, 4, 1), 256: Launch(64, 4, 1)},
+    "gradients_between": {64: Launch(64, 2, 1), 128: Launch(64, 2, 1), 256: Launch(64, 2, 1)},
     "gradients_within": {64: Launch(32, 1, 1), 128: Launch(32, 1, 1), 256: Launch(32, 1, 1)},
 }
 
