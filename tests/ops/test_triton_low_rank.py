@@ -72,6 +72,16 @@ def test_one_decay_for_ever_agrees_with_the_reference(value):
 
 
 @interpreted
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+def test_such_decays_at_the_edges_of_chunks_agree_with_the_reference(value):
+    case = make_case(1, 50, 1, 8, 5, **FLOAT32)
+    decay = case.transition.decay.clone()
+    decay[:, 1::5], decay[:, 3::7], decay[:, 4::11] = -1.0, 1.0, 0.0
+    decay[:, 15::16], decay[:, 16::32] = value, value
+    check_against_reference(replace(case, transition=replace(case.transition, decay=decay)), "triton")
+
+
+@interpreted
 @pytest.mark.parametrize("cu_seqlens", [[0, 20], [0, 0, 3, 3, 20, 20]], ids=str)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens):
     check_against_reference(make_case(1, 20, 1, cu_seqlens=cu_seqlens, **FLOAT32), "triton")

@@ -104,8 +104,8 @@ _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
     "gradients_between": {64: Launch(64, 4, 1), 128: Launch(64, 4, 1), 256: Launch(64, 4, 1)},
     "gradients_within": {64: Launch(64, 1, 1), 128: Launch(64, 1, 1), 256: Launch(64, 1, 1)},
 }
-# The width of the tiles of values of the kernels that cut keys.
-_VALUES = 64
+# The width of the tiles of values of the kernels that cut keys, by the size of an operand in bytes.
+_VALUES = {2: 64, 4: 32}
 # The tokens of a block in `kernels/channels.py`.
 BLOCK = 16
 
@@ -168,7 +168,7 @@ class _Shape:
 
     def values(self) -> dict[str, int]:
         """Options of a kernel that also reads values, in tiles."""
-        return {"V": self.value_dim, "BV": min(_VALUES, power_of_two(self.value_dim))}
+        return {"V": self.value_dim, "BV": min(_VALUES[self.operand.itemsize], power_of_two(self.value_dim))}
 
     def within(self, kernel: str) -> tuple[tuple[int, int], dict[str, Any]]:
         """Of a kernel whose programs have one block and a tile of keys each: the grid, and the options."""
