@@ -107,6 +107,11 @@ def test_householder_products_with_a_decay_for_each_channel_agree_with_the_refer
 
 
 @interpreted
+def test_householder_products_whose_queries_are_shorter_numbers_than_their_decays_agree_with_the_reference():
+    check_against_reference(householder(1, 20, 2, 1, 12, 9, normalize=True, dtype=torch.float16), "triton")
+
+
+@interpreted
 def test_packed_householder_products_agree_with_the_reference():
     check_against_reference(householder(1, 20, 2, 1, 12, 9, cu_seqlens=[0, 0, 3, 19, 20], **FLOAT32), "triton")
 

@@ -335,6 +335,8 @@ def _backward(
     q, w, u, p = _of_one_dtype(q, w, u, p)
     v, d_o = v.contiguous(), d_o.contiguous()
     d_ends, d_read = torch.empty_like(starts), torch.empty_like(written)
+    # The kernel's loop over rows is for both kinds, whose gradients need one dtype too.
+    d_rows = (d_q, d_w) if d_q.dtype == d_w.dtype else (torch.empty_like(q), torch.empty_like(w))
     with torch.cuda.device_of(q):
         blocks, options = shape.scan("scan_backward", shape.value_dim)
         count = maps[0].shape[1] if maps else 1
@@ -349,16 +351,19 @@ def _backward(
         launch.scan_backward[(shape.rows * count, blocks)](
             *prepared, d_o, last, d_v, d_read, d_ends, d_initial, *sizes, MODE=mode, **options
         )
-        d_scores, d_x_in, d_y_out, d_across, _ = shape.empty_prepared()
+        d_scores, d_x_in, d_y_out, d_across = shape.empty_prepared()[: _PREPARED - 1]
         launch.gradients_between[(shape.rows * shape.chunks,)](
             None, None, None, starts, d_o, d_read, written, v, d_ends, d_scores, d_x_in, d_y_out, d_across,
             *shape.sizes, shape.numbers, **shape.between(),
         )  # fmt: skip
         grid, options = shape.within()
         launch.gradients_within[grid](
-            q, w, u, p, as_float32(decay), d_scores, d_x_in, d_y_out, d_across, d_q, d_w, d_u, d_p, d_decay,
+            q, w, u, p, as_float32(decay), d_scores, d_x_in, d_y_out, d_across, *d_rows, d_u, d_p, d_decay,
             *shape.sizes, shape.numbers, **options,
         )  # fmt: skip
+    if d_rows[0] is not d_q:
+        d_q.copy_(d_rows[0])
+        d_w.copy_(d_rows[1])
     return results
 
 

@@ -182,9 +182,7 @@ def _gradients_of_end(
     the product of all decays: as of one more row of ones, whose scores are different for each channel."""
     d_written = _load_block(d_y_out, tokens_left, row_stride, start, 0.0, K, THREADS, EACH)
     if KINDS == 2:
-        d_written = d_written + _load_block(
-            d_y_out + numbers, tokens_left, row_stride, start, 0.0, K, THREADS, EACH
-        )
+        d_written = d_written + _load_block(d_y_out + numbers, tokens_left, row_stride, start, 0.0, K, THREADS, EACH)
     to_end = products_to_end(a, THREADS, EACH)
     d_a, d_columns = (), ()
     for j in tl.static_range(BLOCK):
@@ -236,18 +234,18 @@ def gradients_within(
     d_a, d_columns = _gradients_of_end(
         d_y_out, numbers, of_total, a, columns, tokens_left, row_stride, start, K, KINDS, THREADS, EACH
     )
-    # Rows are loops of a few, because with all of them unrolled the compiler took a minute.
+    # Rows, of both kinds, are loops of a few: with all of them unrolled the compiler took a minute.
     for first in tl.static_range(0, BLOCK, GROUP):
-        for i in range(first, first + GROUP):
+        for step in range(first * KINDS, (first + GROUP) * KINDS):
+            i, kind = step // KINDS, step % KINDS
+            of_kind, d_of_kind = x, d_x
+            if kind == 1:
+                of_kind, d_of_kind = x2, d_x2
+            # w sees the tokens before its own.
             d_a, d_columns = _gradients_of_row(
-                x, d_x, d_x_in, d_scores + i * ROWS, a, columns, d_a, d_columns,
-                i, i, tokens_left, row_stride, start, first, K, KINDS, THREADS, EACH,
+                of_kind, d_of_kind, d_x_in + kind * numbers, d_scores + (kind * BLOCK + i) * ROWS, a, columns, d_a,
+                d_columns, i, i - kind, tokens_left, row_stride, start, first, K, KINDS, THREADS, EACH,
             )  # fmt: skip
-            if KINDS == 2:
-                d_a, d_columns = _gradients_of_row(
-                    x2, d_x2, d_x_in + numbers, d_scores + (BLOCK + i) * ROWS, a, columns, d_a, d_columns,
-                    i, i - 1, tokens_left, row_stride, start, first, K, KINDS, THREADS, EACH,
-                )  # fmt: skip
     _store_block(d_decay, d_a, tokens_left, row_stride, start, K, THREADS, EACH)
     _store_block(d_y, d_columns[:BLOCK], tokens_left, row_stride, start, K, THREADS, EACH)
     if KINDS == 2:
