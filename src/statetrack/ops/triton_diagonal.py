@@ -1,7 +1,8 @@
 """Signed diagonal linear attention on a GPU, with decays for each head or each key channel: Triton kernels.
 
-Forward: one kernel prepares all chunks at once, one walks through them. Backward: one walks back, one finishes all
-chunks at once. `docs/kernels.md` has the derivation, `kernels/diagonal.py` the kernels.
+Forward: one kernel prepares all chunks at once, one walks through them. Backward: one walks back; one, or three where
+decays are different for each channel, finish all chunks at once. `docs/kernels.md` has the derivation,
+`kernels/diagonal.py` the kernels.
 """
 
 from __future__ import annotations

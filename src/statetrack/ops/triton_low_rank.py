@@ -5,7 +5,7 @@ A generalized Householder matrix after a decay for each channel is of this kind 
     (I - beta k k^T) diag(a) = diag(a) - (beta k) (a * k)^T,
 
 and further factors of a token are steps of their own without a decay. Forward: one kernel prepares all chunks at once,
-one walks through them. Backward: one walks back, one finishes all chunks at once. `docs/kernels.md` has the derivation,
+one walks through them. Backward: one walks back, two finish all chunks at once. `docs/kernels.md` has the derivation,
 `kernels/low_rank.py` the kernels.
 """
 

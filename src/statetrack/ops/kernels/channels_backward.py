@@ -17,7 +17,7 @@ from statetrack.ops.kernels.channels import (
 )
 from statetrack.ops.kernels.tiles import load_kinds, outer_products, state_overlap, state_products, store_kinds
 
-# Rows of a block that share one loop: fewer make more code, more have more pairs that are none.
+# Tokens of a block whose rows share one loop: fewer make more code, more have more pairs of which nothing is seen.
 GROUP = tl.constexpr(4)
 
 
@@ -234,7 +234,7 @@ def gradients_within(
     d_a, d_columns = _gradients_of_end(
         d_y_out, numbers, of_total, a, columns, tokens_left, row_stride, start, K, KINDS, THREADS, EACH
     )
-    # Rows, of both kinds, are loops of a few: with all of them unrolled the compiler took a minute.
+    # Rows, of both kinds, are loops: unrolled in code they take the compiler several times as long.
     for first in tl.static_range(0, BLOCK, GROUP):
         for step in range(first * KINDS, (first + GROUP) * KINDS):
             i, kind = step // KINDS, step % KINDS
