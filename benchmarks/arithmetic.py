@@ -9,14 +9,12 @@ layers of 64, 2,000 steps of 64 expressions of at most 20, one seed. Finished ru
 
 from __future__ import annotations
 
-import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, environment
+from benchmarks.common import ROOT, environment, kept_runs
 from statetrack.config import TrainingConfig, read_mixers, run_config
 from statetrack.evaluation import evaluate
 from statetrack.files import atomic_write
@@ -100,14 +98,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the table of what is there")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the file of results")
-    options = parser.parse_args()
-    results = json.loads(options.out.read_text())["results"] if options.out.exists() else []
-    if options.table:
-        print(table(results))
-        return
+    out, results = kept_runs(__doc__, RESULTS, table)
     torch.set_num_threads(1)
     provenance = environment(["statetrack"])
     done = [(r["task"], r["mixer"], r["training"], r["seed"]) for r in results]
@@ -119,7 +110,7 @@ def main() -> None:
             print(json.dumps(results[-1]), flush=True)
             what = f"the share of {SEQUENCES} expressions of a length whose value a model says"
             content = {"what": what, "environment": provenance, "results": results}
-            atomic_write(options.out, json.dumps(content, indent=1) + "\n")
+            atomic_write(out, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

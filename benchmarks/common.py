@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -101,6 +102,29 @@ def fla_if_installed(path: str) -> ModuleType | None:
 def write_results(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def kept_runs(
+    doc: str | None, file: Path, table: Callable[[list[dict[str, Any]]], str]
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The command line of a benchmark that keeps each of its runs in a file: the file, and the runs that are in it.
+
+    With `--table` it prints their table and ends.
+
+    Args:
+        doc: for `--help`.
+        file: where they are unless `--out` says otherwise.
+        table: of the runs.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of what is there")
+    parser.add_argument("--out", type=Path, default=file, help="the file of results")
+    options = parser.parse_args()
+    runs = json.loads(options.out.read_text())["results"] if options.out.exists() else []
+    if options.table:
+        print(table(runs))
+        sys.exit()
+    return options.out, runs
 
 
 def _raise_of_peak(prepare: Callable[..., Callable[[], object]], args: tuple[Any, ...]) -> float:

@@ -12,15 +12,13 @@ back on its own states (`statetrack.stabilize`). Seeds are other ones than those
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, environment
+from benchmarks.common import ROOT, environment, kept_runs
 from statetrack import LanguageModel, seeds
 from statetrack.config import RunConfig, TrainingConfig, read_mixers, run_config
 from statetrack.evaluation import evaluate
@@ -152,14 +150,7 @@ def _cell(accuracy: float | str | None) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="print the table of what is there")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the file of results")
-    options = parser.parse_args()
-    results = json.loads(options.out.read_text())["results"] if options.out.exists() else []
-    if options.table:
-        print(table(results))
-        return
+    out, results = kept_runs(__doc__, RESULTS, table)
     torch.set_num_threads(1)
     provenance = environment(["statetrack"])
     done = {(row["model"], row["curriculum"]) for row in results}
@@ -177,7 +168,7 @@ def main() -> None:
                 "curricula": CURRICULA,
                 "results": results,
             }
-            atomic_write(options.out, json.dumps(content, indent=1) + "\n")
+            atomic_write(out, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

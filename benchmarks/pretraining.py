@@ -62,7 +62,7 @@ def measure(
     shape = (1, micro_batch_size * options.sequence_length)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    ends: list[float | torch.cuda.Event] = []
+    ends = [_now(own)]
     totals: list[torch.Tensor] = []
     for _ in range(options.warmup + options.steps):
         ids = torch.randint(config.model.vocab_size, shape, generator=draws)
@@ -74,14 +74,11 @@ def measure(
         guarded_step(optimizer, guard.accepts(total, parallel.clip_gradients(1.0)))
         optimizer.zero_grad(set_to_none=True)
         # Nobody waits for a GPU between steps, as in training.
-        end = torch.cuda.Event(enable_timing=True) if cuda else time.perf_counter()
-        if isinstance(end, torch.cuda.Event):
-            end.record()
-        ends.append(end)
+        ends.append(_now(own))
         totals.append(total)
     losses = [total.item() for total in totals]
-    times = [_seconds_between(*both) for both in itertools.pairwise(ends)]
-    seconds = statistics.median(times[max(0, options.warmup - 1) :])
+    times = [one.elapsed_time(other) / 1000 if cuda else other - one for one, other in itertools.pairwise(ends)]
+    seconds = statistics.median(times[options.warmup :])
     rate = shape[1] * own.size / seconds
     flops, peak = training_flops_per_token(config.model, options.sequence_length), peak_flops(own.device)
     return {
@@ -100,8 +97,13 @@ def measure(
     }
 
 
-def _seconds_between(one: Any, other: Any) -> float:
-    return one.elapsed_time(other) / 1000 if isinstance(one, torch.cuda.Event) else other - one
+def _now(own: Processes) -> Any:
+    """Seconds, or on a GPU an event, which is over once what was asked for before it is."""
+    if own.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def main() -> None:

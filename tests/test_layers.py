@@ -21,7 +21,6 @@ from statetrack.layers import (
     RMSNorm,
     ShortConvolution,
     gated_halves,
-    joined_linear,
     joined_product,
     l2_normalize,
     token_shift,
@@ -205,6 +204,14 @@ def joined_on_cpu(monkeypatch):
 
 def several(*outputs, inputs=6):
     return [torch.nn.Linear(inputs, size, bias=False) for size in outputs]
+
+
+def joined_linear(x, *linears):
+    """What the layers return, from one product where they are joined."""
+    product = joined_product(x, *linears)
+    if product is None:
+        return tuple(linear(x) for linear in linears)
+    return product.split([linear.weight.shape[0] for linear in linears], -1)
 
 
 @pytest.mark.parametrize("multiple", [1, 16])

@@ -188,7 +188,7 @@ class Reproduce:
         print(f"the numbers: {out / 'summary.json'}, {out / 'table.md'}    the page: {out / 'report.html'}")
         missing = [outcome.run.name for outcome in outcomes if outcome.record is None]
         if missing:
-            asked = missing if self.only is None else [name for name in missing if re.search(self.only, name)]
+            asked = any(re.search(self.only or "", name) for name in missing)
             goes_on = "the same command goes on" if asked else "those that were asked for are done"
             print(f"{len(missing)} of {len(outcomes)} runs are left; {goes_on}", file=sys.stderr)
         failed = sum(outcome.failed for outcome in outcomes)

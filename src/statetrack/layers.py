@@ -77,21 +77,6 @@ JOIN = True
 _JOINED_ON = ("cuda",)
 
 
-def joined_linear(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
-    """What linear layers make of one input, as one product where that pays; [..., D] -> [..., O] of each.
-
-    The outputs are then views of one tensor. Parameters stay those of the layers.
-
-    Args:
-        x: [..., D].
-        linears: layers with D inputs.
-    """
-    product = joined_product(x, *linears)
-    if product is None:
-        return tuple(linear(x) for linear in linears)
-    return product.split([linear.weight.shape[0] for linear in linears], -1)
-
-
 def joined_product(x: Tensor, *linears: nn.Linear, multiple: int = 1) -> Tensor | None:
     """The outputs of linear layers of one input beside each other, as one product, or None where they are not joined.
 
@@ -255,7 +240,7 @@ def convolve_together(
     cu_seqlens: Tensor | None = None,
     *,
     activation: Literal["silu"] | None = None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
+) -> tuple[list[Tensor], list[Tensor]] | None:
     """Convolutions of the channels of one tensor, in one kernel on a GPU; None where they are to be computed alone.
 
     Args:
@@ -266,7 +251,7 @@ def convolve_together(
         activation: applied to the outputs.
 
     Returns:
-        The outputs [B, T, C] of each convolution, the parts passed on, and the states of the convolutions.
+        The outputs [B, T, C] of each convolution and then the parts passed on; and the states of the convolutions.
     """
     first, sizes = convolutions[0], tuple(conv.weight.shape[0] for conv in convolutions)
     past, length = first.size - 1, x.shape[1]
@@ -293,7 +278,7 @@ def convolve_together(
     )
     inputs = x[..., : sum(sizes)]
     after = inputs[:, length - past :] if ends is None else ends.take(inputs)
-    return list(parts[: len(sizes)]), list(parts[len(sizes) :]), list(after.split(sizes, -1))
+    return list(parts), list(after.split(sizes, -1))
 
 
 @dataclass(frozen=True)
@@ -441,7 +426,7 @@ def gated_halves(both: Tensor, activation: Literal["silu", "sigmoid"] = "silu") 
     gate, x = both.chunk(2, -1)
     if triton_gate.serves(gate, x):
         return triton_gate.gated_halves(both, silu=activation == "silu")
-    return triton_gate.by_operations(gate, x, silu=activation == "silu")
+    return gated(gate, x, activation)
 
 
 class ReLUMLP(nn.Module):

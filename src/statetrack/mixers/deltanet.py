@@ -379,11 +379,8 @@ class DeltaNet(Mixer):
             passed = widths[len(layers) :]
             together = convolve_together(product, convolutions, passed, cu_seqlens, activation=activation)
             if together is not None:
-                convolved, others_passed, after = together
-                return (
-                    dict(zip(all_layers, [*convolved, *others_passed], strict=True)),
-                    dict(zip(layers, after, strict=True)),
-                )
+                outputs, after = together
+                return dict(zip(all_layers, outputs, strict=True)), dict(zip(layers, after, strict=True))
         parts = product.split([*widths, product.shape[-1] - sum(widths)], -1)
         return dict(zip(all_layers, parts[:-1], strict=True)), {}
 
