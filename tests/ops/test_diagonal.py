@@ -213,6 +213,20 @@ def test_compiled_in_one_graph(decay):
     assert all(relative_error(a, e) < 1e-6 for a, e in zip(compiled, eager, strict=True))
 
 
+def test_compiled_with_one_tensor_in_two_places():
+    """Keys that are the queries: both gradients count."""
+    case = make_case(1, 40, dtype=torch.float32)
+
+    def loss(x):
+        o, _ = linear_recurrence(Diagonal(case.transition.decay), x, case.v, write=x, backend="chunked")
+        return o.square().sum()
+
+    x = case.q.clone().requires_grad_()
+    (eager,) = torch.autograd.grad(loss(x), x)
+    (compiled,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    assert relative_error(compiled, eager) < 1e-6
+
+
 @pytest.mark.parametrize("decay", KINDS)
 def test_autocast_changes_nothing(decay):
     case = make_case(t=CHUNK + 1, decay=decay, dtype=torch.float32)

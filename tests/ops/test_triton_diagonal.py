@@ -21,10 +21,23 @@ from statetrack.ops import available_backends, triton_common, triton_diagonal
 from statetrack.transition import Diagonal
 
 
-@pytest.fixture(params=["whole", "split"])
+@pytest.fixture(params=[32, 64])
 def path(request, monkeypatch):
-    """float32 operands, and the same with the sums of decays' gradients in two halves."""
-    monkeypatch.setattr(triton_diagonal, "_split", lambda operand: request.param == "split")
+    """float32 operands, and the same in what bfloat16, which the interpreter can't multiply, takes: chunks of 64 tokens
+    and sums of decays' gradients in two halves."""
+    monkeypatch.setattr(triton_diagonal, "_split", lambda operand: request.param == 64)
+    monkeypatch.setattr(triton_diagonal, "_tokens", lambda operand: request.param)
+    triton_diagonal._shape.cache_clear()
+    yield
+    triton_diagonal._shape.cache_clear()
+
+
+def at_edges(case, value):
+    """Decays of `value` at the first and last tokens of blocks of 16, and of exactly 0, 1 and -1 elsewhere too."""
+    decay = case.transition.decay.clone()
+    decay[:, 1::5], decay[:, 3::7], decay[:, 4::11] = -1.0, 1.0, 0.0
+    decay[:, 15::16], decay[:, 16::32] = value, value
+    return replace(case, transition=replace(case.transition, decay=decay))
 
 
 def test_without_a_gpu_the_backend_says_why(monkeypatch):
@@ -58,7 +71,7 @@ def test_keys_of_too_many_channels_are_refused(monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
-@pytest.mark.parametrize("t", [1, 63, 64, 65, 150])
+@pytest.mark.parametrize("t", [1, 16, 17, 32, 33, 63, 64, 65, 150])
 def test_lengths_around_the_chunk_agree_with_the_reference(t, decay, path):
     check_against_reference(make_case(1, t, 2, 8, 5, decay=decay, **FLOAT32), "triton")
 
@@ -92,9 +105,16 @@ def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(k, v, decay):
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1e-30])
-def test_one_decay_for_ever_agrees_with_the_reference(value, decay):
+def test_one_decay_for_ever_agrees_with_the_reference(value, decay, path):
     case = make_case(1, 70, 1, decay=decay, **FLOAT32)
     check_against_reference(replace(case, transition=Diagonal(torch.full_like(case.transition.decay, value))), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("decay", KINDS)
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+def test_such_decays_at_the_edges_of_blocks_agree_with_the_reference(value, decay, path):
+    check_against_reference(at_edges(make_case(1, 140, 1, 8, 5, decay=decay, **FLOAT32), value), "triton")
 
 
 @interpreted
@@ -130,6 +150,14 @@ def test_operators_are_what_they_say(decay):
 @pytest.mark.parametrize("decay", KINDS)
 def test_compiled_in_one_graph_for_every_length(decay):
     check_compiled(make_case(1, 20, 2, decay=decay, **FLOAT32), make_case(1, 33, 2, decay=decay, **FLOAT32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("decay", KINDS)
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+def test_decays_at_the_edges_of_blocks_on_a_gpu(value, decay, dtype):
+    check_on_gpu(at_edges(make_case(1, 300, 2, 64, 64, decay=decay, dtype=dtype), value))
 
 
 @pytest.mark.gpu

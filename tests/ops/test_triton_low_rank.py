@@ -72,6 +72,16 @@ def test_one_decay_for_ever_agrees_with_the_reference(value):
 
 
 @interpreted
+@pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+def test_such_decays_at_the_edges_of_chunks_agree_with_the_reference(value):
+    case = make_case(1, 50, 1, 8, 5, **FLOAT32)
+    decay = case.transition.decay.clone()
+    decay[:, 1::5], decay[:, 3::7], decay[:, 4::11] = -1.0, 1.0, 0.0
+    decay[:, 15::16], decay[:, 16::32] = value, value
+    check_against_reference(replace(case, transition=replace(case.transition, decay=decay)), "triton")
+
+
+@interpreted
 @pytest.mark.parametrize("cu_seqlens", [[0, 20], [0, 0, 3, 3, 20, 20]], ids=str)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens):
     check_against_reference(make_case(1, 20, 1, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
@@ -97,6 +107,11 @@ def test_householder_products_with_a_decay_for_each_channel_agree_with_the_refer
 
 
 @interpreted
+def test_householder_products_whose_queries_are_shorter_numbers_than_their_decays_agree_with_the_reference():
+    check_against_reference(householder(1, 20, 2, 1, 12, 9, normalize=True, dtype=torch.float16), "triton")
+
+
+@interpreted
 def test_packed_householder_products_agree_with_the_reference():
     check_against_reference(householder(1, 20, 2, 1, 12, 9, cu_seqlens=[0, 0, 3, 19, 20], **FLOAT32), "triton")
 
@@ -107,8 +122,9 @@ def test_operators_are_what_they_say():
 
 
 @interpreted
-def test_compiled_in_one_graph_for_every_length():
-    check_compiled(make_case(1, 20, 2, **FLOAT32), make_case(1, 33, 2, **FLOAT32))
+@pytest.mark.parametrize("make", [make_case, householder], ids=["low rank", "householder"])
+def test_compiled_in_one_graph_for_every_length(make):
+    check_compiled(make(1, 17, h=1, k=8, v=8, **FLOAT32), make(1, 33, h=1, k=8, v=8, **FLOAT32))
 
 
 @pytest.mark.gpu

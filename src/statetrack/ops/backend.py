@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Protocol
@@ -54,6 +54,19 @@ class Backend:
 def wants_gradient(*inputs: Tensor | None) -> bool:
     """Whether autograd is on and any of the tensors takes part in it."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def distinct(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The tensors, with a view of its own for each that is there a second time.
+
+    Of one tensor given twice to an autograd function, torch.compile of torch 2.11 loses a gradient without a word, and
+    that of torch 2.13 refuses it.
+    """
+    found: list[Tensor | None] = []
+    for x in inputs:
+        again = x is not None and any(x is other for other in found)
+        found.append(x.view_as(x) if x is not None and again else x)
+    return found
 
 
 class _Refusal(torch.autograd.Function):

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, distinct, register_operator, wants_gradient
 from statetrack.ops.chunking import Cut, decay_gradient, decay_products, rows_in_cache
 from statetrack.ops.packing import by_rows
 from statetrack.transition import Diagonal, Transition, accumulation_dtype
@@ -45,7 +45,7 @@ def _run_dense(
     assert write is not None
     inputs = (q, write, v, transition.decay, initial_state)
     if wants_gradient(*inputs):
-        return _ChunkedDiagonal.apply(*inputs)
+        return _ChunkedDiagonal.apply(*distinct(inputs))
     o, final_state, _ = _forward_op(*inputs, False)
     return o, final_state
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, distinct, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.transition import Discretized, Transition, accumulation_dtype
 
@@ -45,7 +45,7 @@ def _run_dense(
     inputs = (transition.dt, transition.A, transition.lower_end, q, write, v, initial_state)
     lo, hi = transition.eigenvalue_range.lo, transition.eigenvalue_range.hi
     if wants_gradient(*inputs):
-        return _ChunkedDiscretized.apply(*inputs, lo, hi)
+        return _ChunkedDiscretized.apply(*distinct(inputs), lo, hi)
     o, final_state, _ = _forward_op(*inputs, lo, hi, False)
     return o, final_state
 

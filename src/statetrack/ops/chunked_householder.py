@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, distinct, register_operator, wants_gradient
 from statetrack.ops.chunking import Cut, decay_gradient, decay_products, rows_in_cache
 from statetrack.ops.packing import by_rows
 from statetrack.transition import SHORTEST_KEY, Householder, Transition, accumulation_dtype
@@ -50,7 +50,7 @@ def _run_dense(
     assert isinstance(transition, Householder)
     inputs = (q, transition.k, v, transition.beta, transition.decay, initial_state)
     if wants_gradient(*inputs):
-        return _ChunkedHouseholder.apply(*inputs, transition.normalize)
+        return _ChunkedHouseholder.apply(*distinct(inputs), transition.normalize)
     o, final_state, _ = _forward_op(*inputs, transition.normalize, False)
     return o, final_state
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, distinct, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.transition import SHORTEST_KEY, Householder, LowRank, Transition, accumulation_dtype
 
@@ -64,7 +64,7 @@ def _run_dense(
         decay, keys, normalize = transition.decay, [transition.k, transition.beta], transition.normalize
     inputs = (q, v, decay, initial_state, *keys)
     if wants_gradient(*inputs):
-        return _ChunkedLowRank.apply(normalize, *inputs)
+        return _ChunkedLowRank.apply(normalize, *distinct(inputs))
     o, final_state, _ = _forward_op(q, v, decay, initial_state, keys, normalize, False)
     return o, final_state
 

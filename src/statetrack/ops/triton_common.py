@@ -99,6 +99,12 @@ class Launch:
     def options(self) -> dict[str, int]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
+    @property
+    def by_thread(self) -> dict[str, int]:
+        """Of a kernel whose threads have `EACH` channels for themselves, and no channel is another's too."""
+        threads = 32 * self.num_warps
+        return {"THREADS": threads, "EACH": self.block // threads, **self.options}
+
 
 def power_of_two(x: int, least: int = 16) -> int:
     """The smallest tile that holds x numbers; a tensor core takes no fewer than 16."""

@@ -1,7 +1,8 @@
 """Signed diagonal linear attention on a GPU, with decays for each head or each key channel: Triton kernels.
 
-Forward: one kernel prepares all chunks at once, one walks through them. Backward: one walks back, one finishes all
-chunks at once. `docs/kernels.md` has the derivation, `kernels/diagonal.py` the kernels.
+Forward: one kernel prepares all chunks at once, one walks through them. Backward: one walks back; one, or three where
+decays are different for each channel, finish all chunks at once. `docs/kernels.md` has the derivation,
+`kernels/diagonal.py` the kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, distinct, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
     CHECKED_ON_A_CARD,
@@ -42,7 +43,7 @@ def _run_dense(
     assert write is not None
     inputs = (q, write, v, transition.decay, initial_state)
     if wants_gradient(*inputs):
-        return _TritonDiagonal.apply(*inputs, high)
+        return _TritonDiagonal.apply(*distinct(inputs), high)
     o, final_state, _ = _forward_op(*inputs, high, False)
     return o, final_state
 
@@ -76,7 +77,7 @@ class _TritonDiagonal(torch.autograd.Function):
 
 
 def _kernels() -> Any:
-    return kernels("diagonal", "channels")
+    return kernels("diagonal", "channels", "channels_backward")
 
 
 # By kernel and by the key dimension's power of two, up to which an entry serves: for the scans the width of the tiles
@@ -89,7 +90,9 @@ _TABLE: dict[str, dict[int, Launch]] = {
     "scan_forward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
     "scan_backward": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 8, 1)},
     "gradients_heads": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 2)},
-    "gradients_channels": {64: Launch(32, 8, 1), 128: Launch(32, 8, 1), 256: Launch(32, 8, 1)},
+    "scale_within": {64: Launch(64, 1, 1), 128: Launch(64, 1, 1), 256: Launch(64, 1, 1)},
+    "gradients_between": {64: Launch(64, 4, 1), 128: Launch(64, 4, 1), 256: Launch(64, 4, 1)},
+    "gradients_within": {64: Launch(64, 1, 1), 128: Launch(64, 1, 1), 256: Launch(64, 1, 1)},
 }
 # float32 operands take twice the shared memory.
 _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
@@ -98,10 +101,12 @@ _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
     "scan_forward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
     "scan_backward": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(16, 4, 1)},
     "gradients_heads": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
-    "gradients_channels": {64: Launch(32, 4, 1), 128: Launch(32, 4, 1), 256: Launch(32, 4, 1)},
+    "scale_within": {64: Launch(64, 1, 1), 128: Launch(64, 1, 1), 256: Launch(64, 1, 1)},
+    "gradients_between": {64: Launch(64, 4, 1), 128: Launch(64, 4, 1), 256: Launch(64, 4, 1)},
+    "gradients_within": {64: Launch(64, 1, 1), 128: Launch(64, 1, 1), 256: Launch(64, 1, 1)},
 }
-# The width of the tiles of values of the kernels that cut keys.
-_VALUES = 64
+# The width of the tiles of values of the kernels that cut keys, by the size of an operand in bytes.
+_VALUES = {2: 64, 4: 32}
 # The tokens of a block in `kernels/channels.py`.
 BLOCK = 16
 
@@ -115,6 +120,11 @@ def _split(operand: torch.dtype) -> bool:
     return operand == torch.bfloat16
 
 
+def _tokens(operand: torch.dtype) -> int:
+    """Of a chunk: half as many of float32, for whose tiles of 64 rows registers do not suffice."""
+    return 32 if operand == torch.float32 else 64
+
+
 class _Shape:
     """The sizes of one call and the arguments that its kernels share."""
 
@@ -124,10 +134,10 @@ class _Shape:
         self.batch, self.length, self.heads, self.key_dim = keys
         self.value_dim, self.operand, self.by_channel = value_dim, operand, by_channel
         self.device = device
-        # Half a chunk where the tiles of float32 operands would not fit on the chip.
-        self.tokens = 32 if operand == torch.float32 and self.key_dim > 64 else 64
+        self.tokens = _tokens(operand)
         self.block_k = power_of_two(self.key_dim)
         self.chunks = -(-self.length // self.tokens)
+        self.blocks = self.tokens // BLOCK
         self.rows = self.batch * self.heads
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -147,18 +157,25 @@ class _Shape:
     def whole(self, kernel: str) -> dict[str, Any]:
         """Options of a kernel that does all chunks at once, in tiles of keys."""
         launch = self._launch(kernel)
-        blocks = self.tokens // BLOCK
         levels: dict[str, int] = {}
-        if kernel == "prepare_channels":
-            levels = {"KINDS": 1, "BLOCKS": blocks, "LEVELS": blocks.bit_length() - 1}
-        elif kernel == "gradients_channels":
-            levels = {"KINDS": 1, "LEVELS": self.tokens.bit_length() - 1}
+        if self.by_channel:
+            levels = {"KINDS": 1, "BLOCKS": self.blocks, "LEVELS": self.blocks.bit_length() - 1}
         block = min(launch.block, self.block_k)
         # Products of the narrowest tiles by 8 warps read shared memory that is not theirs (Triton 3.6 on an H100).
         options = launch.options | {"num_warps": min(launch.num_warps, 4)} if block < 32 else launch.options
         return {
             "K": self.key_dim, "BC": self.tokens, "BD": block, "PRECISION": self.precision, **levels, **options,
         }  # fmt: skip
+
+    def values(self) -> dict[str, int]:
+        """Options of a kernel that also reads values, in tiles."""
+        return {"V": self.value_dim, "BV": min(_VALUES[self.operand.itemsize], power_of_two(self.value_dim))}
+
+    def within(self, kernel: str) -> tuple[tuple[int, int], dict[str, Any]]:
+        """Of a kernel whose programs have one block and a tile of keys each: the grid, and the options."""
+        launch = self._launch(kernel)
+        grid = (self.rows * self.chunks * self.blocks, -(-self.key_dim // launch.block))
+        return grid, {"K": self.key_dim, **launch.by_thread}
 
     def scan(self, kernel: str) -> tuple[int, int, int, dict[str, Any]]:
         """Of a kernel that walks through the chunks, in tiles of values: the programs for a segment, the number of
@@ -276,20 +293,37 @@ def _backward(
         launch.scan_backward[grid](
             *inputs, last, d_v, d_ends, d_initial, None, *shape.sizes, count, length, MODE=mode, **options
         )
-        values: dict[str, Any] = {
-            "V": shape.value_dim, "BV": min(_VALUES, power_of_two(shape.value_dim)), "SPLIT": _split(shape.operand),
-        }  # fmt: skip
         if shape.by_channel:
-            launch.gradients_channels[(shape.rows * shape.chunks,)](
-                q, q, k, k, decay, starts, d_o, d_o, v, v, d_ends, d_q, d_q, d_k, d_k, d_decay, *shape.sizes,
-                **values, **shape.whole("gradients_channels"),
-            )  # fmt: skip
+            _gradients_by_channel(shape, q, k, v, decay, starts, d_o, d_ends, d_q, d_k, d_decay)
         else:
             launch.gradients_heads[(shape.rows * shape.chunks,)](
                 q, k, v, decay, starts, d_o, d_ends, d_q, d_k, d_decay, *shape.sizes,
-                **values, **shape.whole("gradients_heads"),
+                SPLIT=_split(shape.operand), **shape.values(), **shape.whole("gradients_heads"),
             )  # fmt: skip
     return d_q, d_k, d_v, d_decay, d_initial
+
+
+def _gradients_by_channel(
+    shape: _Shape, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, starts: Tensor, d_o: Tensor, d_ends: Tensor,
+    d_q: Tensor, d_k: Tensor, d_decay: Tensor,
+) -> None:  # fmt: skip
+    """Fills in the gradients of q, k and decay: between blocks of tokens, then within them."""
+    launch = _kernels()
+    blocks = shape.chunks * shape.blocks
+    q_in, k_out, d_q_in, d_k_out = (torch.empty_like(k) for _ in range(4))
+    across, d_across = (shape.new(shape.rows * blocks, shape.key_dim, dtype=torch.float32) for _ in range(2))
+    d_scores = shape.new(shape.rows * blocks, BLOCK, BLOCK, dtype=torch.float32)
+    grid, options = shape.within("scale_within")
+    launch.scale_within[grid](q, k, decay, q_in, k_out, across, shape.length, shape.heads, blocks, **options)
+    launch.gradients_between[(shape.rows * shape.chunks,)](
+        q_in, k_out, across, starts, d_o, d_o, v, v, d_ends, d_scores, d_q_in, d_k_out, d_across, *shape.sizes, 0,
+        **shape.values(), **shape.whole("gradients_between"),
+    )  # fmt: skip
+    grid, options = shape.within("gradients_within")
+    launch.gradients_within[grid](
+        q, q, k, k, decay, d_scores, d_q_in, d_k_out, d_across, d_q, d_q, d_k, d_k, d_decay,
+        shape.length, shape.heads, blocks, 0, KINDS=1, **options,
+    )  # fmt: skip
 
 
 def _empty_gradients(

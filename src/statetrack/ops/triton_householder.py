@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, distinct, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
     CHECKED_ON_A_CARD,
@@ -61,7 +61,7 @@ def _run_dense(
     assert isinstance(transition, Householder)
     inputs = (q, transition.k, v, transition.beta, transition.decay, initial_state)
     if wants_gradient(*inputs):
-        return _TritonHouseholder.apply(*inputs, transition.normalize, high)
+        return _TritonHouseholder.apply(*distinct(inputs), transition.normalize, high)
     o, final_state, _ = _forward_op(*inputs, transition.normalize, high, False)
     return o, final_state
 

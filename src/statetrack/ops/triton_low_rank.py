@@ -5,7 +5,7 @@ A generalized Householder matrix after a decay for each channel is of this kind 
     (I - beta k k^T) diag(a) = diag(a) - (beta k) (a * k)^T,
 
 and further factors of a token are steps of their own without a decay. Forward: one kernel prepares all chunks at once,
-one walks through them. Backward: one walks back, one finishes all chunks at once. `docs/kernels.md` has the derivation,
+one walks through them. Backward: one walks back, two finish all chunks at once. `docs/kernels.md` has the derivation,
 `kernels/low_rank.py` the kernels.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import Backend, differentiable_once, register_operator, wants_gradient
+from statetrack.ops.backend import Backend, differentiable_once, distinct, register_operator, wants_gradient
 from statetrack.ops.packing import by_rows
 from statetrack.ops.triton_common import (
     CHECKED_ON_A_CARD,
@@ -100,7 +100,7 @@ def _run_steps(
 ) -> tuple[Tensor, Tensor]:
     inputs = (q, w, u, p, v, decay, initial_state)
     if wants_gradient(*inputs):
-        return _TritonLowRank.apply(*inputs, high)
+        return _TritonLowRank.apply(*distinct(inputs), high)
     o, final_state, _ = _forward_op(*inputs, high, False)
     return o, final_state
 
@@ -133,7 +133,7 @@ class _TritonLowRank(torch.autograd.Function):
 
 
 def _kernels() -> Any:
-    return kernels("low_rank", "channels")
+    return kernels("low_rank", "channels", "channels_backward")
 
 
 # By kernel and by the key dimension's power of two, up to which an entry serves: for the scans the width of the tiles
@@ -143,7 +143,8 @@ _TABLE: dict[str, dict[int, Launch]] = {
     "prepare_channels": {64: Launch(64, 1, 1), 128: Launch(128, 1, 1), 256: Launch(128, 1, 1)},
     "scan_forward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 8, 1)},
     "scan_backward": {64: Launch(64, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
-    "gradients_channels": {64: Launch(16, 4, 1), 128: Launch(16, 4, 1), 256: Launch(16, 4, 1)},
+    "gradients_between": {64: Launch(64, 2, 1), 128: Launch(64, 2, 1), 256: Launch(64, 2, 1)},
+    "gradients_within": {64: Launch(32, 1, 1), 128: Launch(32, 1, 1), 256: Launch(32, 1, 1)},
 }
 
 
@@ -169,13 +170,20 @@ class _Shape:
         """How far the kinds of rows or columns lie apart in memory."""
         return self.batch * self.length * self.heads * self.key_dim
 
-    def whole(self, kernel: str) -> dict[str, Any]:
-        """Options of a kernel that does all chunks at once, in tiles of keys."""
-        launch = _TABLE[kernel][max(64, self.block_k)]
+    def between(self) -> dict[str, Any]:
+        """Options of the kernel for the gradients between chunks, in tiles of keys and of values."""
+        launch = _TABLE["gradients_between"][max(64, self.block_k)]
         return {
-            "K": self.key_dim, "BC": _STEPS, "KINDS": 2, "BD": min(launch.block, self.block_k),
-            "LEVELS": _STEPS.bit_length() - 1, "PRECISION": "tf32x3", **launch.options,
+            "K": self.key_dim, "V": self.value_dim, "BC": _STEPS, "KINDS": 2, "BLOCKS": 1, "LEVELS": 0,
+            "BD": min(launch.block, self.block_k), "BV": min(_VALUES, power_of_two(self.value_dim)),
+            "PRECISION": "tf32x3", **launch.options,
         }  # fmt: skip
+
+    def within(self) -> tuple[tuple[int, int], dict[str, Any]]:
+        """Of the kernel for the gradients within chunks, whose programs have a tile of keys each: grid and options."""
+        launch = _TABLE["gradients_within"][max(64, self.block_k)]
+        grid = (self.rows * self.chunks, -(-self.key_dim // launch.block))
+        return grid, {"K": self.key_dim, "KINDS": 2, **launch.by_thread}
 
     def prepare(self) -> tuple[int, dict[str, Any]]:
         """Of the kernel that prepares chunks, several at once: the number of programs, and the options."""
@@ -327,6 +335,8 @@ def _backward(
     q, w, u, p = _of_one_dtype(q, w, u, p)
     v, d_o = v.contiguous(), d_o.contiguous()
     d_ends, d_read = torch.empty_like(starts), torch.empty_like(written)
+    # The kernel's loop over rows is for both kinds, whose gradients need one dtype too.
+    d_rows = (d_q, d_w) if d_q.dtype == d_w.dtype else (torch.empty_like(q), torch.empty_like(w))
     with torch.cuda.device_of(q):
         blocks, options = shape.scan("scan_backward", shape.value_dim)
         count = maps[0].shape[1] if maps else 1
@@ -341,11 +351,19 @@ def _backward(
         launch.scan_backward[(shape.rows * count, blocks)](
             *prepared, d_o, last, d_v, d_read, d_ends, d_initial, *sizes, MODE=mode, **options
         )
-        launch.gradients_channels[(shape.rows * shape.chunks,)](
-            q, w, u, p, as_float32(decay), starts, d_o, d_read, written, v, d_ends, d_q, d_w, d_u, d_p, d_decay,
-            *shape.sizes, V=shape.value_dim, BV=min(_VALUES, power_of_two(shape.value_dim)), SPLIT=False,
-            **shape.whole("gradients_channels"),
+        d_scores, d_x_in, d_y_out, d_across = shape.empty_prepared()[: _PREPARED - 1]
+        launch.gradients_between[(shape.rows * shape.chunks,)](
+            None, None, None, starts, d_o, d_read, written, v, d_ends, d_scores, d_x_in, d_y_out, d_across,
+            *shape.sizes, shape.numbers, **shape.between(),
         )  # fmt: skip
+        grid, options = shape.within()
+        launch.gradients_within[grid](
+            q, w, u, p, as_float32(decay), d_scores, d_x_in, d_y_out, d_across, *d_rows, d_u, d_p, d_decay,
+            *shape.sizes, shape.numbers, **options,
+        )  # fmt: skip
+    if d_rows[0] is not d_q:
+        d_q.copy_(d_rows[0])
+        d_w.copy_(d_rows[1])
     return results
 
 

@@ -60,13 +60,12 @@ def store_kinds(
 @triton.jit
 def state_overlap(x, y, start_key, K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr):
     """The sums over V of the products of two states, for the BD keys from `start_key` on."""
-    sums = tl.zeros([BD], tl.float32)
+    products = tl.zeros([BV, BD], tl.float32)
     for start in range(0, V, BV):
         ok = start + tl.arange(0, BV) < V
         left = load_tile(x + start * K, ok, K, start_key, K, BV, BD).to(tl.float32)
-        right = load_tile(y + start * K, ok, K, start_key, K, BV, BD).to(tl.float32)
-        sums += tl.sum(left * right, axis=0)
-    return sums
+        products += left * load_tile(y + start * K, ok, K, start_key, K, BV, BD).to(tl.float32)
+    return tl.sum(products, axis=0)
 
 
 @triton.jit
