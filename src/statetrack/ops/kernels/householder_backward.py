@@ -8,19 +8,34 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays, load_rows
+from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays_of_rows, load_rows
 from statetrack.ops.kernels.products import dot_masks, halves
-from statetrack.ops.kernels.tiles import TINY, load_tile, overlap, store_tile
+from statetrack.ops.kernels.tiles import TINY, load_tile, store_tile
 
 
 @triton.jit
-def _load_keys(
-    pointer, rows_ok, row_stride, start: tl.constexpr,
-    ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    if BD == BK:
-        return load_rows(pointer, rows_ok, row_stride, ROWS, K, BK)
-    return load_tile(pointer, rows_ok, row_stride, start, K, ROWS, BD)
+def _products(a):
+    """Products of decays, from the first on, as m 2^exponent.
+
+    An m is a product of numbers between sqrt(1/2) and sqrt(2): one can be divided by another whatever the decays.
+    """
+    bits = a.to(tl.int32, bitcast=True)
+    exponent = ((bits & 0x7FFFFFFF) - 0x3F3504F3) >> 23
+    m = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    return tl.cumprod(m, axis=0), tl.cumsum(exponent, axis=0)
+
+
+@triton.jit
+def _power(exponent):
+    """2^exponent, or 0 where that is less than 2^-126; up to 127."""
+    return (tl.maximum(exponent + 127, 0) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _quotients(m, exponent, m_before, exponent_before):
+    """D(i, j), given the products up to all i and all j; anything for i < j."""
+    ratio = m[:, None] * (1 / m_before)[None, :]
+    return ratio * _power(exponent[:, None] - exponent_before[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
@@ -146,20 +161,11 @@ def gradients(
     rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
     first = b * T + chunk * C
     place = head * chunks + chunk
-    if DECAY:  # here, where registers are free
-        both_ends = overlap(starts, starts_low, d_ends, d_ends_low, place * K * V, K * V, HIGH)
     key_rows = (first * N * H + h) * K
     query_rows = (first * H + h) * K
-    squared_norm = tl.zeros([BM], tl.float32)
-    for start_key in tl.static_range(0, BK, BD):
-        keys = _load_keys(k + key_rows, rows_ok, H * K, start_key, BM, K, BK, BD)
-        squared_norm += tl.sum(keys.to(tl.float32) * keys.to(tl.float32), axis=1)
-    directed = squared_norm > SHORTEST
-    inverse_norm = tl.where(directed, 1 / tl.where(directed, squared_norm, 1.0), 0.0)
-    scaled = clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
-    if NORMALIZE:
-        scaled = tl.where(directed, scaled * inverse_norm, TINY)
-
+    if BD == BK:
+        keys = load_rows(k + key_rows, rows_ok, H * K, BM, K, BK)
+        queries = load_rows(q + query_rows, tokens_ok, H * K, BC, K, BK)
     values_at = (first * N * H + h) * V + row[:, None] * (H * V)
     outs_at = (first * H + h) * V + token[:, None] * (H * V)
 
@@ -181,31 +187,44 @@ def gradients(
             low = tl.load(d_error_low + values_at + value, mask=ok, other=0.0)
             between_keys = tl.dot(low, tl.trans(u), between_keys, input_precision=PRECISION)
 
+    gram, scores = tl.zeros([BM, BM], tl.float32), tl.zeros([BC, BM], tl.float32)
+    for start_key in tl.static_range(0, BK, BD):
+        if BD < BK:
+            keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
+        gram = tl.dot(keys, tl.trans(keys), gram, input_precision=PRECISION)
+        if DECAY:
+            if BD < BK:
+                queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
+            scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+
     # On the diagonal d_error . u = beta^2 (gradient of beta), where beta is the factor of k k^T.
     i, j = row[:, None], row[None, :]
-    d_scaled = tl.sum(tl.where(i == j, between_keys, 0.0), axis=1) / scaled / scaled
+    scaled = clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
+    d_scaled = tl.sum(tl.where(i == j, between_keys, 0.0), axis=1)
     if NORMALIZE:
+        squared_norm = tl.sum(tl.where(i == j, gram, 0.0), axis=1)
+        directed = squared_norm > SHORTEST
+        inverse_norm = tl.where(directed, 1 / tl.where(directed, squared_norm, 1.0), 0.0)
+        scaled = tl.where(directed, scaled * inverse_norm, TINY)
         d_scaled *= inverse_norm
+    d_scaled = d_scaled / scaled / scaled
     tl.store(d_beta + first * N * H + h + row * H, d_scaled, mask=rows_ok)
+    if DECAY:
+        a = decays_of_rows(decay + first * H + h, row, tokens_left, H, N, TINY)
+        m, exponent = _products(a)
+        if N == 1:
+            token_m, token_exponent = m, exponent
+        else:
+            token_m, token_exponent = _products(decays_of_rows(decay + first * H + h, token, tokens_left, H, 1, TINY))
+        between_keys *= _quotients(m, exponent, m, exponent)
+        to_queries *= _quotients(token_m, token_exponent, m, exponent)
+        d_into, d_into_token = m * _power(exponent), token_m * _power(token_exponent)
+        d_out_of = tl.cumprod(decays_of_rows(decay + first * H + h, row + 1, tokens_left, H, N, TINY), 0, reverse=True)
     between_keys = tl.where(i > j, -between_keys, 0.0)
     to_queries = tl.where(row[None, :] < (token * N + N)[:, None], to_queries, 0.0)
-    if BD == BK:
-        queries = load_rows(q + query_rows, tokens_ok, H * K, BC, K, BK)
     if DECAY:
-        a, d_pairs, d_token, d_into, d_into_token, d_out_of = decays(
-            decay + first * H + h, tokens_left, H, N, BM, BC, TINY
-        )
-        between_keys *= d_pairs
-        to_queries *= d_token
         # Every product of decays times its own gradient; a decay's gradient is the sum over the products with it in
         # them, divided by it. Sums run only over such products, so that nothing large cancels.
-        gram, scores = tl.zeros([BM, BM], tl.float32), tl.zeros([BC, BM], tl.float32)
-        for start_key in tl.static_range(0, BK, BD):
-            if BD < BK:
-                keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
-                queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
-            gram = tl.dot(keys, tl.trans(keys), gram, input_precision=PRECISION)
-            scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
         of_pairs = between_keys * gram
         of_queries = to_queries * scores
         later_token = token[None, :] * N >= (row // N * N)[:, None]
@@ -215,8 +234,16 @@ def gradients(
             spanning = dot_masks(i <= j, of_pairs, OPERAND, SPLIT, PRECISION)
             spanning += dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
         total = tl.sum(tl.where(i > j, spanning, 0.0), axis=1)
-        total += tl.sum(tl.where(row == BM - 1, d_into, 0.0), axis=0) * both_ends
         asks, reads, writes = tl.zeros([BC], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+        both_ends = tl.zeros([BV, BV], tl.float32)
+    both = between_keys + tl.trans(between_keys)
+    if NORMALIZE:
+        both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)
+    if SPLIT:
+        both_high, both_low = halves(both, OPERAND)
+        query_high, query_low = halves(to_queries, OPERAND)
+    else:
+        both_high, query_high = both, to_queries
 
     for start_key in range(0, BK, BD):
         key = start_key + tl.arange(0, BD)
@@ -238,10 +265,7 @@ def gradients(
             d_queries *= d_into_token[:, None]
             asks += tl.sum(d_queries * queries.to(tl.float32), axis=1)
         if SPLIT:
-            query_high, query_low = halves(to_queries, OPERAND)
             d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
-        else:
-            query_high = to_queries
         d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
         store_tile(d_q + query_rows, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
 
@@ -258,42 +282,50 @@ def gradients(
                 d_keys = tl.dot(low, state, d_keys, input_precision=PRECISION)
                 low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
                 d_keys = tl.dot(d_error, low, d_keys, input_precision=PRECISION)
-        d_keys = -d_keys
         if DECAY:
-            d_keys *= d_into[:, None]
+            d_keys *= -d_into[:, None]
             reads += tl.sum(d_keys * keys.to(tl.float32), axis=1)
-            d_reading = d_keys
-            d_keys = tl.zeros([BM, BD], tl.float32)
+        else:
+            d_keys = -d_keys
+        if SPLIT:
+            d_keys = tl.dot(both_low, keys, d_keys, input_precision=PRECISION)
+        d_keys = tl.dot(both_high, keys, d_keys, input_precision=PRECISION)
+        if HIGH:
+            d_keys = tl.dot(tl.trans(query_low), queries, d_keys, input_precision=PRECISION)
+        d_keys = tl.dot(tl.trans(query_high), queries, d_keys, input_precision=PRECISION)
+        written = tl.zeros([BM, BD], tl.float32) if DECAY else d_keys
         for start in range(0, V, BV):
             value = start + tl.arange(0, BV)
             ok = rows_ok[:, None] & (value < V)[None, :]
             u = tl.load(u_high + values_at + value[None, :], mask=ok, other=0.0)
             states_ok = (value < V)[:, None] & (key < K)[None, :]
             d_end = tl.load(d_ends + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-            d_keys = tl.dot(u, d_end, d_keys, input_precision=PRECISION)
+            written = tl.dot(u, d_end, written, input_precision=PRECISION)
+            if DECAY:
+                state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+                both_ends = tl.dot(state, tl.trans(d_end), both_ends, input_precision=PRECISION)
             if HIGH:
                 low = tl.load(u_low + values_at + value[None, :], mask=ok, other=0.0)
-                d_keys = tl.dot(low, d_end, d_keys, input_precision=PRECISION)
+                written = tl.dot(low, d_end, written, input_precision=PRECISION)
                 end_low = tl.load(d_ends_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-                d_keys = tl.dot(u, end_low, d_keys, input_precision=PRECISION)
+                written = tl.dot(u, end_low, written, input_precision=PRECISION)
+                if DECAY:
+                    low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+                    both_ends = tl.dot(low, tl.trans(d_end), both_ends, input_precision=PRECISION)
+                    both_ends = tl.dot(state, tl.trans(end_low), both_ends, input_precision=PRECISION)
         if DECAY:
-            d_keys *= d_out_of[:, None]
-            writes += tl.sum(d_keys * keys.to(tl.float32), axis=1)
-            d_keys += d_reading
-        both = between_keys + tl.trans(between_keys)
-        if NORMALIZE:
-            both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)
-        if SPLIT:
-            both_high, both_low = halves(both, OPERAND)
-            d_keys = tl.dot(both_low, keys, d_keys, input_precision=PRECISION)
-        else:
-            both_high = both
-        d_keys = tl.dot(both_high, keys, d_keys, input_precision=PRECISION)
-        if HIGH:
-            d_keys = tl.dot(tl.trans(query_low), queries, d_keys, input_precision=PRECISION)
-        d_keys = tl.dot(tl.trans(query_high), queries, d_keys, input_precision=PRECISION)
-        store_tile(d_k + key_rows, d_keys, rows_ok, H * K, start_key, K, BM, BD)
+            written *= d_out_of[:, None]
+            writes += tl.sum(written * keys.to(tl.float32), axis=1)
+            written += d_keys
+        store_tile(d_k + key_rows, written, rows_ok, H * K, start_key, K, BM, BD)
     if DECAY:
-        total += tl.sum(tl.where(later_token, asks[None, :], 0.0), axis=1)
-        total += tl.sum(tl.where(i <= j, reads[None, :], 0.0) + tl.where(i > j, writes[None, :], 0.0), axis=1)
+        same = tl.arange(0, BV)[:, None] == tl.arange(0, BV)[None, :]
+        both_ends = tl.sum(tl.sum(tl.where(same, both_ends, 0.0), axis=1), axis=0)
+        # What passes through the whole chunk is read at its end.
+        reads += tl.where(row == BM - 1, d_into * both_ends, 0.0)
+        if N == 1:
+            reads += asks
+        else:
+            total += tl.sum(tl.where(later_token, asks[None, :], 0.0), axis=1)
+        total += tl.sum(tl.where(i > j, writes[None, :], reads[None, :]), axis=1)
         tl.store(d_decay + first * H + h + (row // N) * H, total / a, mask=(row % N == 0) & rows_ok)
