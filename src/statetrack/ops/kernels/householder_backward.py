@@ -10,7 +10,30 @@ import triton.language as tl
 
 from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays_of_rows, load_rows
 from statetrack.ops.kernels.products import dot_masks, halves
-from statetrack.ops.kernels.tiles import TINY, load_tile, store_tile
+from statetrack.ops.kernels.tiles import TINY, store_tile
+
+
+@triton.jit
+def _load_rows(pointer, rows_ok, row_stride, start, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """As `load_tile`, with as few masks and numbers of 64 bits for each thread as there can be."""
+    column = tl.arange(0, BLOCK)
+    offsets = tl.arange(0, ROWS)[:, None] * row_stride + column[None, :]
+    ok = rows_ok[:, None]
+    if WIDTH % BLOCK != 0:
+        ok = ok & (start + column < WIDTH)[None, :]
+    return tl.load(pointer + start + offsets, mask=ok, other=0.0)
+
+
+@triton.jit
+def _load_state(
+    pointer, start, start_key, K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr
+):  # fmt: skip
+    """Of a state [V, K] a tile [BV, BD], zero outside."""
+    value, key = tl.arange(0, BV)[:, None], tl.arange(0, BD)[None, :]
+    tile = pointer + start * K + start_key + (value * K + key)
+    if V % BV == 0 and K % BD == 0:
+        return tl.load(tile)
+    return tl.load(tile, mask=(start + value < V) & (start_key + key < K), other=0.0)
 
 
 @triton.jit
@@ -160,42 +183,34 @@ def gradients(
     tokens_left = tl.minimum(T - chunk * C, C)
     rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
     first = b * T + chunk * C
-    place = head * chunks + chunk
-    key_rows = (first * N * H + h) * K
-    query_rows = (first * H + h) * K
+    state_at = (head * chunks + chunk) * K * V
+    keys_at, queries_at = (first * N * H + h) * K, (first * H + h) * K
+    values_at, outs_at = (first * N * H + h) * V, (first * H + h) * V
     if BD == BK:
-        keys = load_rows(k + key_rows, rows_ok, H * K, BM, K, BK)
-        queries = load_rows(q + query_rows, tokens_ok, H * K, BC, K, BK)
-    values_at = (first * N * H + h) * V + row[:, None] * (H * V)
-    outs_at = (first * H + h) * V + token[:, None] * (H * V)
+        keys = _load_rows(k + keys_at, rows_ok, H * K, 0, K, BM, BK)
+        queries = _load_rows(q + queries_at, tokens_ok, H * K, 0, K, BC, BK)
 
     # How micro-steps and queries act on each other. Only one large accumulator at a time, or registers run out.
     between_keys = tl.zeros([BM, BM], tl.float32)
     to_queries = tl.zeros([BC, BM], tl.float32)
     for start in range(0, V, BV):
-        value = start + tl.arange(0, BV)[None, :]
-        ok = rows_ok[:, None] & (value < V)
-        u = tl.load(u_high + values_at + value, mask=ok, other=0.0)
-        d_error = tl.load(d_error_high + values_at + value, mask=ok, other=0.0)
-        d_out = tl.load(d_o + outs_at + value, mask=tokens_ok[:, None] & (value < V), other=0.0)
+        u = _load_rows(u_high + values_at, rows_ok, H * V, start, V, BM, BV)
+        d_error = _load_rows(d_error_high + values_at, rows_ok, H * V, start, V, BM, BV)
+        d_out = _load_rows(d_o + outs_at, tokens_ok, H * V, start, V, BC, BV)
         between_keys = tl.dot(d_error, tl.trans(u), between_keys, input_precision=PRECISION)
         to_queries = tl.dot(d_out, tl.trans(u), to_queries, input_precision=PRECISION)
         if SPLIT:
-            low = tl.load(u_low + values_at + value, mask=ok, other=0.0)
+            low = _load_rows(u_low + values_at, rows_ok, H * V, start, V, BM, BV)
             between_keys = tl.dot(d_error, tl.trans(low), between_keys, input_precision=PRECISION)
             to_queries = tl.dot(d_out, tl.trans(low), to_queries, input_precision=PRECISION)
-            low = tl.load(d_error_low + values_at + value, mask=ok, other=0.0)
+            low = _load_rows(d_error_low + values_at, rows_ok, H * V, start, V, BM, BV)
             between_keys = tl.dot(low, tl.trans(u), between_keys, input_precision=PRECISION)
 
-    gram, scores = tl.zeros([BM, BM], tl.float32), tl.zeros([BC, BM], tl.float32)
+    gram = tl.zeros([BM, BM], tl.float32)
     for start_key in tl.static_range(0, BK, BD):
         if BD < BK:
-            keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
+            keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
         gram = tl.dot(keys, tl.trans(keys), gram, input_precision=PRECISION)
-        if DECAY:
-            if BD < BK:
-                queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
-            scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
 
     # On the diagonal d_error . u = beta^2 (gradient of beta), where beta is the factor of k k^T.
     i, j = row[:, None], row[None, :]
@@ -226,6 +241,12 @@ def gradients(
         # Every product of decays times its own gradient; a decay's gradient is the sum over the products with it in
         # them, divided by it. Sums run only over such products, so that nothing large cancels.
         of_pairs = between_keys * gram
+        scores = tl.zeros([BC, BM], tl.float32)
+        for start_key in tl.static_range(0, BK, BD):
+            if BD < BK:
+                keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
+                queries = _load_rows(q + queries_at, tokens_ok, H * K, start_key, K, BC, BD)
+            scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
         of_queries = to_queries * scores
         later_token = token[None, :] * N >= (row // N * N)[:, None]
         if N == 1:
@@ -246,20 +267,16 @@ def gradients(
         both_high, query_high = both, to_queries
 
     for start_key in range(0, BK, BD):
-        key = start_key + tl.arange(0, BD)
-        states_at = place * K * V + key[None, :]
         if BD < BK:
-            keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
-            queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
+            keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
+            queries = _load_rows(q + queries_at, tokens_ok, H * K, start_key, K, BC, BD)
         d_queries = tl.zeros([BC, BD], tl.float32)
         for start in range(0, V, BV):
-            value = start + tl.arange(0, BV)
-            d_out = tl.load(d_o + outs_at + value[None, :], mask=tokens_ok[:, None] & (value < V)[None, :], other=0.0)
-            states_ok = (value < V)[:, None] & (key < K)[None, :]
-            state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+            d_out = _load_rows(d_o + outs_at, tokens_ok, H * V, start, V, BC, BV)
+            state = _load_state(starts + state_at, start, start_key, K, V, BD, BV)
             d_queries = tl.dot(d_out, state, d_queries, input_precision=PRECISION)
             if HIGH:
-                low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+                low = _load_state(starts_low + state_at, start, start_key, K, V, BD, BV)
                 d_queries = tl.dot(d_out, low, d_queries, input_precision=PRECISION)
         if DECAY:
             d_queries *= d_into_token[:, None]
@@ -267,21 +284,25 @@ def gradients(
         if SPLIT:
             d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
         d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
-        store_tile(d_q + query_rows, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
+        store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
 
         d_keys = tl.zeros([BM, BD], tl.float32)
         for start in range(0, V, BV):
-            value = start + tl.arange(0, BV)
-            ok = rows_ok[:, None] & (value < V)[None, :]
-            d_error = tl.load(d_error_high + values_at + value[None, :], mask=ok, other=0.0)
-            states_ok = (value < V)[:, None] & (key < K)[None, :]
-            state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+            d_error = _load_rows(d_error_high + values_at, rows_ok, H * V, start, V, BM, BV)
+            state = _load_state(starts + state_at, start, start_key, K, V, BD, BV)
             d_keys = tl.dot(d_error, state, d_keys, input_precision=PRECISION)
+            if DECAY:
+                d_end = _load_state(d_ends + state_at, start, start_key, K, V, BD, BV)
+                both_ends = tl.dot(state, tl.trans(d_end), both_ends, input_precision=PRECISION)
             if HIGH:
-                low = tl.load(d_error_low + values_at + value[None, :], mask=ok, other=0.0)
+                low = _load_rows(d_error_low + values_at, rows_ok, H * V, start, V, BM, BV)
                 d_keys = tl.dot(low, state, d_keys, input_precision=PRECISION)
-                low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+                low = _load_state(starts_low + state_at, start, start_key, K, V, BD, BV)
                 d_keys = tl.dot(d_error, low, d_keys, input_precision=PRECISION)
+                if DECAY:
+                    both_ends = tl.dot(low, tl.trans(d_end), both_ends, input_precision=PRECISION)
+                    low = _load_state(d_ends_low + state_at, start, start_key, K, V, BD, BV)
+                    both_ends = tl.dot(state, tl.trans(low), both_ends, input_precision=PRECISION)
         if DECAY:
             d_keys *= -d_into[:, None]
             reads += tl.sum(d_keys * keys.to(tl.float32), axis=1)
@@ -295,29 +316,19 @@ def gradients(
         d_keys = tl.dot(tl.trans(query_high), queries, d_keys, input_precision=PRECISION)
         written = tl.zeros([BM, BD], tl.float32) if DECAY else d_keys
         for start in range(0, V, BV):
-            value = start + tl.arange(0, BV)
-            ok = rows_ok[:, None] & (value < V)[None, :]
-            u = tl.load(u_high + values_at + value[None, :], mask=ok, other=0.0)
-            states_ok = (value < V)[:, None] & (key < K)[None, :]
-            d_end = tl.load(d_ends + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+            u = _load_rows(u_high + values_at, rows_ok, H * V, start, V, BM, BV)
+            d_end = _load_state(d_ends + state_at, start, start_key, K, V, BD, BV)
             written = tl.dot(u, d_end, written, input_precision=PRECISION)
-            if DECAY:
-                state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-                both_ends = tl.dot(state, tl.trans(d_end), both_ends, input_precision=PRECISION)
             if HIGH:
-                low = tl.load(u_low + values_at + value[None, :], mask=ok, other=0.0)
+                low = _load_rows(u_low + values_at, rows_ok, H * V, start, V, BM, BV)
                 written = tl.dot(low, d_end, written, input_precision=PRECISION)
-                end_low = tl.load(d_ends_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+                end_low = _load_state(d_ends_low + state_at, start, start_key, K, V, BD, BV)
                 written = tl.dot(u, end_low, written, input_precision=PRECISION)
-                if DECAY:
-                    low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-                    both_ends = tl.dot(low, tl.trans(d_end), both_ends, input_precision=PRECISION)
-                    both_ends = tl.dot(state, tl.trans(end_low), both_ends, input_precision=PRECISION)
         if DECAY:
             written *= d_out_of[:, None]
             writes += tl.sum(written * keys.to(tl.float32), axis=1)
             written += d_keys
-        store_tile(d_k + key_rows, written, rows_ok, H * K, start_key, K, BM, BD)
+        store_tile(d_k + keys_at, written, rows_ok, H * K, start_key, K, BM, BD)
     if DECAY:
         same = tl.arange(0, BV)[:, None] == tl.arange(0, BV)[None, :]
         both_ends = tl.sum(tl.sum(tl.where(same, both_ends, 0.0), axis=1), axis=0)
