@@ -256,7 +256,7 @@ def gradients(
             spanning += dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
         total = tl.sum(tl.where(i > j, spanning, 0.0), axis=1)
         asks, reads, writes = tl.zeros([BC], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-        both_ends = tl.zeros([BV, BV], tl.float32)
+        ends = tl.zeros([BV], tl.float32)
     both = between_keys + tl.trans(between_keys)
     if NORMALIZE:
         both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)
@@ -266,13 +266,17 @@ def gradients(
     else:
         both_high, query_high = both, to_queries
 
+    nothing = 16 * tl.minimum(tokens_left, 0)
     for start_key in range(0, BK, BD):
         if BD < BK:
             keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
             queries = _load_rows(q + queries_at, tokens_ok, H * K, start_key, K, BC, BD)
+        if DECAY:
+            # What products take from shared memory would else stay in registers for the sums as well.
+            again = _load_rows(q + queries_at + nothing, tokens_ok, H * K, start_key, K, BC, BD)
         d_queries = tl.zeros([BC, BD], tl.float32)
         for start in range(0, V, BV):
-            d_out = _load_rows(d_o + outs_at, tokens_ok, H * V, start, V, BC, BV)
+            d_out = _load_rows(d_o + outs_at + nothing, tokens_ok, H * V, start, V, BC, BV)
             state = _load_state(starts + state_at, start, start_key, K, V, BD, BV)
             d_queries = tl.dot(d_out, state, d_queries, input_precision=PRECISION)
             if HIGH:
@@ -280,22 +284,25 @@ def gradients(
                 d_queries = tl.dot(d_out, low, d_queries, input_precision=PRECISION)
         if DECAY:
             d_queries *= d_into_token[:, None]
-            asks += tl.sum(d_queries * queries.to(tl.float32), axis=1)
+            asks += tl.sum(d_queries * again.to(tl.float32), axis=1)
         if SPLIT:
             d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
         d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
         store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
 
+        if DECAY:
+            again = _load_rows(k + keys_at + nothing, rows_ok, H * K, start_key, K, BM, BD)
+            both_ends = tl.zeros([BV, BV], tl.float32)
         d_keys = tl.zeros([BM, BD], tl.float32)
         for start in range(0, V, BV):
-            d_error = _load_rows(d_error_high + values_at, rows_ok, H * V, start, V, BM, BV)
+            d_error = _load_rows(d_error_high + values_at + nothing, rows_ok, H * V, start, V, BM, BV)
             state = _load_state(starts + state_at, start, start_key, K, V, BD, BV)
             d_keys = tl.dot(d_error, state, d_keys, input_precision=PRECISION)
             if DECAY:
                 d_end = _load_state(d_ends + state_at, start, start_key, K, V, BD, BV)
                 both_ends = tl.dot(state, tl.trans(d_end), both_ends, input_precision=PRECISION)
             if HIGH:
-                low = _load_rows(d_error_low + values_at, rows_ok, H * V, start, V, BM, BV)
+                low = _load_rows(d_error_low + values_at + nothing, rows_ok, H * V, start, V, BM, BV)
                 d_keys = tl.dot(low, state, d_keys, input_precision=PRECISION)
                 low = _load_state(starts_low + state_at, start, start_key, K, V, BD, BV)
                 d_keys = tl.dot(d_error, low, d_keys, input_precision=PRECISION)
@@ -305,7 +312,9 @@ def gradients(
                     both_ends = tl.dot(state, tl.trans(low), both_ends, input_precision=PRECISION)
         if DECAY:
             d_keys *= -d_into[:, None]
-            reads += tl.sum(d_keys * keys.to(tl.float32), axis=1)
+            reads += tl.sum(d_keys * again.to(tl.float32), axis=1)
+            same = tl.arange(0, BV)[:, None] == tl.arange(0, BV)[None, :]
+            ends += tl.sum(tl.where(same, both_ends, 0.0), axis=1)
         else:
             d_keys = -d_keys
         if SPLIT:
@@ -314,26 +323,26 @@ def gradients(
         if HIGH:
             d_keys = tl.dot(tl.trans(query_low), queries, d_keys, input_precision=PRECISION)
         d_keys = tl.dot(tl.trans(query_high), queries, d_keys, input_precision=PRECISION)
+        if DECAY:
+            again = _load_rows(k + keys_at + 2 * nothing, rows_ok, H * K, start_key, K, BM, BD)
         written = tl.zeros([BM, BD], tl.float32) if DECAY else d_keys
         for start in range(0, V, BV):
-            u = _load_rows(u_high + values_at, rows_ok, H * V, start, V, BM, BV)
+            u = _load_rows(u_high + values_at + nothing, rows_ok, H * V, start, V, BM, BV)
             d_end = _load_state(d_ends + state_at, start, start_key, K, V, BD, BV)
             written = tl.dot(u, d_end, written, input_precision=PRECISION)
             if HIGH:
-                low = _load_rows(u_low + values_at, rows_ok, H * V, start, V, BM, BV)
+                low = _load_rows(u_low + values_at + nothing, rows_ok, H * V, start, V, BM, BV)
                 written = tl.dot(low, d_end, written, input_precision=PRECISION)
                 end_low = _load_state(d_ends_low + state_at, start, start_key, K, V, BD, BV)
                 written = tl.dot(u, end_low, written, input_precision=PRECISION)
         if DECAY:
             written *= d_out_of[:, None]
-            writes += tl.sum(written * keys.to(tl.float32), axis=1)
+            writes += tl.sum(written * again.to(tl.float32), axis=1)
             written += d_keys
         store_tile(d_k + keys_at, written, rows_ok, H * K, start_key, K, BM, BD)
     if DECAY:
-        same = tl.arange(0, BV)[:, None] == tl.arange(0, BV)[None, :]
-        both_ends = tl.sum(tl.sum(tl.where(same, both_ends, 0.0), axis=1), axis=0)
         # What passes through the whole chunk is read at its end.
-        reads += tl.where(row == BM - 1, d_into * both_ends, 0.0)
+        reads += tl.where(row == BM - 1, d_into * tl.sum(ends, axis=0), 0.0)
         if N == 1:
             reads += asks
         else:
