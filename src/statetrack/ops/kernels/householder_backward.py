@@ -37,6 +37,27 @@ def _load_state(
 
 
 @triton.jit
+def _overlap(
+    x, x_low, y, y_low,
+    K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sum of the products of two states' numbers, which with HIGH are given in halves: a trace."""
+    products = tl.zeros([BV, BV], tl.float32)
+    for start in range(0, V, BV):
+        for start_key in range(0, K, BD):
+            left = _load_state(x, start, start_key, K, V, BD, BV)
+            right = _load_state(y, start, start_key, K, V, BD, BV)
+            products = tl.dot(left, tl.trans(right), products, input_precision=PRECISION)
+            if HIGH:
+                low = _load_state(x_low, start, start_key, K, V, BD, BV)
+                products = tl.dot(low, tl.trans(right), products, input_precision=PRECISION)
+                low = _load_state(y_low, start, start_key, K, V, BD, BV)
+                products = tl.dot(left, tl.trans(low), products, input_precision=PRECISION)
+    value = tl.arange(0, BV)
+    return tl.sum(tl.sum(tl.where(value[:, None] == value[None, :], products, 0.0), axis=1), axis=0)
+
+
+@triton.jit
 def _products(a):
     """Products of decays, from the first on, as m 2^exponent.
 
@@ -256,7 +277,6 @@ def gradients(
             spanning += dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
         total = tl.sum(tl.where(i > j, spanning, 0.0), axis=1)
         asks, reads, writes = tl.zeros([BC], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
-        ends = tl.zeros([BV], tl.float32)
     both = between_keys + tl.trans(between_keys)
     if NORMALIZE:
         both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)
@@ -292,29 +312,19 @@ def gradients(
 
         if DECAY:
             again = _load_rows(k + keys_at + nothing, rows_ok, H * K, start_key, K, BM, BD)
-            both_ends = tl.zeros([BV, BV], tl.float32)
         d_keys = tl.zeros([BM, BD], tl.float32)
         for start in range(0, V, BV):
             d_error = _load_rows(d_error_high + values_at + nothing, rows_ok, H * V, start, V, BM, BV)
             state = _load_state(starts + state_at, start, start_key, K, V, BD, BV)
             d_keys = tl.dot(d_error, state, d_keys, input_precision=PRECISION)
-            if DECAY:
-                d_end = _load_state(d_ends + state_at, start, start_key, K, V, BD, BV)
-                both_ends = tl.dot(state, tl.trans(d_end), both_ends, input_precision=PRECISION)
             if HIGH:
                 low = _load_rows(d_error_low + values_at + nothing, rows_ok, H * V, start, V, BM, BV)
                 d_keys = tl.dot(low, state, d_keys, input_precision=PRECISION)
                 low = _load_state(starts_low + state_at, start, start_key, K, V, BD, BV)
                 d_keys = tl.dot(d_error, low, d_keys, input_precision=PRECISION)
-                if DECAY:
-                    both_ends = tl.dot(low, tl.trans(d_end), both_ends, input_precision=PRECISION)
-                    low = _load_state(d_ends_low + state_at, start, start_key, K, V, BD, BV)
-                    both_ends = tl.dot(state, tl.trans(low), both_ends, input_precision=PRECISION)
         if DECAY:
             d_keys *= -d_into[:, None]
             reads += tl.sum(d_keys * again.to(tl.float32), axis=1)
-            same = tl.arange(0, BV)[:, None] == tl.arange(0, BV)[None, :]
-            ends += tl.sum(tl.where(same, both_ends, 0.0), axis=1)
         else:
             d_keys = -d_keys
         if SPLIT:
@@ -341,8 +351,12 @@ def gradients(
             written += d_keys
         store_tile(d_k + keys_at, written, rows_ok, H * K, start_key, K, BM, BD)
     if DECAY:
+        both_ends = _overlap(
+            starts + state_at, starts_low + state_at if HIGH else None, d_ends + state_at,
+            d_ends_low + state_at if HIGH else None, K, V, BD, min(BV, 64), HIGH, PRECISION,
+        )  # fmt: skip
         # What passes through the whole chunk is read at its end.
-        reads += tl.where(row == BM - 1, d_into * tl.sum(ends, axis=0), 0.0)
+        reads += tl.where(row == BM - 1, d_into * both_ends, 0.0)
         if N == 1:
             reads += asks
         else:
