@@ -308,7 +308,7 @@ def gradients(
         if SPLIT:
             d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
         d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
-        store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
+        d_queries = d_queries.to(d_q.dtype.element_ty)
 
         if DECAY:
             again = _load_rows(k + keys_at + nothing, rows_ok, H * K, start_key, K, BM, BD)
@@ -322,6 +322,7 @@ def gradients(
                 d_keys = tl.dot(low, state, d_keys, input_precision=PRECISION)
                 low = _load_state(starts_low + state_at, start, start_key, K, V, BD, BV)
                 d_keys = tl.dot(d_error, low, d_keys, input_precision=PRECISION)
+        store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
         if DECAY:
             d_keys *= -d_into[:, None]
             reads += tl.sum(d_keys * again.to(tl.float32), axis=1)
