@@ -209,7 +209,6 @@ def gradients(
     values_at, outs_at = (first * N * H + h) * V, (first * H + h) * V
     if BD == BK:
         keys = _load_rows(k + keys_at, rows_ok, H * K, 0, K, BM, BK)
-        queries = _load_rows(q + queries_at, tokens_ok, H * K, 0, K, BC, BK)
 
     # How micro-steps and queries act on each other. Only one large accumulator at a time, or registers run out.
     between_keys = tl.zeros([BM, BM], tl.float32)
@@ -227,6 +226,8 @@ def gradients(
             low = _load_rows(d_error_low + values_at, rows_ok, H * V, start, V, BM, BV)
             between_keys = tl.dot(low, tl.trans(u), between_keys, input_precision=PRECISION)
 
+    if BD == BK:
+        queries = _load_rows(q + queries_at, tokens_ok, H * K, 0, K, BC, BK)
     gram = tl.zeros([BM, BM], tl.float32)
     for start_key in tl.static_range(0, BK, BD):
         if BD < BK:
@@ -308,7 +309,8 @@ def gradients(
         if SPLIT:
             d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
         d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
-        d_queries = d_queries.to(d_q.dtype.element_ty)
+        if V > BV:
+            store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
 
         if DECAY:
             again = _load_rows(k + keys_at + nothing, rows_ok, H * K, start_key, K, BM, BD)
@@ -322,7 +324,8 @@ def gradients(
                 d_keys = tl.dot(low, state, d_keys, input_precision=PRECISION)
                 low = _load_state(starts_low + state_at, start, start_key, K, V, BD, BV)
                 d_keys = tl.dot(d_error, low, d_keys, input_precision=PRECISION)
-        store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
+        if V <= BV:
+            store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
         if DECAY:
             d_keys *= -d_into[:, None]
             reads += tl.sum(d_keys * again.to(tl.float32), axis=1)
