@@ -228,18 +228,24 @@ def gradients(
 
     if BD == BK:
         queries = _load_rows(q + queries_at, tokens_ok, H * K, 0, K, BC, BK)
-    gram = tl.zeros([BM, BM], tl.float32)
+    # Its diagonal is a sum of squares, which float32 keys take by themselves: as operands they fill the registers.
+    BY_GRAM: tl.constexpr = SPLIT or DECAY
+    gram, squared_norm = tl.zeros([BM, BM], tl.float32), tl.zeros([BM], tl.float32)
     for start_key in tl.static_range(0, BK, BD):
         if BD < BK:
             keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
-        gram = tl.dot(keys, tl.trans(keys), gram, input_precision=PRECISION)
+        if BY_GRAM:
+            gram = tl.dot(keys, tl.trans(keys), gram, input_precision=PRECISION)
+        else:
+            squared_norm += tl.sum(keys * keys, axis=1)
 
     # On the diagonal d_error . u = beta^2 (gradient of beta), where beta is the factor of k k^T.
     i, j = row[:, None], row[None, :]
     scaled = clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
     d_scaled = tl.sum(tl.where(i == j, between_keys, 0.0), axis=1)
     if NORMALIZE:
-        squared_norm = tl.sum(tl.where(i == j, gram, 0.0), axis=1)
+        if BY_GRAM:
+            squared_norm = tl.sum(tl.where(i == j, gram, 0.0), axis=1)
         directed = squared_norm > SHORTEST
         inverse_norm = tl.where(directed, 1 / tl.where(directed, squared_norm, 1.0), 0.0)
         scaled = tl.where(directed, scaled * inverse_norm, TINY)
