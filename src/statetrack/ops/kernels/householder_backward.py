@@ -77,9 +77,9 @@ def _power(exponent):
 
 @triton.jit
 def _quotients(m, exponent, m_before, exponent_before):
-    """D(i, j), given the products up to all i and all j; anything for i < j."""
+    """D(i, j), given the products up to all i and all j; anything finite for i < j."""
     ratio = m[:, None] * (1 / m_before)[None, :]
-    return ratio * _power(exponent[:, None] - exponent_before[None, :])
+    return ratio * _power(tl.minimum(exponent[:, None] - exponent_before[None, :], 63))
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
@@ -241,6 +241,7 @@ def gradients(
 
     # On the diagonal d_error . u = beta^2 (gradient of beta), where beta is the factor of k k^T.
     i, j = row[:, None], row[None, :]
+    seen = j < (token * N + N)[:, None] if N > 1 else i >= j
     scaled = clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
     d_scaled = tl.sum(tl.where(i == j, between_keys, 0.0), axis=1)
     if NORMALIZE:
@@ -263,8 +264,8 @@ def gradients(
         to_queries *= _quotients(token_m, token_exponent, m, exponent)
         d_into, d_into_token = m * _power(exponent), token_m * _power(token_exponent)
         d_out_of = tl.cumprod(decays_of_rows(decay + first * H + h, row + 1, tokens_left, H, N, TINY), 0, reverse=True)
+    to_queries = tl.where(seen, to_queries, 0.0)
     between_keys = tl.where(i > j, -between_keys, 0.0)
-    to_queries = tl.where(row[None, :] < (token * N + N)[:, None], to_queries, 0.0)
     if DECAY:
         # Every product of decays times its own gradient; a decay's gradient is the sum over the products with it in
         # them, divided by it. Sums run only over such products, so that nothing large cancels.
