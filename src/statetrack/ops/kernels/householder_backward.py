@@ -294,6 +294,8 @@ def gradients(
     else:
         both_high, query_high = both, to_queries
 
+    # It is 0, which the compiler does not know: else it keeps the addresses of the loop above in registers until they
+    # are used again below, and with decays what is loaded again for the sums.
     nothing = 16 * tl.minimum(tokens_left, 0)
     for start_key in range(0, BK, BD):
         if BD < BK:
@@ -316,7 +318,7 @@ def gradients(
         if SPLIT:
             d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
         d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
-        if V > BV:
+        if V > BV:  # else later: between here and there the states are loaded once for both
             store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
 
         if DECAY:
@@ -366,7 +368,7 @@ def gradients(
             starts + state_at, starts_low + state_at if HIGH else None, d_ends + state_at,
             d_ends_low + state_at if HIGH else None, K, V, BD, min(BV, 64), HIGH, PRECISION,
         )  # fmt: skip
-        # What passes through the whole chunk is read at its end.
+        # What passes through the whole chunk counts as read at its end.
         reads += tl.where(row == BM - 1, d_into * both_ends, 0.0)
         if N == 1:
             reads += asks
