@@ -66,6 +66,15 @@ def test_lengths_around_the_chunk_agree_with_the_reference(t, n, decay, path):
 
 
 @interpreted
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("size", [1e-3, 1e-10, 1.2])
+def test_decays_of_one_size_agree_with_the_reference(size, n, path):
+    case = make_case(1, 70, n, 1, 8, 5, decay="head", **FLOAT32)
+    decay = size * torch.where(case.transition.decay < 0.5, -1.0, 1.0)
+    check_against_reference(case.with_tensors(case.tensors() | {"decay": decay}), "triton")
+
+
+@interpreted
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("n", "k", "v"), [(1, 1, 1), (2, 40, 72), (16, 17, 9), (5, 130, 20)])
 def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(n, k, v, normalize, path):

@@ -46,7 +46,7 @@ def decays(decay, tokens_left, H, N: tl.constexpr, BM: tl.constexpr, BC: tl.cons
     and D(end, j) [BM]. LEAST as in `not_below`.
     """
     row, token = tl.arange(0, BM), tl.arange(0, BC)
-    a = _decays_of_rows(decay, row, tokens_left, H, N, LEAST)
+    a = decays_of_rows(decay, row, tokens_left, H, N, LEAST)
     pairs = tl.cumprod(tl.where(row[:, None] > row[None, :], a[:, None], 1.0), axis=0)
     into = tl.cumprod(a, axis=0)
     if N == 1:
@@ -55,12 +55,12 @@ def decays(decay, tokens_left, H, N: tl.constexpr, BM: tl.constexpr, BC: tl.cons
         of_token = not_below(tl.load(decay + token * H, mask=token < tokens_left, other=1.0).to(tl.float32), LEAST)
         to_token = tl.cumprod(tl.where((token * N)[:, None] > row[None, :], of_token[:, None], 1.0), axis=0)
         into_token = tl.cumprod(of_token, axis=0)
-    out_of = tl.cumprod(_decays_of_rows(decay, row + 1, tokens_left, H, N, LEAST), axis=0, reverse=True)
+    out_of = tl.cumprod(decays_of_rows(decay, row + 1, tokens_left, H, N, LEAST), axis=0, reverse=True)
     return a, pairs, to_token, into, into_token, out_of
 
 
 @triton.jit
-def _decays_of_rows(decay, row, tokens_left, H, N: tl.constexpr, LEAST: tl.constexpr):
+def decays_of_rows(decay, row, tokens_left, H, N: tl.constexpr, LEAST: tl.constexpr):
     """Each token's decay at its first micro-step, and 1 elsewhere."""
     starts = (row % N == 0) & (row // N < tokens_left)
     return not_below(tl.load(decay + (row // N) * H, mask=starts, other=1.0).to(tl.float32), LEAST)

@@ -8,19 +8,78 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays, load_rows
+from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays_of_rows, load_rows
 from statetrack.ops.kernels.products import dot_masks, halves
-from statetrack.ops.kernels.tiles import TINY, load_tile, overlap, store_tile
+from statetrack.ops.kernels.tiles import TINY, store_tile
 
 
 @triton.jit
-def _load_keys(
-    pointer, rows_ok, row_stride, start: tl.constexpr,
-    ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+def _load_rows(pointer, rows_ok, row_stride, start, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """As `load_tile`, with as few masks and numbers of 64 bits for each thread as there can be."""
+    column = tl.arange(0, BLOCK)
+    offsets = tl.arange(0, ROWS)[:, None] * row_stride + column[None, :]
+    ok = rows_ok[:, None]
+    if WIDTH % BLOCK != 0:
+        ok = ok & (start + column < WIDTH)[None, :]
+    return tl.load(pointer + start + offsets, mask=ok, other=0.0)
+
+
+@triton.jit
+def _load_state(
+    pointer, start, start_key, K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr
 ):  # fmt: skip
-    if BD == BK:
-        return load_rows(pointer, rows_ok, row_stride, ROWS, K, BK)
-    return load_tile(pointer, rows_ok, row_stride, start, K, ROWS, BD)
+    """Of a state [V, K] a tile [BV, BD], zero outside."""
+    value, key = tl.arange(0, BV)[:, None], tl.arange(0, BD)[None, :]
+    tile = pointer + start * K + start_key + (value * K + key)
+    if V % BV == 0 and K % BD == 0:
+        return tl.load(tile)
+    return tl.load(tile, mask=(start + value < V) & (start_key + key < K), other=0.0)
+
+
+@triton.jit
+def _overlap(
+    x, x_low, y, y_low,
+    K: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sum of the products of two states' numbers, which with HIGH are given in halves: a trace."""
+    products = tl.zeros([BV, BV], tl.float32)
+    for start in range(0, V, BV):
+        for start_key in range(0, K, BD):
+            left = _load_state(x, start, start_key, K, V, BD, BV)
+            right = _load_state(y, start, start_key, K, V, BD, BV)
+            products = tl.dot(left, tl.trans(right), products, input_precision=PRECISION)
+            if HIGH:
+                low = _load_state(x_low, start, start_key, K, V, BD, BV)
+                products = tl.dot(low, tl.trans(right), products, input_precision=PRECISION)
+                low = _load_state(y_low, start, start_key, K, V, BD, BV)
+                products = tl.dot(left, tl.trans(low), products, input_precision=PRECISION)
+    value = tl.arange(0, BV)
+    return tl.sum(tl.sum(tl.where(value[:, None] == value[None, :], products, 0.0), axis=1), axis=0)
+
+
+@triton.jit
+def _products(a):
+    """Products of decays, from the first on, as m 2^exponent.
+
+    An m is a product of numbers between sqrt(1/2) and sqrt(2): one can be divided by another whatever the decays.
+    """
+    bits = a.to(tl.int32, bitcast=True)
+    exponent = ((bits & 0x7FFFFFFF) - 0x3F3504F3) >> 23
+    m = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    return tl.cumprod(m, axis=0), tl.cumsum(exponent, axis=0)
+
+
+@triton.jit
+def _power(exponent):
+    """2^exponent, or 0 where that is less than 2^-126; up to 127."""
+    return (tl.maximum(exponent + 127, 0) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _quotients(m, exponent, m_before, exponent_before):
+    """D(i, j), given the products up to all i and all j; anything finite for i < j."""
+    ratio = m[:, None] * (1 / m_before)[None, :]
+    return ratio * _power(tl.minimum(exponent[:, None] - exponent_before[None, :], 63))
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
@@ -145,68 +204,78 @@ def gradients(
     tokens_left = tl.minimum(T - chunk * C, C)
     rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
     first = b * T + chunk * C
-    place = head * chunks + chunk
-    if DECAY:  # here, where registers are free
-        both_ends = overlap(starts, starts_low, d_ends, d_ends_low, place * K * V, K * V, HIGH)
-    key_rows = (first * N * H + h) * K
-    query_rows = (first * H + h) * K
-    squared_norm = tl.zeros([BM], tl.float32)
-    for start_key in tl.static_range(0, BK, BD):
-        keys = _load_keys(k + key_rows, rows_ok, H * K, start_key, BM, K, BK, BD)
-        squared_norm += tl.sum(keys.to(tl.float32) * keys.to(tl.float32), axis=1)
-    directed = squared_norm > SHORTEST
-    inverse_norm = tl.where(directed, 1 / tl.where(directed, squared_norm, 1.0), 0.0)
-    scaled = clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
-    if NORMALIZE:
-        scaled = tl.where(directed, scaled * inverse_norm, TINY)
-
-    values_at = (first * N * H + h) * V + row[:, None] * (H * V)
-    outs_at = (first * H + h) * V + token[:, None] * (H * V)
+    state_at = (head * chunks + chunk) * K * V
+    keys_at, queries_at = (first * N * H + h) * K, (first * H + h) * K
+    values_at, outs_at = (first * N * H + h) * V, (first * H + h) * V
+    if BD == BK:
+        keys = _load_rows(k + keys_at, rows_ok, H * K, 0, K, BM, BK)
 
     # How micro-steps and queries act on each other. Only one large accumulator at a time, or registers run out.
     between_keys = tl.zeros([BM, BM], tl.float32)
     to_queries = tl.zeros([BC, BM], tl.float32)
     for start in range(0, V, BV):
-        value = start + tl.arange(0, BV)[None, :]
-        ok = rows_ok[:, None] & (value < V)
-        u = tl.load(u_high + values_at + value, mask=ok, other=0.0)
-        d_error = tl.load(d_error_high + values_at + value, mask=ok, other=0.0)
-        d_out = tl.load(d_o + outs_at + value, mask=tokens_ok[:, None] & (value < V), other=0.0)
+        u = _load_rows(u_high + values_at, rows_ok, H * V, start, V, BM, BV)
+        d_error = _load_rows(d_error_high + values_at, rows_ok, H * V, start, V, BM, BV)
+        d_out = _load_rows(d_o + outs_at, tokens_ok, H * V, start, V, BC, BV)
         between_keys = tl.dot(d_error, tl.trans(u), between_keys, input_precision=PRECISION)
         to_queries = tl.dot(d_out, tl.trans(u), to_queries, input_precision=PRECISION)
         if SPLIT:
-            low = tl.load(u_low + values_at + value, mask=ok, other=0.0)
+            low = _load_rows(u_low + values_at, rows_ok, H * V, start, V, BM, BV)
             between_keys = tl.dot(d_error, tl.trans(low), between_keys, input_precision=PRECISION)
             to_queries = tl.dot(d_out, tl.trans(low), to_queries, input_precision=PRECISION)
-            low = tl.load(d_error_low + values_at + value, mask=ok, other=0.0)
+            low = _load_rows(d_error_low + values_at, rows_ok, H * V, start, V, BM, BV)
             between_keys = tl.dot(low, tl.trans(u), between_keys, input_precision=PRECISION)
+
+    if BD == BK:
+        queries = _load_rows(q + queries_at, tokens_ok, H * K, 0, K, BC, BK)
+    # Its diagonal is a sum of squares, which float32 keys take by themselves: as operands they fill the registers.
+    BY_GRAM: tl.constexpr = SPLIT or DECAY
+    gram, squared_norm = tl.zeros([BM, BM], tl.float32), tl.zeros([BM], tl.float32)
+    for start_key in tl.static_range(0, BK, BD):
+        if BD < BK:
+            keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
+        if BY_GRAM:
+            gram = tl.dot(keys, tl.trans(keys), gram, input_precision=PRECISION)
+        else:
+            squared_norm += tl.sum(keys * keys, axis=1)
 
     # On the diagonal d_error . u = beta^2 (gradient of beta), where beta is the factor of k k^T.
     i, j = row[:, None], row[None, :]
-    d_scaled = tl.sum(tl.where(i == j, between_keys, 0.0), axis=1) / scaled / scaled
+    seen = j < (token * N + N)[:, None] if N > 1 else i >= j
+    scaled = clamped_beta(tl.load(beta + first * N * H + h + row * H, mask=rows_ok, other=0.0).to(tl.float32))
+    d_scaled = tl.sum(tl.where(i == j, between_keys, 0.0), axis=1)
     if NORMALIZE:
+        if BY_GRAM:
+            squared_norm = tl.sum(tl.where(i == j, gram, 0.0), axis=1)
+        directed = squared_norm > SHORTEST
+        inverse_norm = tl.where(directed, 1 / tl.where(directed, squared_norm, 1.0), 0.0)
+        scaled = tl.where(directed, scaled * inverse_norm, TINY)
         d_scaled *= inverse_norm
+    d_scaled = d_scaled / scaled / scaled
     tl.store(d_beta + first * N * H + h + row * H, d_scaled, mask=rows_ok)
-    between_keys = tl.where(i > j, -between_keys, 0.0)
-    to_queries = tl.where(row[None, :] < (token * N + N)[:, None], to_queries, 0.0)
-    if BD == BK:
-        queries = load_rows(q + query_rows, tokens_ok, H * K, BC, K, BK)
     if DECAY:
-        a, d_pairs, d_token, d_into, d_into_token, d_out_of = decays(
-            decay + first * H + h, tokens_left, H, N, BM, BC, TINY
-        )
-        between_keys *= d_pairs
-        to_queries *= d_token
+        a = decays_of_rows(decay + first * H + h, row, tokens_left, H, N, TINY)
+        m, exponent = _products(a)
+        if N == 1:
+            token_m, token_exponent = m, exponent
+        else:
+            token_m, token_exponent = _products(decays_of_rows(decay + first * H + h, token, tokens_left, H, 1, TINY))
+        between_keys *= _quotients(m, exponent, m, exponent)
+        to_queries *= _quotients(token_m, token_exponent, m, exponent)
+        d_into, d_into_token = m * _power(exponent), token_m * _power(token_exponent)
+        d_out_of = tl.cumprod(decays_of_rows(decay + first * H + h, row + 1, tokens_left, H, N, TINY), 0, reverse=True)
+    to_queries = tl.where(seen, to_queries, 0.0)
+    between_keys = tl.where(i > j, -between_keys, 0.0)
+    if DECAY:
         # Every product of decays times its own gradient; a decay's gradient is the sum over the products with it in
         # them, divided by it. Sums run only over such products, so that nothing large cancels.
-        gram, scores = tl.zeros([BM, BM], tl.float32), tl.zeros([BC, BM], tl.float32)
+        of_pairs = between_keys * gram
+        scores = tl.zeros([BC, BM], tl.float32)
         for start_key in tl.static_range(0, BK, BD):
             if BD < BK:
-                keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
-                queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
-            gram = tl.dot(keys, tl.trans(keys), gram, input_precision=PRECISION)
+                keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
+                queries = _load_rows(q + queries_at, tokens_ok, H * K, start_key, K, BC, BD)
             scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
-        of_pairs = between_keys * gram
         of_queries = to_queries * scores
         later_token = token[None, :] * N >= (row // N * N)[:, None]
         if N == 1:
@@ -215,85 +284,95 @@ def gradients(
             spanning = dot_masks(i <= j, of_pairs, OPERAND, SPLIT, PRECISION)
             spanning += dot_masks(later_token, of_queries, OPERAND, SPLIT, PRECISION)
         total = tl.sum(tl.where(i > j, spanning, 0.0), axis=1)
-        total += tl.sum(tl.where(row == BM - 1, d_into, 0.0), axis=0) * both_ends
         asks, reads, writes = tl.zeros([BC], tl.float32), tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    both = between_keys + tl.trans(between_keys)
+    if NORMALIZE:
+        both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)
+    if SPLIT:
+        both_high, both_low = halves(both, OPERAND)
+        query_high, query_low = halves(to_queries, OPERAND)
+    else:
+        both_high, query_high = both, to_queries
 
+    # It is 0, which the compiler does not know: else it keeps the addresses of the loop above in registers until they
+    # are used again below, and with decays what is loaded again for the sums.
+    nothing = 16 * tl.minimum(tokens_left, 0)
     for start_key in range(0, BK, BD):
-        key = start_key + tl.arange(0, BD)
-        states_at = place * K * V + key[None, :]
         if BD < BK:
-            keys = load_tile(k + key_rows, rows_ok, H * K, start_key, K, BM, BD)
-            queries = load_tile(q + query_rows, tokens_ok, H * K, start_key, K, BC, BD)
+            keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
+            queries = _load_rows(q + queries_at, tokens_ok, H * K, start_key, K, BC, BD)
+        if DECAY:
+            # What products take from shared memory would else stay in registers for the sums as well.
+            again = _load_rows(q + queries_at + nothing, tokens_ok, H * K, start_key, K, BC, BD)
         d_queries = tl.zeros([BC, BD], tl.float32)
         for start in range(0, V, BV):
-            value = start + tl.arange(0, BV)
-            d_out = tl.load(d_o + outs_at + value[None, :], mask=tokens_ok[:, None] & (value < V)[None, :], other=0.0)
-            states_ok = (value < V)[:, None] & (key < K)[None, :]
-            state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+            d_out = _load_rows(d_o + outs_at + nothing, tokens_ok, H * V, start, V, BC, BV)
+            state = _load_state(starts + state_at, start, start_key, K, V, BD, BV)
             d_queries = tl.dot(d_out, state, d_queries, input_precision=PRECISION)
             if HIGH:
-                low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+                low = _load_state(starts_low + state_at, start, start_key, K, V, BD, BV)
                 d_queries = tl.dot(d_out, low, d_queries, input_precision=PRECISION)
         if DECAY:
             d_queries *= d_into_token[:, None]
-            asks += tl.sum(d_queries * queries.to(tl.float32), axis=1)
+            asks += tl.sum(d_queries * again.to(tl.float32), axis=1)
         if SPLIT:
-            query_high, query_low = halves(to_queries, OPERAND)
             d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
-        else:
-            query_high = to_queries
         d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
-        store_tile(d_q + query_rows, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
+        if V > BV:  # else later: between here and there the states are loaded once for both
+            store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
 
+        if DECAY:
+            again = _load_rows(k + keys_at + nothing, rows_ok, H * K, start_key, K, BM, BD)
         d_keys = tl.zeros([BM, BD], tl.float32)
         for start in range(0, V, BV):
-            value = start + tl.arange(0, BV)
-            ok = rows_ok[:, None] & (value < V)[None, :]
-            d_error = tl.load(d_error_high + values_at + value[None, :], mask=ok, other=0.0)
-            states_ok = (value < V)[:, None] & (key < K)[None, :]
-            state = tl.load(starts + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+            d_error = _load_rows(d_error_high + values_at + nothing, rows_ok, H * V, start, V, BM, BV)
+            state = _load_state(starts + state_at, start, start_key, K, V, BD, BV)
             d_keys = tl.dot(d_error, state, d_keys, input_precision=PRECISION)
             if HIGH:
-                low = tl.load(d_error_low + values_at + value[None, :], mask=ok, other=0.0)
+                low = _load_rows(d_error_low + values_at + nothing, rows_ok, H * V, start, V, BM, BV)
                 d_keys = tl.dot(low, state, d_keys, input_precision=PRECISION)
-                low = tl.load(starts_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
+                low = _load_state(starts_low + state_at, start, start_key, K, V, BD, BV)
                 d_keys = tl.dot(d_error, low, d_keys, input_precision=PRECISION)
-        d_keys = -d_keys
+        if V <= BV:
+            store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
         if DECAY:
-            d_keys *= d_into[:, None]
-            reads += tl.sum(d_keys * keys.to(tl.float32), axis=1)
-            d_reading = d_keys
-            d_keys = tl.zeros([BM, BD], tl.float32)
-        for start in range(0, V, BV):
-            value = start + tl.arange(0, BV)
-            ok = rows_ok[:, None] & (value < V)[None, :]
-            u = tl.load(u_high + values_at + value[None, :], mask=ok, other=0.0)
-            states_ok = (value < V)[:, None] & (key < K)[None, :]
-            d_end = tl.load(d_ends + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-            d_keys = tl.dot(u, d_end, d_keys, input_precision=PRECISION)
-            if HIGH:
-                low = tl.load(u_low + values_at + value[None, :], mask=ok, other=0.0)
-                d_keys = tl.dot(low, d_end, d_keys, input_precision=PRECISION)
-                end_low = tl.load(d_ends_low + states_at + value[:, None] * K, mask=states_ok, other=0.0)
-                d_keys = tl.dot(u, end_low, d_keys, input_precision=PRECISION)
-        if DECAY:
-            d_keys *= d_out_of[:, None]
-            writes += tl.sum(d_keys * keys.to(tl.float32), axis=1)
-            d_keys += d_reading
-        both = between_keys + tl.trans(between_keys)
-        if NORMALIZE:
-            both = tl.where(i == j, (-2 * scaled * d_scaled)[:, None], both)
-        if SPLIT:
-            both_high, both_low = halves(both, OPERAND)
-            d_keys = tl.dot(both_low, keys, d_keys, input_precision=PRECISION)
+            d_keys *= -d_into[:, None]
+            reads += tl.sum(d_keys * again.to(tl.float32), axis=1)
         else:
-            both_high = both
+            d_keys = -d_keys
+        if SPLIT:
+            d_keys = tl.dot(both_low, keys, d_keys, input_precision=PRECISION)
         d_keys = tl.dot(both_high, keys, d_keys, input_precision=PRECISION)
         if HIGH:
             d_keys = tl.dot(tl.trans(query_low), queries, d_keys, input_precision=PRECISION)
         d_keys = tl.dot(tl.trans(query_high), queries, d_keys, input_precision=PRECISION)
-        store_tile(d_k + key_rows, d_keys, rows_ok, H * K, start_key, K, BM, BD)
+        if DECAY:
+            again = _load_rows(k + keys_at + 2 * nothing, rows_ok, H * K, start_key, K, BM, BD)
+        written = tl.zeros([BM, BD], tl.float32) if DECAY else d_keys
+        for start in range(0, V, BV):
+            u = _load_rows(u_high + values_at + nothing, rows_ok, H * V, start, V, BM, BV)
+            d_end = _load_state(d_ends + state_at, start, start_key, K, V, BD, BV)
+            written = tl.dot(u, d_end, written, input_precision=PRECISION)
+            if HIGH:
+                low = _load_rows(u_low + values_at + nothing, rows_ok, H * V, start, V, BM, BV)
+                written = tl.dot(low, d_end, written, input_precision=PRECISION)
+                end_low = _load_state(d_ends_low + state_at, start, start_key, K, V, BD, BV)
+                written = tl.dot(u, end_low, written, input_precision=PRECISION)
+        if DECAY:
+            written *= d_out_of[:, None]
+            writes += tl.sum(written * again.to(tl.float32), axis=1)
+            written += d_keys
+        store_tile(d_k + keys_at, written, rows_ok, H * K, start_key, K, BM, BD)
     if DECAY:
-        total += tl.sum(tl.where(later_token, asks[None, :], 0.0), axis=1)
-        total += tl.sum(tl.where(i <= j, reads[None, :], 0.0) + tl.where(i > j, writes[None, :], 0.0), axis=1)
+        both_ends = _overlap(
+            starts + state_at, starts_low + state_at if HIGH else None, d_ends + state_at,
+            d_ends_low + state_at if HIGH else None, K, V, BD, min(BV, 64), HIGH, PRECISION,
+        )  # fmt: skip
+        # What passes through the whole chunk counts as read at its end.
+        reads += tl.where(row == BM - 1, d_into * both_ends, 0.0)
+        if N == 1:
+            reads += asks
+        else:
+            total += tl.sum(tl.where(later_token, asks[None, :], 0.0), axis=1)
+        total += tl.sum(tl.where(i > j, writes[None, :], reads[None, :]), axis=1)
         tl.store(d_decay + first * H + h + (row // N) * H, total / a, mask=(row % N == 0) & rows_ok)
