@@ -34,6 +34,7 @@ _PREPARED = 7
 _LARGEST_PRODUCT = 64
 # The widest tile of key channels of `gradients`, whose accumulators would else not fit the registers.
 _KEYS = 128
+_STATE_KEYS = 64
 # Shorter sequences go step by step: with so few tokens the state's own traffic is all there is.
 _STEP_BY_STEP = 4
 # The products of the segments' transitions fit a multiprocessor up to keys of so many channels.
@@ -261,7 +262,7 @@ def _forward(
         record: list[Tensor | None] = shape.empty_record() if save else [None] * 4
         block_v, options = shape.launch("scan_forward")
         blocks = -(-shape.value_dim // block_v)
-        constants = shape.constants(INITIAL=initial is not None, DECAY=decay is not None)
+        constants = shape.constants(BD=min(shape.block_k, _STATE_KEYS), INITIAL=initial is not None, DECAY=decay is not None)
         count, length = shape.segments(blocks)
         maps = None
         if count == 1:
@@ -344,7 +345,7 @@ def _backward(
     with torch.cuda.device_of(k):
         block_v, options = shape.launch("scan_backward")
         blocks = -(-shape.value_dim // block_v)
-        constants = shape.constants(V=shape.value_dim, BV=block_v, DECAY=has_decay, FINAL=d_state is not None)
+        constants = shape.constants(BD=min(shape.block_k, _STATE_KEYS), V=shape.value_dim, BV=block_v, DECAY=has_decay, FINAL=d_state is not None)
         inputs = (operand_q, operand_k, *prepared, operand_d_o)
         count = 1 if maps is None else maps.shape[1]
         length = -(-shape.chunks // count)

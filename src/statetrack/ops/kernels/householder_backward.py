@@ -8,19 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays, load_rows
+from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays, load_keys, load_rows, store_keys
 from statetrack.ops.kernels.products import dot_masks, halves
 from statetrack.ops.kernels.tiles import TINY, load_tile, overlap, store_tile
-
-
-@triton.jit
-def _load_keys(
-    pointer, rows_ok, row_stride, start: tl.constexpr,
-    ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    if BD == BK:
-        return load_rows(pointer, rows_ok, row_stride, ROWS, K, BK)
-    return load_tile(pointer, rows_ok, row_stride, start, K, ROWS, BD)
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
@@ -29,7 +19,7 @@ def scan_backward(
     d_error_high, d_error_low, d_ends, d_ends_low, d_initial,
     T, H, chunks, segments, segment_chunks,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     FINAL: tl.constexpr, MODE: tl.constexpr, DECAY: tl.constexpr,
     SPLIT: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -41,18 +31,20 @@ def scan_backward(
     segment = tl.program_id(0).to(tl.int64)
     head = segment // segments
     b, h = head // H, head % H
-    row, token, key = tl.arange(0, BM), tl.arange(0, BC), tl.arange(0, BK)
+    row, token = tl.arange(0, BM), tl.arange(0, BC)
     value = tl.program_id(1) * BV + tl.arange(0, BV)
     value_ok = value < V
-    state_ok = value_ok[:, None] & (key < K)[None, :]
-    state_at = head * K * V + value[:, None] + key[None, :] * V
-    segment_at = segment * K * V + value[:, None] * K + key[None, :]
-    if MODE == 2 or (MODE == 0 and not FINAL):
-        d_state = tl.zeros([BV, BK], tl.float32)
-    elif MODE == 1:
-        d_state = tl.load(d_final + segment_at, mask=state_ok, other=0.0)
-    else:
-        d_state = tl.load(d_final + state_at, mask=state_ok, other=0.0)
+    d_states = ()
+    for start_key in tl.static_range(0, BK, BD):
+        key = start_key + tl.arange(0, BD)
+        state_ok = value_ok[:, None] & (key < K)[None, :]
+        if MODE == 2 or (MODE == 0 and not FINAL):
+            d_state = tl.zeros([BV, BD], tl.float32)
+        elif MODE == 1:
+            d_state = tl.load(d_final + segment * K * V + value[:, None] * K + key[None, :], mask=state_ok, other=0.0)
+        else:
+            d_state = tl.load(d_final + head * K * V + value[:, None] + key[None, :] * V, mask=state_ok, other=0.0)
+        d_states = d_states + (d_state,)
     begin = (segment % segments).to(tl.int32) * segment_chunks
     end = tl.minimum(begin + segment_chunks, chunks)
     for step in range(end - begin):
@@ -61,25 +53,30 @@ def scan_backward(
         rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
         first = b * T + chunk * C
         place = head * chunks + chunk
-        keys = load_rows(k + (first * N * H + h) * K, rows_ok, H * K, BM, K, BK)
-        queries = load_rows(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK)
+        keys, queries = (), ()
+        for start_key in tl.static_range(0, BK, BD):
+            keys = keys + (load_keys(k + (first * N * H + h) * K, rows_ok, H * K, start_key, BM, K, BK, BD),)
+        for start_key in tl.static_range(0, BK, BD):
+            queries = queries + (load_keys(q + (first * H + h) * K, tokens_ok, H * K, start_key, BC, K, BK, BD),)
         out_at = (first * H + h) * V + value[:, None] + token[None, :] * (H * V)
         d_out = tl.load(d_o + out_at, mask=value_ok[:, None] & tokens_ok[None, :], other=0.0)
         tile = place * BM * BM + row[:, None] * BM + row[None, :]
         t_high = tl.load(inverse_high + tile)
         seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
 
-        if SPLIT:
-            high, low = halves(d_state, OPERAND)
-        else:
-            high, low = d_state, d_state
-        if MODE < 2:
-            tl.store(d_ends + place * K * V + value[:, None] * K + key[None, :], high, mask=state_ok)
-            if HIGH:
-                tl.store(d_ends_low + place * K * V + value[:, None] * K + key[None, :], low, mask=state_ok)
-        d_u = tl.dot(high, tl.trans(keys), input_precision=PRECISION)
-        if SPLIT:
-            d_u = tl.dot(low, tl.trans(keys), d_u, input_precision=PRECISION)
+        d_u = tl.zeros([BV, BM], tl.float32)
+        for part in tl.static_range(BK // BD):
+            if SPLIT:
+                high, low = halves(d_states[part], OPERAND)
+            else:
+                high, low = d_states[part], d_states[part]
+            if MODE < 2:
+                store_keys(d_ends + place * K * V, high, value, value_ok, part * BD, K, BK, BD)
+                if HIGH:
+                    store_keys(d_ends_low + place * K * V, low, value, value_ok, part * BD, K, BK, BD)
+            d_u = tl.dot(high, tl.trans(keys[part]), d_u, input_precision=PRECISION)
+            if SPLIT:
+                d_u = tl.dot(low, tl.trans(keys[part]), d_u, input_precision=PRECISION)
         if DECAY:
             d_u *= tl.load(out_of + place * BM + row)[None, :]
         d_u = tl.dot(d_out, seen, d_u, input_precision=PRECISION)
@@ -102,25 +99,37 @@ def scan_backward(
             tl.store(d_error_high + values_at, w_high, mask=values_ok)
             if SPLIT:
                 tl.store(d_error_low + values_at, w_low, mask=values_ok)
+        asked_low = d_out
         if DECAY:
-            d_state *= tl.load(into + place * BM + BM - 1)
+            total = tl.load(into + place * BM + BM - 1)
             d_asked = d_out.to(tl.float32) * tl.load(into_token + place * BC + token)[None, :]
             d_out = d_asked.to(OPERAND)
             if HIGH:
                 _, asked_low = halves(d_asked, OPERAND)
-                d_state = tl.dot(asked_low, queries, d_state, input_precision=PRECISION)
             d_error *= tl.load(into + place * BM + row)[None, :]
-        d_state = tl.dot(d_out, queries, d_state, input_precision=PRECISION)
         if SPLIT:
             w_high, w_low = halves(-d_error, OPERAND)
-            d_state = tl.dot(w_high, keys, d_state, input_precision=PRECISION)
-            d_state = tl.dot(w_low, keys, d_state, input_precision=PRECISION)
         else:
-            d_state = tl.dot(-d_error, keys, d_state, input_precision=PRECISION)
-    if MODE == 2:
-        tl.store(d_initial + segment_at, d_state, mask=state_ok)
-    elif segment % segments == 0:
-        tl.store(d_initial + state_at, d_state, mask=state_ok)
+            w_high, w_low = -d_error, -d_error
+        after, d_states = d_states, ()
+        for part in tl.static_range(BK // BD):
+            d_state = after[part]
+            if DECAY:
+                d_state *= total
+                if HIGH:
+                    d_state = tl.dot(asked_low, queries[part], d_state, input_precision=PRECISION)
+            d_state = tl.dot(d_out, queries[part], d_state, input_precision=PRECISION)
+            d_state = tl.dot(w_high, keys[part], d_state, input_precision=PRECISION)
+            if SPLIT:
+                d_state = tl.dot(w_low, keys[part], d_state, input_precision=PRECISION)
+            d_states = d_states + (d_state,)
+    for part in tl.static_range(BK // BD):
+        key = part * BD + tl.arange(0, BD)
+        state_ok = value_ok[:, None] & (key < K)[None, :]
+        if MODE == 2:
+            tl.store(d_initial + segment * K * V + value[:, None] * K + key[None, :], d_states[part], mask=state_ok)
+        elif segment % segments == 0:
+            tl.store(d_initial + head * K * V + value[:, None] + key[None, :] * V, d_states[part], mask=state_ok)
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
@@ -152,7 +161,7 @@ def gradients(
     query_rows = (first * H + h) * K
     squared_norm = tl.zeros([BM], tl.float32)
     for start_key in tl.static_range(0, BK, BD):
-        keys = _load_keys(k + key_rows, rows_ok, H * K, start_key, BM, K, BK, BD)
+        keys = load_keys(k + key_rows, rows_ok, H * K, start_key, BM, K, BK, BD)
         squared_norm += tl.sum(keys.to(tl.float32) * keys.to(tl.float32), axis=1)
     directed = squared_norm > SHORTEST
     inverse_norm = tl.where(directed, 1 / tl.where(directed, squared_norm, 1.0), 0.0)
