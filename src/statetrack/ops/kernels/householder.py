@@ -230,10 +230,6 @@ def scan_forward(
             read = tl.dot(high, tl.trans(keys[part]), read, input_precision=PRECISION)
             if SPLIT:
                 read = tl.dot(low, tl.trans(keys[part]), read, input_precision=PRECISION)
-            if MODE < 2 and BD < BK:
-                out = tl.dot(high, tl.trans(queries[part]), out, input_precision=PRECISION)
-                if HIGH:
-                    out = tl.dot(low, tl.trans(queries[part]), out, input_precision=PRECISION)
         if DECAY:
             read *= tl.load(into + place * BM + row)[None, :]
         error = -read
@@ -255,10 +251,13 @@ def scan_forward(
             if SPLIT:
                 tl.store(u_low + values_at, w_low, mask=values_ok)
         if MODE < 2:
-            if BD == BK:  # here, as accumulators take more registers than a half of the state
-                out = tl.dot(high, tl.trans(queries[0]), input_precision=PRECISION)
+            for part in tl.static_range(BK // BD):
+                if BD < BK:
+                    high = states[part].to(OPERAND)
+                    low = (states[part] - high.to(tl.float32)).to(OPERAND)
+                out = tl.dot(high, tl.trans(queries[part]), out, input_precision=PRECISION)
                 if HIGH:
-                    out = tl.dot(low, tl.trans(queries[0]), out, input_precision=PRECISION)
+                    out = tl.dot(low, tl.trans(queries[part]), out, input_precision=PRECISION)
             if DECAY:
                 out *= tl.load(into_token + place * BC + token)[None, :]
             out = tl.dot(w_high, tl.trans(seen), out, input_precision=PRECISION)

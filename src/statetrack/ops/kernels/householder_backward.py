@@ -107,10 +107,6 @@ def scan_backward(
             if HIGH:
                 _, asked_low = halves(d_asked, OPERAND)
             d_error *= tl.load(into + place * BM + row)[None, :]
-        if SPLIT:
-            w_high, w_low = halves(-d_error, OPERAND)
-        else:
-            w_high, w_low = -d_error, -d_error
         after, d_states = d_states, ()
         for part in tl.static_range(BK // BD):
             d_state = after[part]
@@ -119,9 +115,12 @@ def scan_backward(
                 if HIGH:
                     d_state = tl.dot(asked_low, queries[part], d_state, input_precision=PRECISION)
             d_state = tl.dot(d_out, queries[part], d_state, input_precision=PRECISION)
-            d_state = tl.dot(w_high, keys[part], d_state, input_precision=PRECISION)
             if SPLIT:
+                w_high, w_low = halves(-d_error, OPERAND)
+                d_state = tl.dot(w_high, keys[part], d_state, input_precision=PRECISION)
                 d_state = tl.dot(w_low, keys[part], d_state, input_precision=PRECISION)
+            else:
+                d_state = tl.dot(-d_error, keys[part], d_state, input_precision=PRECISION)
             d_states = d_states + (d_state,)
     for part in tl.static_range(BK // BD):
         key = part * BD + tl.arange(0, BD)
