@@ -154,17 +154,26 @@ def test_gradients_of_keys_in_several_tiles_agree_with_the_reference(n, decay, p
 
 
 @interpreted
-@pytest.mark.parametrize("segmented", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize(("n", "decay"), [(1, "none"), (1, "head"), (3, "none"), (3, "head")])
+def test_states_in_pieces_agree_with_the_reference(n, decay, path):
+    check_against_reference(make_case(1, 70, n, 1, 144, 40, decay=decay, normalize=n == 1, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("cut", ["whole", "segments", "pieces"])
 @pytest.mark.parametrize("decay", ["none", "head"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_high_precision_rounds_results_alone(n, decay, segmented, monkeypatch):
+def test_high_precision_rounds_results_alone(n, decay, cut, monkeypatch):
     """float16 in the place of bfloat16, which the interpreter can't multiply: halves of 22 bits, and wholes of 11.
 
     Its range is too small for what stands for a gate of 0.
     """
     monkeypatch.setattr(triton_householder, "_operands", lambda dtypes: (torch.float16, True))
-    if segmented:
+    if cut == "segments":
         short_segments(monkeypatch)
+    if cut == "pieces":
+        monkeypatch.setattr(triton_householder, "_LONGEST_WHOLE", 16)
+        monkeypatch.setattr(triton_householder, "_PIECE", 16)
     case = make_case(1, 150, n, 1, 24, 20, decay=decay, dtype=torch.float16)
     gates = {name: x for name, x in case.tensors().items() if name in ("beta", "decay")}
     case = case.with_tensors({name: torch.where(x == 0, 0.5, x) for name, x in gates.items()})

@@ -37,7 +37,7 @@ def load_keys(
     pointer, rows_ok, row_stride, start: tl.constexpr,
     ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Of rows of K numbers the BD columns from `start` on."""
+    """Of rows of K numbers the BD from `start` on: a tile [ROWS, BD], zero outside."""
     if BD == BK:
         return load_rows(pointer, rows_ok, row_stride, ROWS, K, BK)
     if start + BD <= K:
@@ -46,10 +46,22 @@ def load_keys(
 
 
 @triton.jit
-def store_keys(
-    pointer, x, value, value_ok, start: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr
+def load_pieces(
+    pointer, rows_ok, row_stride, ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """Into a state [V, K] the BD columns from `start` on."""
+    """Rows of K numbers: a tuple of tiles [ROWS, BD]."""
+    pieces = ()
+    for start in tl.static_range(0, K, BD):
+        pieces = pieces + (load_keys(pointer, rows_ok, row_stride, start, ROWS, K, BK, BD),)
+    return pieces
+
+
+@triton.jit
+def store_keys(
+    pointer, x, value, value_ok, start: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Into rows of K numbers the BD from `start` on."""
     key = start + tl.arange(0, BD)
     state_ok = value_ok[:, None]
     if BD == BK or start + BD > K:
@@ -187,7 +199,7 @@ def scan_forward(
     value = tl.program_id(1) * BV + tl.arange(0, BV)
     value_ok = value < V
     states = ()
-    for start_key in tl.static_range(0, BK, BD):
+    for start_key in tl.static_range(0, K, BD):
         key = start_key + tl.arange(0, BD)
         state_ok = value_ok[:, None] & (key < K)[None, :]
         state = tl.zeros([BV, BD], tl.float32)
@@ -204,21 +216,18 @@ def scan_forward(
         rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
         first = b * T + chunk * C
         place = head * chunks + chunk
-        keys, queries = (), ()
-        for start_key in tl.static_range(0, BK, BD):
-            keys = keys + (load_keys(k + (first * N * H + h) * K, rows_ok, H * K, start_key, BM, K, BK, BD),)
+        keys = load_pieces(k + (first * N * H + h) * K, rows_ok, H * K, BM, K, BK, BD)
         values_at = (first * N * H + h) * V + value[:, None] + row[None, :] * (H * V)
         if MODE < 3:
             values = tl.load(v + values_at, mask=value_ok[:, None] & rows_ok[None, :], other=0.0).to(tl.float32)
         tile = place * BM * BM + row[:, None] * BM + row[None, :]
         t_high = tl.load(inverse_high + tile)
         if MODE < 2:
-            for start_key in tl.static_range(0, BK, BD):
-                queries = queries + (load_keys(q + (first * H + h) * K, tokens_ok, H * K, start_key, BC, K, BK, BD),)
+            queries = load_pieces(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK, BD)
             seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
 
         read, out = tl.zeros([BV, BM], tl.float32), tl.zeros([BV, BC], tl.float32)
-        for part in tl.static_range(BK // BD):
+        for part in tl.static_range(tl.cdiv(K, BD)):
             if SPLIT:
                 high, low = halves(states[part], OPERAND)
             else:
@@ -251,8 +260,8 @@ def scan_forward(
             if SPLIT:
                 tl.store(u_low + values_at, w_low, mask=values_ok)
         if MODE < 2:
-            for part in tl.static_range(BK // BD):
-                if BD < BK:
+            for part in tl.static_range(tl.cdiv(K, BD)):
+                if BD < BK:  # once more, as there are no registers to keep all pieces' halves
                     high = states[part].to(OPERAND)
                     low = (states[part] - high.to(tl.float32)).to(OPERAND)
                 out = tl.dot(high, tl.trans(queries[part]), out, input_precision=PRECISION)
@@ -276,7 +285,7 @@ def scan_forward(
             else:
                 w_high, w_low = u, u
         before, states = states, ()
-        for part in tl.static_range(BK // BD):
+        for part in tl.static_range(tl.cdiv(K, BD)):
             state = before[part]
             if DECAY:
                 state *= total
@@ -284,7 +293,7 @@ def scan_forward(
             if SPLIT:
                 state = tl.dot(w_low, keys[part], state, input_precision=PRECISION)
             states = states + (state,)
-    for part in tl.static_range(BK // BD):
+    for part in tl.static_range(tl.cdiv(K, BD)):
         key = part * BD + tl.arange(0, BD)
         state_ok = value_ok[:, None] & (key < K)[None, :]
         if MODE >= 2:

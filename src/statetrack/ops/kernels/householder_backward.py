@@ -8,7 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays, load_keys, load_rows, store_keys
+from statetrack.ops.kernels.householder import (
+    SHORTEST,
+    clamped_beta,
+    decays,
+    load_keys,
+    load_pieces,
+    load_rows,
+    store_keys,
+)
 from statetrack.ops.kernels.products import dot_masks, halves
 from statetrack.ops.kernels.tiles import TINY, load_tile, overlap, store_tile
 
@@ -35,7 +43,7 @@ def scan_backward(
     value = tl.program_id(1) * BV + tl.arange(0, BV)
     value_ok = value < V
     d_states = ()
-    for start_key in tl.static_range(0, BK, BD):
+    for start_key in tl.static_range(0, K, BD):
         key = start_key + tl.arange(0, BD)
         state_ok = value_ok[:, None] & (key < K)[None, :]
         if MODE == 2 or (MODE == 0 and not FINAL):
@@ -53,11 +61,8 @@ def scan_backward(
         rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
         first = b * T + chunk * C
         place = head * chunks + chunk
-        keys, queries = (), ()
-        for start_key in tl.static_range(0, BK, BD):
-            keys = keys + (load_keys(k + (first * N * H + h) * K, rows_ok, H * K, start_key, BM, K, BK, BD),)
-        for start_key in tl.static_range(0, BK, BD):
-            queries = queries + (load_keys(q + (first * H + h) * K, tokens_ok, H * K, start_key, BC, K, BK, BD),)
+        keys = load_pieces(k + (first * N * H + h) * K, rows_ok, H * K, BM, K, BK, BD)
+        queries = load_pieces(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK, BD)
         out_at = (first * H + h) * V + value[:, None] + token[None, :] * (H * V)
         d_out = tl.load(d_o + out_at, mask=value_ok[:, None] & tokens_ok[None, :], other=0.0)
         tile = place * BM * BM + row[:, None] * BM + row[None, :]
@@ -65,7 +70,7 @@ def scan_backward(
         seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
 
         d_u = tl.zeros([BV, BM], tl.float32)
-        for part in tl.static_range(BK // BD):
+        for part in tl.static_range(tl.cdiv(K, BD)):
             if SPLIT:
                 high, low = halves(d_states[part], OPERAND)
             else:
@@ -99,7 +104,6 @@ def scan_backward(
             tl.store(d_error_high + values_at, w_high, mask=values_ok)
             if SPLIT:
                 tl.store(d_error_low + values_at, w_low, mask=values_ok)
-        asked_low = d_out
         if DECAY:
             total = tl.load(into + place * BM + BM - 1)
             d_asked = d_out.to(tl.float32) * tl.load(into_token + place * BC + token)[None, :]
@@ -108,7 +112,7 @@ def scan_backward(
                 _, asked_low = halves(d_asked, OPERAND)
             d_error *= tl.load(into + place * BM + row)[None, :]
         after, d_states = d_states, ()
-        for part in tl.static_range(BK // BD):
+        for part in tl.static_range(tl.cdiv(K, BD)):
             d_state = after[part]
             if DECAY:
                 d_state *= total
@@ -122,7 +126,7 @@ def scan_backward(
             else:
                 d_state = tl.dot(-d_error, keys[part], d_state, input_precision=PRECISION)
             d_states = d_states + (d_state,)
-    for part in tl.static_range(BK // BD):
+    for part in tl.static_range(tl.cdiv(K, BD)):
         key = part * BD + tl.arange(0, BD)
         state_ok = value_ok[:, None] & (key < K)[None, :]
         if MODE == 2:
