@@ -40,8 +40,6 @@ def load_keys(
     """Of rows of K numbers the BD from `start` on: a tile [ROWS, BD], zero outside."""
     if BD == BK:
         return load_rows(pointer, rows_ok, row_stride, ROWS, K, BK)
-    if start + BD <= K:
-        return load_rows(pointer + start, rows_ok, row_stride, ROWS, BD, BD)
     return load_tile(pointer, rows_ok, row_stride, start, K, ROWS, BD)
 
 
@@ -57,16 +55,10 @@ def load_pieces(
 
 
 @triton.jit
-def store_keys(
-    pointer, x, value, value_ok, start: tl.constexpr,
-    K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+def store_keys(pointer, x, value, value_ok, start: tl.constexpr, K: tl.constexpr, BD: tl.constexpr):
     """Into rows of K numbers the BD from `start` on."""
     key = start + tl.arange(0, BD)
-    state_ok = value_ok[:, None]
-    if BD == BK or start + BD > K:
-        state_ok &= (key < K)[None, :]
-    tl.store(pointer + value[:, None] * K + key[None, :], x, mask=state_ok)
+    tl.store(pointer + value[:, None] * K + key[None, :], x, mask=value_ok[:, None] & (key < K)[None, :])
 
 
 @triton.jit
@@ -192,6 +184,7 @@ def scan_forward(
            state and no values are written.
     """
     OPERAND: tl.constexpr = k.dtype.element_ty
+    PIECES: tl.constexpr = (K + BD - 1) // BD
     segment = tl.program_id(0).to(tl.int64)
     head = segment // segments
     b, h = head // H, head % H
@@ -227,15 +220,15 @@ def scan_forward(
             seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
 
         read, out = tl.zeros([BV, BM], tl.float32), tl.zeros([BV, BC], tl.float32)
-        for part in tl.static_range(tl.cdiv(K, BD)):
+        for part in tl.static_range(PIECES):
             if SPLIT:
                 high, low = halves(states[part], OPERAND)
             else:
                 high, low = states[part], states[part]
             if SAVE:
-                store_keys(starts + place * K * V, high, value, value_ok, part * BD, K, BK, BD)
+                store_keys(starts + place * K * V, high, value, value_ok, part * BD, K, BD)
                 if HIGH:
-                    store_keys(starts_low + place * K * V, low, value, value_ok, part * BD, K, BK, BD)
+                    store_keys(starts_low + place * K * V, low, value, value_ok, part * BD, K, BD)
             read = tl.dot(high, tl.trans(keys[part]), read, input_precision=PRECISION)
             if SPLIT:
                 read = tl.dot(low, tl.trans(keys[part]), read, input_precision=PRECISION)
@@ -260,7 +253,7 @@ def scan_forward(
             if SPLIT:
                 tl.store(u_low + values_at, w_low, mask=values_ok)
         if MODE < 2:
-            for part in tl.static_range(tl.cdiv(K, BD)):
+            for part in tl.static_range(PIECES):
                 if BD < BK:  # once more, as there are no registers to keep all pieces' halves
                     high = states[part].to(OPERAND)
                     low = (states[part] - high.to(tl.float32)).to(OPERAND)
@@ -285,7 +278,7 @@ def scan_forward(
             else:
                 w_high, w_low = u, u
         before, states = states, ()
-        for part in tl.static_range(tl.cdiv(K, BD)):
+        for part in tl.static_range(PIECES):
             state = before[part]
             if DECAY:
                 state *= total
@@ -293,7 +286,7 @@ def scan_forward(
             if SPLIT:
                 state = tl.dot(w_low, keys[part], state, input_precision=PRECISION)
             states = states + (state,)
-    for part in tl.static_range(tl.cdiv(K, BD)):
+    for part in tl.static_range(PIECES):
         key = part * BD + tl.arange(0, BD)
         state_ok = value_ok[:, None] & (key < K)[None, :]
         if MODE >= 2:

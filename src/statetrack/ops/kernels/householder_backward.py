@@ -36,6 +36,7 @@ def scan_backward(
     Segments and MODE as in `scan_forward`: 1 takes `d_final` for every segment, 2 gives only `d_initial` for each.
     """
     OPERAND: tl.constexpr = k.dtype.element_ty
+    PIECES: tl.constexpr = (K + BD - 1) // BD
     segment = tl.program_id(0).to(tl.int64)
     head = segment // segments
     b, h = head // H, head % H
@@ -70,15 +71,15 @@ def scan_backward(
         seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
 
         d_u = tl.zeros([BV, BM], tl.float32)
-        for part in tl.static_range(tl.cdiv(K, BD)):
+        for part in tl.static_range(PIECES):
             if SPLIT:
                 high, low = halves(d_states[part], OPERAND)
             else:
                 high, low = d_states[part], d_states[part]
             if MODE < 2:
-                store_keys(d_ends + place * K * V, high, value, value_ok, part * BD, K, BK, BD)
+                store_keys(d_ends + place * K * V, high, value, value_ok, part * BD, K, BD)
                 if HIGH:
-                    store_keys(d_ends_low + place * K * V, low, value, value_ok, part * BD, K, BK, BD)
+                    store_keys(d_ends_low + place * K * V, low, value, value_ok, part * BD, K, BD)
             d_u = tl.dot(high, tl.trans(keys[part]), d_u, input_precision=PRECISION)
             if SPLIT:
                 d_u = tl.dot(low, tl.trans(keys[part]), d_u, input_precision=PRECISION)
@@ -112,7 +113,7 @@ def scan_backward(
                 _, asked_low = halves(d_asked, OPERAND)
             d_error *= tl.load(into + place * BM + row)[None, :]
         after, d_states = d_states, ()
-        for part in tl.static_range(tl.cdiv(K, BD)):
+        for part in tl.static_range(PIECES):
             d_state = after[part]
             if DECAY:
                 d_state *= total
@@ -126,7 +127,7 @@ def scan_backward(
             else:
                 d_state = tl.dot(-d_error, keys[part], d_state, input_precision=PRECISION)
             d_states = d_states + (d_state,)
-    for part in tl.static_range(tl.cdiv(K, BD)):
+    for part in tl.static_range(PIECES):
         key = part * BD + tl.arange(0, BD)
         state_ok = value_ok[:, None] & (key < K)[None, :]
         if MODE == 2:
