@@ -164,6 +164,24 @@ def prepare(
         tl.store(inverse_high + tile, inverse)
 
 
+@triton.jit
+def _ask(
+    states, queries,
+    BV: tl.constexpr, BC: tl.constexpr, PIECES: tl.constexpr,
+    OPERAND: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the queries read from a state in pieces, whose halves are made once more: all at once they need too many
+    registers to be kept."""
+    out = tl.zeros([BV, BC], tl.float32)
+    for part in tl.static_range(PIECES):
+        high = states[part].to(OPERAND)
+        out = tl.dot(high, tl.trans(queries[part]), out, input_precision=PRECISION)
+        if HIGH:
+            low = (states[part] - high.to(tl.float32)).to(OPERAND)
+            out = tl.dot(low, tl.trans(queries[part]), out, input_precision=PRECISION)
+    return out
+
+
 @triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
 def scan_forward(
     q, k, v, inverse_high, inverse_low, attention, attention_low, into, into_token, out_of, initial,
@@ -219,7 +237,7 @@ def scan_forward(
             queries = load_pieces(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK, BD)
             seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
 
-        read, out = tl.zeros([BV, BM], tl.float32), tl.zeros([BV, BC], tl.float32)
+        read = tl.zeros([BV, BM], tl.float32)
         for part in tl.static_range(PIECES):
             if SPLIT:
                 high, low = halves(states[part], OPERAND)
@@ -232,6 +250,10 @@ def scan_forward(
             read = tl.dot(high, tl.trans(keys[part]), read, input_precision=PRECISION)
             if SPLIT:
                 read = tl.dot(low, tl.trans(keys[part]), read, input_precision=PRECISION)
+        if (
+            MODE < 2 and DECAY and BD < BK
+        ):  # here, as u needs registers until the state has been multiplied by the decays
+            out = _ask(states, queries, BV, BC, PIECES, OPERAND, HIGH, PRECISION)
         if DECAY:
             read *= tl.load(into + place * BM + row)[None, :]
         error = -read
@@ -253,13 +275,12 @@ def scan_forward(
             if SPLIT:
                 tl.store(u_low + values_at, w_low, mask=values_ok)
         if MODE < 2:
-            for part in tl.static_range(PIECES):
-                if BD < BK:  # once more, as there are no registers to keep all pieces' halves
-                    high = states[part].to(OPERAND)
-                    low = (states[part] - high.to(tl.float32)).to(OPERAND)
-                out = tl.dot(high, tl.trans(queries[part]), out, input_precision=PRECISION)
+            if BD == BK:
+                out = tl.dot(high, tl.trans(queries[0]), input_precision=PRECISION)
                 if HIGH:
-                    out = tl.dot(low, tl.trans(queries[part]), out, input_precision=PRECISION)
+                    out = tl.dot(low, tl.trans(queries[0]), out, input_precision=PRECISION)
+            elif not DECAY:
+                out = _ask(states, queries, BV, BC, PIECES, OPERAND, HIGH, PRECISION)
             if DECAY:
                 out *= tl.load(into_token + place * BC + token)[None, :]
             out = tl.dot(w_high, tl.trans(seen), out, input_precision=PRECISION)
