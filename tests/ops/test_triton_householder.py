@@ -191,16 +191,19 @@ def test_high_precision_rounds_results_alone(n, decay, cut, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("decay", ["none", "head"])
-@pytest.mark.parametrize(("n", "k", "v"), [(1, 128, 128), (2, 64, 64), (3, 40, 72), (1, 256, 256), (16, 32, 32)])
+@pytest.mark.parametrize(
+    ("n", "k", "v"),
+    [(1, 128, 128), (2, 64, 64), (3, 40, 72), (1, 256, 256), (2, 256, 200), (1, 144, 40), (1, 256, 32), (16, 32, 32)],
+)
 def test_values_and_gradients_on_a_gpu(n, k, v, decay, dtype):
     check_on_gpu(make_case(2, 150, n, 2, k, v, decay=decay, dtype=dtype))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("beta", [2.0, 1.9, parity_bits], ids=["beta=2", "beta=1.9", "parity bits"])
-@pytest.mark.parametrize("t", [256, 2048])
-def test_one_key_repeated_on_a_gpu(t, beta):
-    check_on_gpu(one_key(t, beta, dtype=torch.bfloat16, k=128), 1e-2)
+@pytest.mark.parametrize(("t", "k"), [(256, 128), (2048, 128), (2048, 256)])
+def test_one_key_repeated_on_a_gpu(t, k, beta):
+    check_on_gpu(one_key(t, beta, dtype=torch.bfloat16, k=k), 1e-2)
 
 
 @pytest.mark.gpu

@@ -176,7 +176,11 @@ class _Shape:
         """The entry's block and triton's options."""
         table = (_TABLE if self.split else _TABLE_FLOAT32)[kernel]
         entry = table[max(64, self.block_k)]
-        return min(entry.block, power_of_two(self.value_dim)), entry.options
+        block, options = min(entry.block, power_of_two(self.value_dim)), entry.options
+        if self.block_k > _LONGEST_WHOLE and block < entry.block:
+            # Eight warps would divide the keys, and each half go through shared memory to the other.
+            options["num_warps"] = min(4, entry.num_warps)
+        return block, options
 
     @property
     def sizes(self) -> tuple[int, int, int]:
