@@ -50,9 +50,9 @@ def scan_backward(
         if MODE == 2 or (MODE == 0 and not FINAL):
             d_state = tl.zeros([BV, BD], tl.float32)
         elif MODE == 1:
-            d_state = tl.load(d_final + segment * K * V + value[:, None] * K + key[None, :], mask=state_ok, other=0.0)
+            d_state = tl.load(d_final + (segment * K * V + value[:, None] * K + key[None, :]), mask=state_ok, other=0.0)
         else:
-            d_state = tl.load(d_final + head * K * V + value[:, None] + key[None, :] * V, mask=state_ok, other=0.0)
+            d_state = tl.load(d_final + (head * K * V + value[:, None] + key[None, :] * V), mask=state_ok, other=0.0)
         d_states = d_states + (d_state,)
     begin = (segment % segments).to(tl.int32) * segment_chunks
     end = tl.minimum(begin + segment_chunks, chunks)
@@ -131,9 +131,9 @@ def scan_backward(
         key = part * BD + tl.arange(0, BD)
         state_ok = value_ok[:, None] & (key < K)[None, :]
         if MODE == 2:
-            tl.store(d_initial + segment * K * V + value[:, None] * K + key[None, :], d_states[part], mask=state_ok)
+            tl.store(d_initial + (segment * K * V + value[:, None] * K + key[None, :]), d_states[part], mask=state_ok)
         elif segment % segments == 0:
-            tl.store(d_initial + head * K * V + value[:, None] + key[None, :] * V, d_states[part], mask=state_ok)
+            tl.store(d_initial + (head * K * V + value[:, None] + key[None, :] * V), d_states[part], mask=state_ok)
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
