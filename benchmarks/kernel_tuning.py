@@ -67,8 +67,8 @@ def tune(row: ops_gpu.Row, kernels: list[str], constants: dict[str, str], deadli
     for kernel in tables.kernels:
         if kernels and not any(part in kernel.lower() for part in kernels):
             continue
-        if kernel == ("gradients" if row.gated else "gradients_decay") and "gradients_decay" in tables.kernels:
-            continue  # the row does not run it
+        if _OPS[row.kind] == "householder" and kernel in _not_run(row):
+            continue
         backward = "backward" in kernel.lower() or "gradients" in kernel
         before, best, expected = tables[kernel], (float("inf"), tables[kernel]), None
         for launch in neighbours(before):
@@ -93,6 +93,14 @@ def tune(row: ops_gpu.Row, kernels: list[str], constants: dict[str, str], deadli
         tables[kernel] = best[1]
         print(f"{row.name} {kernel}: best {best[1]}, the table has {before}", flush=True)
     return results
+
+
+def _not_run(row: ops_gpu.Row) -> set[str]:
+    """Entries for the delta rule that the row makes no use of."""
+    return {
+        "gradients" if row.gated else "gradients_decay",
+        "scan_backward" if row.precision == "high" else "scan_backward_high",
+    }
 
 
 def _flat(result: Any) -> torch.Tensor:

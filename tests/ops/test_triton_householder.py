@@ -163,17 +163,26 @@ def test_gradients_of_keys_in_several_tiles_agree_with_the_reference(n, decay, p
 
 
 @interpreted
-@pytest.mark.parametrize("segmented", [False, True], ids=["whole", "segments"])
+@pytest.mark.parametrize(("n", "decay"), [(1, "none"), (1, "head"), (3, "none"), (3, "head")])
+def test_states_in_pieces_agree_with_the_reference(n, decay, path):
+    check_against_reference(make_case(1, 70, n, 1, 144, 40, decay=decay, normalize=n == 1, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("cut", ["whole", "segments", "pieces"])
 @pytest.mark.parametrize("decay", ["none", "head"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_high_precision_rounds_results_alone(n, decay, segmented, monkeypatch):
+def test_high_precision_rounds_results_alone(n, decay, cut, monkeypatch):
     """float16 in the place of bfloat16, which the interpreter can't multiply: halves of 22 bits, and wholes of 11.
 
     Its range is too small for what stands for a gate of 0.
     """
     monkeypatch.setattr(triton_householder, "_operands", lambda dtypes: (torch.float16, True))
-    if segmented:
+    if cut == "segments":
         short_segments(monkeypatch)
+    if cut == "pieces":
+        monkeypatch.setattr(triton_householder, "_LONGEST_WHOLE", 16)
+        monkeypatch.setattr(triton_householder, "_PIECE", 16)
     case = make_case(1, 150, n, 1, 24, 20, decay=decay, dtype=torch.float16)
     gates = {name: x for name, x in case.tensors().items() if name in ("beta", "decay")}
     case = case.with_tensors({name: torch.where(x == 0, 0.5, x) for name, x in gates.items()})
@@ -191,16 +200,19 @@ def test_high_precision_rounds_results_alone(n, decay, segmented, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("decay", ["none", "head"])
-@pytest.mark.parametrize(("n", "k", "v"), [(1, 128, 128), (2, 64, 64), (3, 40, 72), (1, 256, 256), (16, 32, 32)])
+@pytest.mark.parametrize(
+    ("n", "k", "v"),
+    [(1, 128, 128), (2, 64, 64), (3, 40, 72), (1, 256, 256), (2, 256, 200), (1, 144, 40), (1, 256, 32), (16, 32, 32)],
+)
 def test_values_and_gradients_on_a_gpu(n, k, v, decay, dtype):
     check_on_gpu(make_case(2, 150, n, 2, k, v, decay=decay, dtype=dtype))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("beta", [2.0, 1.9, parity_bits], ids=["beta=2", "beta=1.9", "parity bits"])
-@pytest.mark.parametrize("t", [256, 2048])
-def test_one_key_repeated_on_a_gpu(t, beta):
-    check_on_gpu(one_key(t, beta, dtype=torch.bfloat16, k=128), 1e-2)
+@pytest.mark.parametrize(("t", "k"), [(256, 128), (2048, 128), (2048, 256)])
+def test_one_key_repeated_on_a_gpu(t, k, beta):
+    check_on_gpu(one_key(t, beta, dtype=torch.bfloat16, k=k), 1e-2)
 
 
 @pytest.mark.gpu

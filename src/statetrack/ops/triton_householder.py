@@ -34,6 +34,10 @@ _PREPARED = 7
 _LARGEST_PRODUCT = 64
 # The widest tile of key channels of `gradients`, whose accumulators would else not fit the registers.
 _KEYS = 128
+# The scans keep a state of keys of up to so many channels in one piece. Beside a larger one there are no registers for
+# its halves: it is cut along the keys, and a piece at a time is split.
+_LONGEST_WHOLE = 128
+_PIECE, _PIECE_FLOAT32 = 64, 32
 # Shorter sequences go step by step: with so few tokens the state's own traffic is all there is.
 _STEP_BY_STEP = 4
 # The products of the segments' transitions fit a multiprocessor up to keys of so many channels.
@@ -127,8 +131,10 @@ def _operands(dtypes: set[torch.dtype]) -> tuple[torch.dtype, bool]:
 # that of its substitution. Measured on an H100 in bfloat16, but for the tiles of 128 values of `gradients`.
 _TABLE: dict[str, dict[int, Launch]] = {
     "prepare": {64: Launch(4, 4, 1), 128: Launch(4, 4, 1), 256: Launch(4, 4, 1)},
-    "scan_forward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(64, 8, 1)},
-    "scan_backward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(64, 8, 1)},
+    "scan_forward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(128, 8, 2)},
+    "scan_backward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(128, 8, 2)},
+    # With 128 values the low half of P would not fit on the chip.
+    "scan_backward_high": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(64, 4, 2)},
     "gradients": {64: Launch(64, 4, 2), 128: Launch(128, 4, 1), 256: Launch(64, 4, 1)},
     "gradients_decay": {64: Launch(64, 4, 2), 128: Launch(128, 4, 1), 256: Launch(32, 8, 2)},
 }
@@ -158,6 +164,8 @@ class _Shape:
         self.tokens = self.block_m // self.factors
         self.block_c = power_of_two(self.tokens)
         self.block_k = power_of_two(self.key_dim)
+        piece = _PIECE if split else _PIECE_FLOAT32
+        self.piece = self.block_k if self.block_k <= _LONGEST_WHOLE else min(self.block_k, piece)
         self.chunks = -(-self.length // self.tokens)
         self.rows = self.batch * self.heads
 
@@ -168,7 +176,11 @@ class _Shape:
         """The entry's block and triton's options."""
         table = (_TABLE if self.split else _TABLE_FLOAT32)[kernel]
         entry = table[max(64, self.block_k)]
-        return min(entry.block, power_of_two(self.value_dim)), entry.options
+        block, options = min(entry.block, power_of_two(self.value_dim)), entry.options
+        if self.block_k > _LONGEST_WHOLE and block < entry.block:
+            # Eight warps would divide the keys, and each half go through shared memory to the other.
+            options["num_warps"] = min(4, entry.num_warps)
+        return block, options
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -261,7 +273,7 @@ def _forward(
         record: list[Tensor | None] = shape.empty_record() if save else [None] * 4
         block_v, options = shape.launch("scan_forward")
         blocks = -(-shape.value_dim // block_v)
-        constants = shape.constants(INITIAL=initial is not None, DECAY=decay is not None)
+        constants = shape.constants(BD=shape.piece, INITIAL=initial is not None, DECAY=decay is not None)
         count, length = shape.segments(blocks)
         maps = None
         if count == 1:
@@ -342,9 +354,11 @@ def _backward(
     d_error_low, d_ends, d_ends_low = (None if x is None else torch.empty_like(x) for x in (u_low, starts, starts_low))
     has_decay = decay is not None
     with torch.cuda.device_of(k):
-        block_v, options = shape.launch("scan_backward")
+        block_v, options = shape.launch("scan_backward_high" if high else "scan_backward")
         blocks = -(-shape.value_dim // block_v)
-        constants = shape.constants(V=shape.value_dim, BV=block_v, DECAY=has_decay, FINAL=d_state is not None)
+        constants = shape.constants(
+            BD=shape.piece, V=shape.value_dim, BV=block_v, DECAY=has_decay, FINAL=d_state is not None
+        )
         inputs = (operand_q, operand_k, *prepared, operand_d_o)
         count = 1 if maps is None else maps.shape[1]
         length = -(-shape.chunks // count)

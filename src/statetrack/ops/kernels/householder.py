@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from statetrack.ops.kernels.products import halves, unit_triangular_inverse
-from statetrack.ops.kernels.tiles import TINY, not_below
+from statetrack.ops.kernels.tiles import TINY, load_tile, not_below
 from statetrack.transition import SHORTEST_KEY
 
 # Up to this |k|^2 a normalized key counts as 0.
@@ -30,6 +30,35 @@ def load_rows(pointer, rows_ok, row_stride, ROWS: tl.constexpr, WIDTH: tl.conste
     if WIDTH == BLOCK:
         return tl.load(pointer + offsets, mask=rows_ok[:, None], other=0.0)
     return tl.load(pointer + offsets, mask=rows_ok[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def load_keys(
+    pointer, rows_ok, row_stride, start: tl.constexpr,
+    ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Of rows of K numbers the BD from `start` on: a tile [ROWS, BD], zero outside."""
+    if BD == BK:
+        return load_rows(pointer, rows_ok, row_stride, ROWS, K, BK)
+    return load_tile(pointer, rows_ok, row_stride, start, K, ROWS, BD)
+
+
+@triton.jit
+def load_pieces(
+    pointer, rows_ok, row_stride, ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Rows of K numbers: a tuple of tiles [ROWS, BD]."""
+    pieces = ()
+    for start in tl.static_range(0, K, BD):
+        pieces = pieces + (load_keys(pointer, rows_ok, row_stride, start, ROWS, K, BK, BD),)
+    return pieces
+
+
+@triton.jit
+def store_keys(pointer, x, value, value_ok, start: tl.constexpr, K: tl.constexpr, BD: tl.constexpr):
+    """Into rows of K numbers the BD from `start` on."""
+    key = start + tl.arange(0, BD)
+    tl.store(pointer + value[:, None] * K + key[None, :], x, mask=value_ok[:, None] & (key < K)[None, :])
 
 
 @triton.jit
@@ -135,13 +164,31 @@ def prepare(
         tl.store(inverse_high + tile, inverse)
 
 
+@triton.jit
+def _ask(
+    states, queries,
+    BV: tl.constexpr, BC: tl.constexpr, PIECES: tl.constexpr,
+    OPERAND: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the queries read from a state in pieces, whose halves are made once more: all at once they need too many
+    registers to be kept."""
+    out = tl.zeros([BV, BC], tl.float32)
+    for part in tl.static_range(PIECES):
+        high = states[part].to(OPERAND)
+        out = tl.dot(high, tl.trans(queries[part]), out, input_precision=PRECISION)
+        if HIGH:
+            low = (states[part] - high.to(tl.float32)).to(OPERAND)
+            out = tl.dot(low, tl.trans(queries[part]), out, input_precision=PRECISION)
+    return out
+
+
 @triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
 def scan_forward(
     q, k, v, inverse_high, inverse_low, attention, attention_low, into, into_token, out_of, initial,
     o, final, starts, starts_low, u_high, u_low,
     T, H, chunks, segments, segment_chunks,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     INITIAL: tl.constexpr, MODE: tl.constexpr, DECAY: tl.constexpr, SAVE: tl.constexpr,
     SPLIT: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -155,47 +202,58 @@ def scan_forward(
            state and no values are written.
     """
     OPERAND: tl.constexpr = k.dtype.element_ty
+    PIECES: tl.constexpr = (K + BD - 1) // BD
     segment = tl.program_id(0).to(tl.int64)
     head = segment // segments
     b, h = head // H, head % H
-    row, token, key = tl.arange(0, BM), tl.arange(0, BC), tl.arange(0, BK)
+    row, token = tl.arange(0, BM), tl.arange(0, BC)
     value = tl.program_id(1) * BV + tl.arange(0, BV)
     value_ok = value < V
-    state_ok = value_ok[:, None] & (key < K)[None, :]
-    state = tl.zeros([BV, BK], tl.float32)
-    if MODE == 3:
-        state += tl.where(value[:, None] == key[None, :], 1.0, 0.0)
-    elif MODE == 1:
-        state += tl.load(initial + segment * K * V + value[:, None] * K + key[None, :], mask=state_ok, other=0.0)
-    elif INITIAL and MODE == 0:
-        state += tl.load(initial + head * K * V + value[:, None] + key[None, :] * V, mask=state_ok, other=0.0)
+    states = ()
+    for start_key in tl.static_range(0, K, BD):
+        key = start_key + tl.arange(0, BD)
+        state_ok = value_ok[:, None] & (key < K)[None, :]
+        state = tl.zeros([BV, BD], tl.float32)
+        if MODE == 3:
+            state += tl.where(value[:, None] == key[None, :], 1.0, 0.0)
+        elif MODE == 1:
+            state += tl.load(initial + segment * K * V + value[:, None] * K + key[None, :], mask=state_ok, other=0.0)
+        elif INITIAL and MODE == 0:
+            state += tl.load(initial + head * K * V + value[:, None] + key[None, :] * V, mask=state_ok, other=0.0)
+        states = states + (state,)
     begin = (segment % segments).to(tl.int32) * segment_chunks
     for chunk in range(begin, tl.minimum(begin + segment_chunks, chunks)):
         tokens_left = tl.minimum(T - chunk * C, C)
         rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
         first = b * T + chunk * C
         place = head * chunks + chunk
-        keys = load_rows(k + (first * N * H + h) * K, rows_ok, H * K, BM, K, BK)
+        keys = load_pieces(k + (first * N * H + h) * K, rows_ok, H * K, BM, K, BK, BD)
         values_at = (first * N * H + h) * V + value[:, None] + row[None, :] * (H * V)
         if MODE < 3:
             values = tl.load(v + values_at, mask=value_ok[:, None] & rows_ok[None, :], other=0.0).to(tl.float32)
         tile = place * BM * BM + row[:, None] * BM + row[None, :]
         t_high = tl.load(inverse_high + tile)
         if MODE < 2:
-            queries = load_rows(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK)
+            queries = load_pieces(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK, BD)
             seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
 
-        if SPLIT:
-            high, low = halves(state, OPERAND)
-        else:
-            high, low = state, state
-        if SAVE:
-            tl.store(starts + place * K * V + value[:, None] * K + key[None, :], high, mask=state_ok)
-            if HIGH:
-                tl.store(starts_low + place * K * V + value[:, None] * K + key[None, :], low, mask=state_ok)
-        read = tl.dot(high, tl.trans(keys), input_precision=PRECISION)
-        if SPLIT:
-            read = tl.dot(low, tl.trans(keys), read, input_precision=PRECISION)
+        read = tl.zeros([BV, BM], tl.float32)
+        for part in tl.static_range(PIECES):
+            if SPLIT:
+                high, low = halves(states[part], OPERAND)
+            else:
+                high, low = states[part], states[part]
+            if SAVE:
+                store_keys(starts + place * K * V, high, value, value_ok, part * BD, K, BD)
+                if HIGH:
+                    store_keys(starts_low + place * K * V, low, value, value_ok, part * BD, K, BD)
+            read = tl.dot(high, tl.trans(keys[part]), read, input_precision=PRECISION)
+            if SPLIT:
+                read = tl.dot(low, tl.trans(keys[part]), read, input_precision=PRECISION)
+        if (
+            MODE < 2 and DECAY and BD < BK
+        ):  # here, as u needs registers until the state has been multiplied by the decays
+            out = _ask(states, queries, BV, BC, PIECES, OPERAND, HIGH, PRECISION)
         if DECAY:
             read *= tl.load(into + place * BM + row)[None, :]
         error = -read
@@ -217,9 +275,12 @@ def scan_forward(
             if SPLIT:
                 tl.store(u_low + values_at, w_low, mask=values_ok)
         if MODE < 2:
-            out = tl.dot(high, tl.trans(queries), input_precision=PRECISION)
-            if HIGH:
-                out = tl.dot(low, tl.trans(queries), out, input_precision=PRECISION)
+            if BD == BK:
+                out = tl.dot(high, tl.trans(queries[0]), input_precision=PRECISION)
+                if HIGH:
+                    out = tl.dot(low, tl.trans(queries[0]), out, input_precision=PRECISION)
+            elif not DECAY:
+                out = _ask(states, queries, BV, BC, PIECES, OPERAND, HIGH, PRECISION)
             if DECAY:
                 out *= tl.load(into_token + place * BC + token)[None, :]
             out = tl.dot(w_high, tl.trans(seen), out, input_precision=PRECISION)
@@ -231,19 +292,28 @@ def scan_forward(
             out_at = (first * H + h) * V + value[:, None] + token[None, :] * (H * V)
             tl.store(o + out_at, out.to(o.dtype.element_ty), mask=value_ok[:, None] & tokens_ok[None, :])
         if DECAY:
-            state *= tl.load(into + place * BM + BM - 1)
+            total = tl.load(into + place * BM + BM - 1)
             u *= tl.load(out_of + place * BM + row)[None, :]
             if SPLIT:
                 w_high, w_low = halves(u, OPERAND)
             else:
                 w_high, w_low = u, u
-        state = tl.dot(w_high, keys, state, input_precision=PRECISION)
-        if SPLIT:
-            state = tl.dot(w_low, keys, state, input_precision=PRECISION)
-    if MODE >= 2:
-        tl.store(final + segment * K * V + value[:, None] * K + key[None, :], state, mask=state_ok)
-    elif segment % segments == segments - 1:
-        tl.store(final + head * K * V + value[:, None] + key[None, :] * V, state, mask=state_ok)
+        before, states = states, ()
+        for part in tl.static_range(PIECES):
+            state = before[part]
+            if DECAY:
+                state *= total
+            state = tl.dot(w_high, keys[part], state, input_precision=PRECISION)
+            if SPLIT:
+                state = tl.dot(w_low, keys[part], state, input_precision=PRECISION)
+            states = states + (state,)
+    for part in tl.static_range(PIECES):
+        key = part * BD + tl.arange(0, BD)
+        state_ok = value_ok[:, None] & (key < K)[None, :]
+        if MODE >= 2:
+            tl.store(final + segment * K * V + value[:, None] * K + key[None, :], states[part], mask=state_ok)
+        elif segment % segments == segments - 1:
+            tl.store(final + head * K * V + value[:, None] + key[None, :] * V, states[part], mask=state_ok)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -8,7 +8,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statetrack.ops.kernels.householder import SHORTEST, clamped_beta, decays_of_rows, load_rows
+from statetrack.ops.kernels.householder import (
+    SHORTEST,
+    clamped_beta,
+    decays_of_rows,
+    load_pieces,
+    store_keys,
+)
 from statetrack.ops.kernels.products import dot_masks, halves
 from statetrack.ops.kernels.tiles import TINY, store_tile
 
@@ -88,7 +94,7 @@ def scan_backward(
     d_error_high, d_error_low, d_ends, d_ends_low, d_initial,
     T, H, chunks, segments, segment_chunks,
     N: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
     FINAL: tl.constexpr, MODE: tl.constexpr, DECAY: tl.constexpr,
     SPLIT: tl.constexpr, HIGH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -97,21 +103,24 @@ def scan_backward(
     Segments and MODE as in `scan_forward`: 1 takes `d_final` for every segment, 2 gives only `d_initial` for each.
     """
     OPERAND: tl.constexpr = k.dtype.element_ty
+    PIECES: tl.constexpr = (K + BD - 1) // BD
     segment = tl.program_id(0).to(tl.int64)
     head = segment // segments
     b, h = head // H, head % H
-    row, token, key = tl.arange(0, BM), tl.arange(0, BC), tl.arange(0, BK)
+    row, token = tl.arange(0, BM), tl.arange(0, BC)
     value = tl.program_id(1) * BV + tl.arange(0, BV)
     value_ok = value < V
-    state_ok = value_ok[:, None] & (key < K)[None, :]
-    state_at = head * K * V + value[:, None] + key[None, :] * V
-    segment_at = segment * K * V + value[:, None] * K + key[None, :]
-    if MODE == 2 or (MODE == 0 and not FINAL):
-        d_state = tl.zeros([BV, BK], tl.float32)
-    elif MODE == 1:
-        d_state = tl.load(d_final + segment_at, mask=state_ok, other=0.0)
-    else:
-        d_state = tl.load(d_final + state_at, mask=state_ok, other=0.0)
+    d_states = ()
+    for start_key in tl.static_range(0, K, BD):
+        key = start_key + tl.arange(0, BD)
+        state_ok = value_ok[:, None] & (key < K)[None, :]
+        if MODE == 2 or (MODE == 0 and not FINAL):
+            d_state = tl.zeros([BV, BD], tl.float32)
+        elif MODE == 1:
+            d_state = tl.load(d_final + (segment * K * V + value[:, None] * K + key[None, :]), mask=state_ok, other=0.0)
+        else:
+            d_state = tl.load(d_final + (head * K * V + value[:, None] + key[None, :] * V), mask=state_ok, other=0.0)
+        d_states = d_states + (d_state,)
     begin = (segment % segments).to(tl.int32) * segment_chunks
     end = tl.minimum(begin + segment_chunks, chunks)
     for step in range(end - begin):
@@ -120,25 +129,27 @@ def scan_backward(
         rows_ok, tokens_ok = row < tokens_left * N, token < tokens_left
         first = b * T + chunk * C
         place = head * chunks + chunk
-        keys = load_rows(k + (first * N * H + h) * K, rows_ok, H * K, BM, K, BK)
-        queries = load_rows(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK)
+        keys = load_pieces(k + (first * N * H + h) * K, rows_ok, H * K, BM, K, BK, BD)
+        queries = load_pieces(q + (first * H + h) * K, tokens_ok, H * K, BC, K, BK, BD)
         out_at = (first * H + h) * V + value[:, None] + token[None, :] * (H * V)
         d_out = tl.load(d_o + out_at, mask=value_ok[:, None] & tokens_ok[None, :], other=0.0)
         tile = place * BM * BM + row[:, None] * BM + row[None, :]
         t_high = tl.load(inverse_high + tile)
         seen = tl.load(attention + place * BC * BM + token[:, None] * BM + row[None, :])
 
-        if SPLIT:
-            high, low = halves(d_state, OPERAND)
-        else:
-            high, low = d_state, d_state
-        if MODE < 2:
-            tl.store(d_ends + place * K * V + value[:, None] * K + key[None, :], high, mask=state_ok)
-            if HIGH:
-                tl.store(d_ends_low + place * K * V + value[:, None] * K + key[None, :], low, mask=state_ok)
-        d_u = tl.dot(high, tl.trans(keys), input_precision=PRECISION)
-        if SPLIT:
-            d_u = tl.dot(low, tl.trans(keys), d_u, input_precision=PRECISION)
+        d_u = tl.zeros([BV, BM], tl.float32)
+        for part in tl.static_range(PIECES):
+            if SPLIT:
+                high, low = halves(d_states[part], OPERAND)
+            else:
+                high, low = d_states[part], d_states[part]
+            if MODE < 2:
+                store_keys(d_ends + place * K * V, high, value, value_ok, part * BD, K, BD)
+                if HIGH:
+                    store_keys(d_ends_low + place * K * V, low, value, value_ok, part * BD, K, BD)
+            d_u = tl.dot(high, tl.trans(keys[part]), d_u, input_precision=PRECISION)
+            if SPLIT:
+                d_u = tl.dot(low, tl.trans(keys[part]), d_u, input_precision=PRECISION)
         if DECAY:
             d_u *= tl.load(out_of + place * BM + row)[None, :]
         d_u = tl.dot(d_out, seen, d_u, input_precision=PRECISION)
@@ -162,24 +173,34 @@ def scan_backward(
             if SPLIT:
                 tl.store(d_error_low + values_at, w_low, mask=values_ok)
         if DECAY:
-            d_state *= tl.load(into + place * BM + BM - 1)
+            total = tl.load(into + place * BM + BM - 1)
             d_asked = d_out.to(tl.float32) * tl.load(into_token + place * BC + token)[None, :]
             d_out = d_asked.to(OPERAND)
             if HIGH:
                 _, asked_low = halves(d_asked, OPERAND)
-                d_state = tl.dot(asked_low, queries, d_state, input_precision=PRECISION)
             d_error *= tl.load(into + place * BM + row)[None, :]
-        d_state = tl.dot(d_out, queries, d_state, input_precision=PRECISION)
-        if SPLIT:
-            w_high, w_low = halves(-d_error, OPERAND)
-            d_state = tl.dot(w_high, keys, d_state, input_precision=PRECISION)
-            d_state = tl.dot(w_low, keys, d_state, input_precision=PRECISION)
-        else:
-            d_state = tl.dot(-d_error, keys, d_state, input_precision=PRECISION)
-    if MODE == 2:
-        tl.store(d_initial + segment_at, d_state, mask=state_ok)
-    elif segment % segments == 0:
-        tl.store(d_initial + state_at, d_state, mask=state_ok)
+        after, d_states = d_states, ()
+        for part in tl.static_range(PIECES):
+            d_state = after[part]
+            if DECAY:
+                d_state *= total
+                if HIGH:
+                    d_state = tl.dot(asked_low, queries[part], d_state, input_precision=PRECISION)
+            d_state = tl.dot(d_out, queries[part], d_state, input_precision=PRECISION)
+            if SPLIT:
+                w_high, w_low = halves(-d_error, OPERAND)
+                d_state = tl.dot(w_high, keys[part], d_state, input_precision=PRECISION)
+                d_state = tl.dot(w_low, keys[part], d_state, input_precision=PRECISION)
+            else:
+                d_state = tl.dot(-d_error, keys[part], d_state, input_precision=PRECISION)
+            d_states = d_states + (d_state,)
+    for part in tl.static_range(PIECES):
+        key = part * BD + tl.arange(0, BD)
+        state_ok = value_ok[:, None] & (key < K)[None, :]
+        if MODE == 2:
+            tl.store(d_initial + (segment * K * V + value[:, None] * K + key[None, :]), d_states[part], mask=state_ok)
+        elif segment % segments == 0:
+            tl.store(d_initial + (head * K * V + value[:, None] + key[None, :] * V), d_states[part], mask=state_ok)
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
