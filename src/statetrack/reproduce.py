@@ -278,13 +278,14 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
     compared = any(outcome.run.published for outcome in outcomes)
     recipes = any(outcome.run.recipe for outcome in outcomes)
     tuned = any(outcome.run.tuned for outcome in outcomes)
+    by_length = publication.measure != "scaled_accuracy"
     rows = []
     for (task, model), members in _by_row(outcomes).items():
         plain, recipe = ([o for o in members if o.run.recipe == own] for own in (False, True))
         rate, best = _best_learning_rate(plain, summarize)
         published = next((o.run.published for o in members if o.run.published), {})
-        seeds = [_seeds(plain)] if plain else []
-        seeds += [f"recipe {_seeds(recipe)}"] if recipe else []
+        seeds = [_seeds(plain, by_length)] if plain else []
+        seeds += [f"recipe {_seeds(recipe, by_length)}"] if recipe else []
         rows.append(
             (
                 *(task, model, _shown(best)),
@@ -311,6 +312,8 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         f"{measured[publication.measure]}: best / median of the seeds. Published: {publication.source}. Ours follows "
         f"{PROTOCOLS[publication.protocol]}."
     )
+    if by_length:
+        text += " Beside the seeds that are done stands how many of them last, right up to the longest length."
     if any(outcome.failed for outcome in outcomes):
         text += " A run that failed counts as 0."
     if recipes:
@@ -318,7 +321,7 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
     if tuned:
         text += " Of the learning rates the one with the best median counts."
     tables = [ReportTable("Ours and theirs" if compared else "Results", text, header, rows)]
-    if publication.measure != "scaled_accuracy" and any(outcome.record for outcome in outcomes):
+    if by_length and any(outcome.record for outcome in outcomes):
         tables.append(_by_length(publication, outcomes))
     for title, of, sentences in (
         ("Where the protocols differ" if compared else "How it is done", "ours", publication.differences),
@@ -403,11 +406,14 @@ def _theirs(published: Mapping[str, Any]) -> str:
     return " / ".join(f"{published[key]:.3f}" for key in ("best", "median") if key in published) or "–"
 
 
-def _seeds(members: Sequence[Outcome]) -> str:
-    """How many are done, and how many of them failed."""
+def _seeds(members: Sequence[Outcome], by_length: bool) -> str:
+    """How many are done; of them how many, judged by length, last up to the longest, and how many failed."""
     done = sum(outcome.record is not None for outcome in members)
+    lasting = sum(outcome.judged and outcome.horizon() == max(outcome.run.lengths) for outcome in members)
     failed = sum(outcome.failed for outcome in members)
-    return f"{done} of {len(members)}" + (f", {failed} failed" if failed else "")
+    words = [f"{done} of {len(members)}"]
+    words += [f"{lasting} lasts" if lasting == 1 else f"{lasting} last"] if by_length and done else []
+    return ", ".join(words + ([f"{failed} failed"] if failed else []))
 
 
 def _markdown(title: str, tables: Sequence[ReportTable], origin: Mapping[str, str]) -> str:
