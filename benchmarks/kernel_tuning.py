@@ -69,7 +69,7 @@ def tune(row: ops_gpu.Row, kernels: list[str], constants: dict[str, str], deadli
             continue
         if _OPS[row.kind] == "householder" and kernel in _not_run(row):
             continue
-        backward = "backward" in kernel.lower() or "gradients" in kernel
+        backward = "backward" in kernel.lower() or "gradients" in kernel or kernel == "scale_within"
         before, best, expected = tables[kernel], (float("inf"), tables[kernel]), None
         for launch in neighbours(before):
             if time.monotonic() > deadline:

@@ -249,6 +249,9 @@ def test_measures_by_length_have_a_table_of_medians(measure):
     assert tables[1].header == ("task", "model", "length: accuracy")
     assert tables[1].rows == [("modular_arithmetic:3", "DeltaNet [0, 1], 1 layer", "4: 99.9%, 8: 43.8%")]
     assert tables[0].rows[0][2] == "4 / 4"
+    assert tables[0].rows[0][-1] == "3 of 3, 0 last, 1 failed"
+    lasting = Outcome(runs[0], record({4: 1.0, 8: 0.9, 1000: 1.0}))  # judged at a winner's length too
+    assert comparison(published, [lasting])[0].rows[0][-1] == "1 of 1, 1 lasts"
     line = outcomes[0].data(published)
     assert (line[measure], line["horizon"]) == ({"4": 1.0, "8": 0.875}, 4)
     # Where nobody has published numbers there is no column for them.

@@ -313,7 +313,8 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         f"{PROTOCOLS[publication.protocol]}."
     )
     if by_length:
-        text += " Beside the seeds that are done stands how many of them last, right up to the longest length."
+        text += " Beside the seeds that are done stands how many of them last: "
+        text += f"{HORIZON_ACCURACY:.0%} right at every length."
     if any(outcome.failed for outcome in outcomes):
         text += " A run that failed counts as 0."
     if recipes:
@@ -409,7 +410,7 @@ def _theirs(published: Mapping[str, Any]) -> str:
 def _seeds(members: Sequence[Outcome], by_length: bool) -> str:
     """How many are done; of them how many, judged by length, last up to the longest, and how many failed."""
     done = sum(outcome.record is not None for outcome in members)
-    lasting = sum(outcome.judged and outcome.horizon() == max(outcome.run.lengths) for outcome in members)
+    lasting = sum(outcome.judged and outcome.horizon() >= max(outcome.run.lengths) for outcome in members)
     failed = sum(outcome.failed for outcome in members)
     words = [f"{done} of {len(members)}"]
     words += [f"{lasting} lasts" if lasting == 1 else f"{lasting} last"] if by_length and done else []

@@ -130,6 +130,17 @@ def test_extreme_gates_have_finite_gradients():
 
 
 @interpreted
+def test_a_tensor_that_is_its_own_gate_compiles():
+    def loss(x):
+        return gated(x, x).square().sum()
+
+    x = torch.randn(3, 5, requires_grad=True)
+    (eager,) = torch.autograd.grad(loss(x), x)
+    (compiled,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(compiled, eager)
+
+
+@interpreted
 def test_nothing_gated_is_nothing():
     gate, x = (torch.randn(0, 8, requires_grad=True) for _ in range(2))
     y = gated(gate, x)

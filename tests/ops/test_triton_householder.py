@@ -17,6 +17,14 @@ from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators,
 from statetrack.ops import available_backends, linear_recurrence, triton_common, triton_householder
 
 
+@pytest.fixture(autouse=True)
+def _own_shapes():
+    """Shapes are cached by sizes, whatever else a test has changed."""
+    triton_householder._shape.cache_clear()
+    yield
+    triton_householder._shape.cache_clear()
+
+
 @pytest.fixture(params=["whole", "split", "segments"])
 def path(request, monkeypatch):
     """float32 operands; the same in two halves; and that with segments scanned at once."""
@@ -156,10 +164,10 @@ def test_one_key_repeated(beta, path):
 
 @interpreted
 @pytest.mark.parametrize("decay", ["none", "head"])
-@pytest.mark.parametrize("n", [1, 3])
-def test_gradients_of_keys_in_several_tiles_agree_with_the_reference(n, decay, path, monkeypatch):
+@pytest.mark.parametrize(("n", "k"), [(1, 37), (3, 37), (1, 48)])
+def test_gradients_of_keys_in_several_tiles_agree_with_the_reference(n, k, decay, path, monkeypatch):
     monkeypatch.setattr(triton_householder, "_KEYS", 16)
-    check_against_reference(make_case(1, 40, n, 1, 37, 5, decay=decay, normalize=n == 1, **FLOAT32), "triton")
+    check_against_reference(make_case(1, 40, n, 1, k, 5, decay=decay, normalize=n == 1, **FLOAT32), "triton")
 
 
 @interpreted

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statetrack.ops.backend import register_operator, wants_gradient
+from statetrack.ops.backend import distinct, register_operator, wants_gradient
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, unavailable
 from statetrack.ops.vmapped import is_vmapped, replicas_first
 
@@ -43,7 +43,7 @@ def gated(gate: Tensor, x: Tensor, *, silu: bool = True) -> Tensor:
         silu: False for sigmoid.
     """
     if is_vmapped() or wants_gradient(gate, x):
-        return _Gated.apply(gate, x, silu)  # type: ignore[no-any-return]
+        return _Gated.apply(*distinct((gate, x)), silu)  # type: ignore[no-any-return]
     return _forward_op(gate, x, silu)  # type: ignore[no-any-return]
 
 

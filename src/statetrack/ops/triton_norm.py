@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import register_operator, wants_gradient
+from statetrack.ops.backend import distinct, register_operator, wants_gradient
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, contiguous, kernels, power_of_two, sum_parts, unavailable
 from statetrack.ops.vmapped import is_vmapped, replicas_first
 
@@ -54,7 +54,7 @@ def add_and_norm(
         dtype: of the norm; the total has the dtype of a sum.
     """
     if is_vmapped() or wants_gradient(x, y, weight):
-        total, normed, _ = _AddAndNorm.apply(x, y, weight, eps, dtype)
+        total, normed, _ = _AddAndNorm.apply(*distinct((x, y, weight)), eps, dtype)
         return total, normed
     total, normed, _ = _forward_op(x, y, weight, eps, dtype)
     return (x if y is None else total), normed

@@ -252,7 +252,7 @@ def gradients(
     # Its diagonal is a sum of squares, which float32 keys take by themselves: as operands they fill the registers.
     BY_GRAM: tl.constexpr = SPLIT or DECAY
     gram, squared_norm = tl.zeros([BM, BM], tl.float32), tl.zeros([BM], tl.float32)
-    for start_key in tl.static_range(0, BK, BD):
+    for start_key in tl.static_range(0, K, BD):
         if BD < BK:
             keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
         if BY_GRAM:
@@ -292,7 +292,7 @@ def gradients(
         # them, divided by it. Sums run only over such products, so that nothing large cancels.
         of_pairs = between_keys * gram
         scores = tl.zeros([BC, BM], tl.float32)
-        for start_key in tl.static_range(0, BK, BD):
+        for start_key in tl.static_range(0, K, BD):
             if BD < BK:
                 keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
                 queries = _load_rows(q + queries_at, tokens_ok, H * K, start_key, K, BC, BD)
@@ -318,7 +318,7 @@ def gradients(
     # It is 0, which the compiler does not know: else it keeps the addresses of the loop above in registers until they
     # are used again below, and with decays what is loaded again for the sums.
     nothing = 16 * tl.minimum(tokens_left, 0)
-    for start_key in range(0, BK, BD):
+    for start_key in range(0, K, BD):
         if BD < BK:
             keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
             queries = _load_rows(q + queries_at, tokens_ok, H * K, start_key, K, BC, BD)
