@@ -166,7 +166,7 @@ class _Shape:
         self.block_c = power_of_two(self.tokens)
         self.block_k = power_of_two(self.key_dim)
         piece = _PIECE if split else _PIECE_FLOAT32
-        self.piece = self.block_k if self.block_k <= _LONGEST_WHOLE else min(self.block_k, piece)
+        self.piece = piece if self.block_k > _LONGEST_WHOLE else self.block_k
         self.chunks = -(-self.length // self.tokens)
         self.rows = self.batch * self.heads
 

@@ -214,15 +214,18 @@ class _Shape:
         """A state of `width` values for every segment, transposed."""
         return self.new(self.rows, count, width, self.key_dim)
 
-    def empty_prepared(self) -> list[Tensor]:
-        """scores, x_in, y_out, across, inverse."""
+    def empty_products(self) -> list[Tensor]:
+        """scores, x_in, y_out, across; or their gradients."""
         places = self.rows * self.chunks
         return [
             self.new(places, 2 * _STEPS, 2 * _STEPS),
             *(self.new(2, self.batch, self.length, self.heads, self.key_dim) for _ in range(2)),
             self.new(places, self.key_dim),
-            self.new(places, _STEPS, _STEPS),
         ]
+
+    def empty_prepared(self) -> list[Tensor]:
+        """What `empty_products` has, and inverse."""
+        return [*self.empty_products(), self.new(self.rows * self.chunks, _STEPS, _STEPS)]
 
     def empty_states(self, dtype: torch.dtype) -> Tensor:
         """A state of every chunk, transposed."""
@@ -351,7 +354,7 @@ def _backward(
         launch.scan_backward[(shape.rows * count, blocks)](
             *prepared, d_o, last, d_v, d_read, d_ends, d_initial, *sizes, MODE=mode, **options
         )
-        d_scores, d_x_in, d_y_out, d_across = shape.empty_prepared()[: _PREPARED - 1]
+        d_scores, d_x_in, d_y_out, d_across = shape.empty_products()
         launch.gradients_between[(shape.rows * shape.chunks,)](
             None, None, None, starts, d_o, d_read, written, v, d_ends, d_scores, d_x_in, d_y_out, d_across,
             *shape.sizes, shape.numbers, **shape.between(),

@@ -18,6 +18,7 @@ import triton.language as tl
 
 # Tokens of a block, whose pairs are taken one by one.
 BLOCK = tl.constexpr(16)
+# Of those, tokens whose rows share one loop: fewer make more code, more have more pairs of which nothing is seen.
 GROUP = tl.constexpr(4)
 
 

@@ -11,14 +11,12 @@ import triton.language as tl
 
 from statetrack.ops.kernels.channels import (
     BLOCK,
+    GROUP,
     is_later,
     lies_between,
     products_to_end,
 )
 from statetrack.ops.kernels.tiles import load_kinds, outer_products, state_overlap, state_products, store_kinds
-
-# Tokens of a block whose rows share one loop: fewer make more code, more have more pairs of which nothing is seen.
-GROUP = tl.constexpr(4)
 
 
 @triton.jit

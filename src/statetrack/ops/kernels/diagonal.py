@@ -222,7 +222,7 @@ def gradients_heads(
     keys_at, values_at = (first * H + h) * K, (first * H + h) * V
     d_o, v, starts, d_ends = d_o + values_at, v + values_at, starts + state_at, d_ends + state_at
 
-    both_ends = overlap(starts, None, d_ends, None, 0, K * V, False)
+    both_ends = overlap(starts, d_ends, K * V)
     d_scores = outer_products(d_o, d_o, v, v, tokens_left, H * V, V, BC, 1, BV, OPERAND, PRECISION)
     i, j = row[:, None], row[None, :]
     decays = decay + first * H + h

@@ -33,24 +33,15 @@ def load_rows(pointer, rows_ok, row_stride, ROWS: tl.constexpr, WIDTH: tl.conste
 
 
 @triton.jit
-def load_keys(
-    pointer, rows_ok, row_stride, start: tl.constexpr,
-    ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Of rows of K numbers the BD from `start` on: a tile [ROWS, BD], zero outside."""
-    if BD == BK:
-        return load_rows(pointer, rows_ok, row_stride, ROWS, K, BK)
-    return load_tile(pointer, rows_ok, row_stride, start, K, ROWS, BD)
-
-
-@triton.jit
 def load_pieces(
     pointer, rows_ok, row_stride, ROWS: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """Rows of K numbers: a tuple of tiles [ROWS, BD]."""
+    if BD == BK:
+        return (load_rows(pointer, rows_ok, row_stride, ROWS, K, BK),)
     pieces = ()
     for start in tl.static_range(0, K, BD):
-        pieces = pieces + (load_keys(pointer, rows_ok, row_stride, start, ROWS, K, BK, BD),)
+        pieces = pieces + (load_tile(pointer, rows_ok, row_stride, start, K, ROWS, BD),)
     return pieces
 
 
@@ -67,30 +58,29 @@ def clamped_beta(beta):
 
 
 @triton.jit
-def decays(decay, tokens_left, H, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, LEAST: tl.constexpr):
+def _decays(decay, tokens_left, H, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
     """Products of decays, from the decay of the chunk's first token on.
 
-    Returns, with D(i, j) the product of the decays after micro-step j up to micro-step i: the decays of the micro-steps
-    [BM], D(i, j) [BM, BM] (1 for i <= j), D(end of token t, j) [BC, BM], D(i, start) [BM], D(end of t, start) [BC],
-    and D(end, j) [BM]. LEAST as in `not_below`.
+    Returns, with D(i, j) the product of the decays after micro-step j up to micro-step i: D(i, j) [BM, BM] (1 for
+    i <= j), D(end of token t, j) [BC, BM], D(i, start) [BM], D(end of t, start) [BC], and D(end, j) [BM].
     """
     row, token = tl.arange(0, BM), tl.arange(0, BC)
-    a = decays_of_rows(decay, row, tokens_left, H, N, LEAST)
+    a = decays_of_rows(decay, row, tokens_left, H, N, 0)
     pairs = tl.cumprod(tl.where(row[:, None] > row[None, :], a[:, None], 1.0), axis=0)
     into = tl.cumprod(a, axis=0)
     if N == 1:
         to_token, into_token = pairs, into
     else:
-        of_token = not_below(tl.load(decay + token * H, mask=token < tokens_left, other=1.0).to(tl.float32), LEAST)
+        of_token = tl.load(decay + token * H, mask=token < tokens_left, other=1.0).to(tl.float32)
         to_token = tl.cumprod(tl.where((token * N)[:, None] > row[None, :], of_token[:, None], 1.0), axis=0)
         into_token = tl.cumprod(of_token, axis=0)
-    out_of = tl.cumprod(decays_of_rows(decay, row + 1, tokens_left, H, N, LEAST), axis=0, reverse=True)
-    return a, pairs, to_token, into, into_token, out_of
+    out_of = tl.cumprod(decays_of_rows(decay, row + 1, tokens_left, H, N, 0), axis=0, reverse=True)
+    return pairs, to_token, into, into_token, out_of
 
 
 @triton.jit
 def decays_of_rows(decay, row, tokens_left, H, N: tl.constexpr, LEAST: tl.constexpr):
-    """Each token's decay at its first micro-step, and 1 elsewhere."""
+    """Each token's decay at its first micro-step, and 1 elsewhere. LEAST as in `not_below`."""
     starts = (row % N == 0) & (row // N < tokens_left)
     return not_below(tl.load(decay + (row // N) * H, mask=starts, other=1.0).to(tl.float32), LEAST)
 
@@ -127,9 +117,7 @@ def prepare(
     seen = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     seen = tl.where(row[None, :] < (token * N + N)[:, None], seen, 0.0)
     if DECAY:
-        _, d_pairs, d_token, d_into, d_into_token, d_out_of = decays(
-            decay + first * H + h, tokens_left, H, N, BM, BC, 0
-        )
+        d_pairs, d_token, d_into, d_into_token, d_out_of = _decays(decay + first * H + h, tokens_left, H, N, BM, BC)
         seen *= d_token
         tl.store(into + place * BM + row, d_into)
         tl.store(out_of + place * BM + row, d_out_of)
@@ -250,9 +238,8 @@ def scan_forward(
             read = tl.dot(high, tl.trans(keys[part]), read, input_precision=PRECISION)
             if SPLIT:
                 read = tl.dot(low, tl.trans(keys[part]), read, input_precision=PRECISION)
-        if (
-            MODE < 2 and DECAY and BD < BK
-        ):  # here, as u needs registers until the state has been multiplied by the decays
+        # With a decay already here, as u needs registers until the state has been multiplied by the decays.
+        if MODE < 2 and DECAY and BD < BK:
             out = _ask(states, queries, BV, BC, PIECES, OPERAND, HIGH, PRECISION)
         if DECAY:
             read *= tl.load(into + place * BM + row)[None, :]

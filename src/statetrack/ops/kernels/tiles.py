@@ -100,19 +100,15 @@ def state_products(
 
 
 @triton.jit
-def overlap(x, x_low, y, y_low, first, SIZE: tl.constexpr, HIGH: tl.constexpr):
-    """The sum of the products of SIZE numbers from `first` on, which with HIGH are given in halves."""
+def overlap(x, y, SIZE: tl.constexpr):
+    """The sum of the products of SIZE numbers."""
     BLOCK: tl.constexpr = 2048
     sums = tl.zeros([BLOCK], tl.float32)
     for start in tl.static_range(0, SIZE, BLOCK):  # unrolled, so that all loads are under way at once
         ok = start + tl.arange(0, BLOCK) < SIZE
-        place = first + start + tl.arange(0, BLOCK)
+        place = start + tl.arange(0, BLOCK)
         left = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
-        right = tl.load(y + place, mask=ok, other=0.0).to(tl.float32)
-        if HIGH:
-            left += tl.load(x_low + place, mask=ok, other=0.0).to(tl.float32)
-            right += tl.load(y_low + place, mask=ok, other=0.0).to(tl.float32)
-        sums += left * right
+        sums += left * tl.load(y + place, mask=ok, other=0.0).to(tl.float32)
     return tl.sum(sums, axis=0)
 
 
