@@ -83,6 +83,14 @@ def test_decays_of_one_size_agree_with_the_reference(size, n, path):
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # in the half of a tile that is masked
+def test_decays_whose_product_over_a_chunk_exceeds_2_to_the_63_agree_with_the_reference(path):
+    case = make_case(1, 32, 1, 1, 8, 5, decay="head", **FLOAT32)
+    decay = torch.full_like(case.transition.decay, 10.0)
+    check_against_reference(case.with_tensors(case.tensors() | {"decay": decay}), "triton")
+
+
+@interpreted
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("n", "k", "v"), [(1, 1, 1), (2, 40, 72), (16, 17, 9), (5, 130, 20)])
 def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(n, k, v, normalize, path):

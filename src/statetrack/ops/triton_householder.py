@@ -136,8 +136,8 @@ _TABLE: dict[str, dict[int, Launch]] = {
     "scan_backward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(128, 8, 2)},
     # With 128 values the low half of P would not fit on the chip.
     "scan_backward_high": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(64, 4, 2)},
-    "gradients": {64: Launch(64, 4, 2), 128: Launch(128, 4, 1), 256: Launch(64, 4, 1)},
-    "gradients_decay": {64: Launch(64, 4, 2), 128: Launch(128, 4, 1), 256: Launch(32, 8, 2)},
+    "gradients": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(64, 4, 1)},
+    "gradients_decay": {64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 8, 2)},
 }
 # float32 operands take twice the shared memory.
 _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {

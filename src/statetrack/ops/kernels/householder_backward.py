@@ -77,15 +77,15 @@ def _products(a):
 
 @triton.jit
 def _power(exponent):
-    """2^exponent, or 0 where that is less than 2^-126; up to 127."""
-    return (tl.maximum(exponent + 127, 0) << 23).to(tl.float32, bitcast=True)
+    """2^exponent, or 0 where that is less than 2^-126, and infinity where it is more than 2^127."""
+    return (tl.minimum(tl.maximum(exponent + 127, 0), 255) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _quotients(m, exponent, m_before, exponent_before):
-    """D(i, j), given the products up to all i and all j; anything finite for i < j."""
+def _quotients(m, exponent, m_before, exponent_before, ok):
+    """D(i, j), given the products up to all i and all j, where ok; anything finite elsewhere."""
     ratio = m[:, None] * (1 / m_before)[None, :]
-    return ratio * _power(tl.minimum(exponent[:, None] - exponent_before[None, :], 63))
+    return ratio * _power(tl.where(ok, exponent[:, None] - exponent_before[None, :], 0))
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "segments", "segment_chunks"])
@@ -281,8 +281,8 @@ def gradients(
             token_m, token_exponent = m, exponent
         else:
             token_m, token_exponent = _products(decays_of_rows(decay + first * H + h, token, tokens_left, H, 1, TINY))
-        between_keys *= _quotients(m, exponent, m, exponent)
-        to_queries *= _quotients(token_m, token_exponent, m, exponent)
+        between_keys *= _quotients(m, exponent, m, exponent, i > j)
+        to_queries *= _quotients(token_m, token_exponent, m, exponent, seen)
         d_into, d_into_token = m * _power(exponent), token_m * _power(token_exponent)
         d_out_of = tl.cumprod(decays_of_rows(decay + first * H + h, row + 1, tokens_left, H, N, TINY), 0, reverse=True)
     to_queries = tl.where(seen, to_queries, 0.0)
