@@ -28,7 +28,7 @@ def path(request, monkeypatch):
     monkeypatch.setattr(triton_diagonal, "_split", lambda operand: request.param == 64)
     monkeypatch.setattr(triton_diagonal, "_tokens", lambda operand: request.param)
     triton_diagonal._shape.cache_clear()
-    yield
+    yield request.param
     triton_diagonal._shape.cache_clear()
 
 
@@ -71,14 +71,13 @@ def test_keys_of_too_many_channels_are_refused(monkeypatch):
 
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
-@pytest.mark.parametrize("t", [1, 16, 17, 32, 33, 63, 64, 65, 150])
+@pytest.mark.parametrize("t", [1, 17, 32, 33, 64, 65])
 def test_lengths_around_the_chunk_agree_with_the_reference(t, decay, path):
-    check_against_reference(make_case(1, t, 2, 8, 5, decay=decay, **FLOAT32), "triton")
+    check_against_reference(make_case(1, t, 1, 8, 5, decay=decay, **FLOAT32), "triton")
 
 
 @interpreted
-@pytest.mark.parametrize("decay", KINDS)
-@pytest.mark.parametrize("t", [200, 321])
+@pytest.mark.parametrize(("t", "decay"), [(97, "head"), (129, "head"), (129, "channel")])
 def test_segments_scanned_at_once_agree_with_the_reference(t, decay, monkeypatch):
     short_segments(monkeypatch)
     check_against_reference(make_case(1, t, 1, 8, 5, decay=decay, **FLOAT32), "triton")
@@ -88,7 +87,7 @@ def test_segments_scanned_at_once_agree_with_the_reference(t, decay, monkeypatch
 @pytest.mark.parametrize("decay", KINDS)
 def test_high_precision_takes_operands_of_float32(decay):
     """float16 in the place of bfloat16, which the interpreter can't multiply, as operands of default precision."""
-    case = make_case(1, 70, 2, decay=decay, dtype=torch.float16)
+    case = make_case(1, 35, 1, decay=decay, dtype=torch.float16)
     exact = results(case.with_tensors({name: x.double() for name, x in case.tensors().items()}), "reference")
     high = results(case, "triton", "high")
     assert relative_error(high["final state"], exact["final state"]) < 1e-6
@@ -99,14 +98,14 @@ def test_high_precision_takes_operands_of_float32(decay):
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.parametrize(("k", "v"), [(1, 1), (40, 72), (17, 33), (130, 20), (20, 130)])
 def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(k, v, decay):
-    check_against_reference(make_case(1, 20, 2, k, v, decay=decay, **FLOAT32), "triton")
+    check_against_reference(make_case(1, 20, 1, k, v, decay=decay, **FLOAT32), "triton")
 
 
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1e-30])
 def test_one_decay_for_ever_agrees_with_the_reference(value, decay, path):
-    case = make_case(1, 70, 1, decay=decay, **FLOAT32)
+    case = make_case(1, 40, 1, decay=decay, **FLOAT32)
     check_against_reference(replace(case, transition=Diagonal(torch.full_like(case.transition.decay, value))), "triton")
 
 
@@ -114,26 +113,26 @@ def test_one_decay_for_ever_agrees_with_the_reference(value, decay, path):
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
 def test_such_decays_at_the_edges_of_blocks_agree_with_the_reference(value, decay, path):
-    check_against_reference(at_edges(make_case(1, 140, 1, 8, 5, decay=decay, **FLOAT32), value), "triton")
+    check_against_reference(at_edges(make_case(1, path + 2, 1, 8, 5, decay=decay, **FLOAT32), value), "triton")
 
 
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
-@pytest.mark.parametrize("cu_seqlens", [[0, 40], [0, 0, 3, 3, 20, 21, 40, 40]], ids=str)
+@pytest.mark.parametrize("cu_seqlens", [[0, 20], [0, 0, 3, 3, 20, 20]], ids=str)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens, decay):
-    check_against_reference(make_case(1, 40, 2, decay=decay, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
+    check_against_reference(make_case(1, 20, 2, decay=decay, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
 
 
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
 def test_float16_agrees_with_the_reference(decay):
-    check_against_reference(make_case(1, 70, 2, decay=decay, dtype=torch.float16), "triton")
+    check_against_reference(make_case(1, 35, 2, decay=decay, dtype=torch.float16), "triton")
 
 
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
 def test_no_initial_state_is_a_state_of_zeros(decay):
-    case = make_case(decay=decay, **FLOAT32)
+    case = make_case(1, 20, 1, decay=decay, **FLOAT32)
     without, end = replace(case, initial_state=None).run("triton")
     zeros, end_of_zeros = replace(case, initial_state=torch.zeros_like(case.initial_state)).run("triton")
     assert torch.equal(without, zeros)
@@ -143,7 +142,7 @@ def test_no_initial_state_is_a_state_of_zeros(decay):
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
 def test_operators_are_what_they_say(decay):
-    check_operators(triton_diagonal, make_case(1, 20, 2, decay=decay, **FLOAT32))
+    check_operators(triton_diagonal, make_case(1, 20, 1, decay=decay, **FLOAT32))
 
 
 @interpreted
