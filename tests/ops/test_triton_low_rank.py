@@ -37,15 +37,14 @@ def test_lengths_around_the_chunk_agree_with_the_reference(t):
 
 
 @interpreted
-@pytest.mark.parametrize("t", [50, 81])
-def test_segments_scanned_at_once_agree_with_the_reference(t, monkeypatch):
+def test_segments_scanned_at_once_agree_with_the_reference(monkeypatch):
     short_segments(monkeypatch)
-    check_against_reference(make_case(1, t, 1, 8, 5, **FLOAT32), "triton")
+    check_against_reference(make_case(1, 65, 1, 8, 5, **FLOAT32), "triton")
 
 
 @interpreted
 def test_high_precision_keeps_states_in_float32():
-    case = make_case(1, 40, 1, 8, 5, dtype=torch.float16)
+    case = make_case(1, 20, 1, 8, 5, dtype=torch.float16)
     exact = results(case.with_tensors({name: x.double() for name, x in case.tensors().items()}), "reference")
     high = results(case, "triton", "high")
     assert all(relative_error(high[name], x) < 3e-4 for name, x in exact.items())
@@ -53,20 +52,20 @@ def test_high_precision_keeps_states_in_float32():
 
 
 @interpreted
-@pytest.mark.parametrize(("k", "v"), [(1, 1), (17, 33), (130, 20), (20, 130)])
-def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(k, v):
-    check_against_reference(make_case(1, 18, 1, k, v, **FLOAT32), "triton")
+@pytest.mark.parametrize(("t", "k", "v"), [(5, 1, 1), (20, 40, 72), (5, 17, 33), (5, 130, 20), (5, 20, 130)])
+def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(t, k, v):
+    check_against_reference(make_case(1, t, 1, k, v, **FLOAT32), "triton")
 
 
 @interpreted
 def test_one_decay_for_each_head_agrees_with_the_reference():
-    check_against_reference(make_case(1, 20, 1, decay="head", **FLOAT32), "triton")
+    check_against_reference(make_case(1, 5, 2, decay="head", **FLOAT32), "triton")
 
 
 @interpreted
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
 def test_one_decay_for_ever_agrees_with_the_reference(value):
-    case = make_case(1, 20, 1, **FLOAT32)
+    case = make_case(1, 12, 1, **FLOAT32)
     decay = torch.full_like(case.transition.decay, value)
     check_against_reference(replace(case, transition=replace(case.transition, decay=decay)), "triton")
 
@@ -74,7 +73,7 @@ def test_one_decay_for_ever_agrees_with_the_reference(value):
 @interpreted
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
 def test_such_decays_at_the_edges_of_chunks_agree_with_the_reference(value):
-    case = make_case(1, 50, 1, 8, 5, **FLOAT32)
+    case = make_case(1, 34, 1, 8, 5, **FLOAT32)
     decay = case.transition.decay.clone()
     decay[:, 1::5], decay[:, 3::7], decay[:, 4::11] = -1.0, 1.0, 0.0
     decay[:, 15::16], decay[:, 16::32] = value, value
@@ -82,38 +81,36 @@ def test_such_decays_at_the_edges_of_chunks_agree_with_the_reference(value):
 
 
 @interpreted
-@pytest.mark.parametrize("cu_seqlens", [[0, 20], [0, 0, 3, 3, 20, 20]], ids=str)
+@pytest.mark.parametrize("cu_seqlens", [[0, 17], [0, 0, 3, 3, 17, 17]], ids=str)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens):
-    check_against_reference(make_case(1, 20, 1, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
+    check_against_reference(make_case(1, 17, 1, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
 
 
 @interpreted
 def test_float16_agrees_with_the_reference():
-    check_against_reference(make_case(1, 18, 2, dtype=torch.float16), "triton")
+    check_against_reference(make_case(1, 20, 1, dtype=torch.float16), "triton")
 
 
 @interpreted
 @pytest.mark.parametrize(("beta", "decay"), [(2.0, 1.0), (1.9, 1.0), (2.0, -1.0)])
 def test_one_key_repeated(beta, decay):
-    check_against_reference(one_key(48, beta, decay=decay, k=16), "triton", 1e-4)
+    check_against_reference(one_key(32, beta, decay=decay, k=16), "triton", 1e-4)
 
 
 @interpreted
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("t", [1, 19])
+@pytest.mark.parametrize(("t", "n", "normalize"), [(1, 1, True), (17, 1, False), (1, 3, False), (6, 3, True)])
 def test_householder_products_with_a_decay_for_each_channel_agree_with_the_reference(t, n, normalize):
     check_against_reference(householder(1, t, n, 1, 12, 9, normalize=normalize, **FLOAT32), "triton")
 
 
 @interpreted
 def test_householder_products_whose_queries_are_shorter_numbers_than_their_decays_agree_with_the_reference():
-    check_against_reference(householder(1, 20, 2, 1, 12, 9, normalize=True, dtype=torch.float16), "triton")
+    check_against_reference(householder(1, 9, 2, 1, 12, 9, normalize=True, dtype=torch.float16), "triton")
 
 
 @interpreted
 def test_packed_householder_products_agree_with_the_reference():
-    check_against_reference(householder(1, 20, 2, 1, 12, 9, cu_seqlens=[0, 0, 3, 19, 20], **FLOAT32), "triton")
+    check_against_reference(householder(1, 10, 2, 1, 12, 9, cu_seqlens=[0, 0, 3, 9, 10], **FLOAT32), "triton")
 
 
 @interpreted
@@ -122,9 +119,9 @@ def test_operators_are_what_they_say():
 
 
 @interpreted
-@pytest.mark.parametrize("make", [make_case, householder], ids=["low rank", "householder"])
-def test_compiled_in_one_graph_for_every_length(make):
-    check_compiled(make(1, 5, h=1, k=8, v=8, **FLOAT32), make(1, 18, h=1, k=8, v=8, **FLOAT32))
+@pytest.mark.parametrize(("make", "longer"), [(make_case, 18), (householder, 7)], ids=["low rank", "householder"])
+def test_compiled_in_one_graph_for_every_length(make, longer):
+    check_compiled(make(1, 5, h=1, k=8, v=8, **FLOAT32), make(1, longer, h=1, k=8, v=8, **FLOAT32))
 
 
 @pytest.mark.gpu

@@ -61,7 +61,7 @@ def test_keys_of_length_zero_do_nothing():
 @interpreted
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_recurrence_comes_here_for_a_single_token(kind):
-    case = make_case(kind, torch.float32)
+    case = make_case(kind, torch.float32, (1, 1, 2, 5, 7))
     expected, state = case.run("reference"), case.initial_state.clone()
     with in_place_steps():
         o, after = replace(case, initial_state=state).run("triton")
