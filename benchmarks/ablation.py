@@ -279,12 +279,13 @@ def shown(plan: Plan, results: Mapping[str, Any]) -> Iterator[tuple[Choice, Mode
     Values with fewer than `ENOUGH_SEEDS` are left out, and so is a choice that leaves fewer than two to compare.
     """
     rows = {_key(r["model"], r["changes"]): r for r in results["results"] if len(r["seeds"]) >= ENOUGH_SEEDS}
+    of_models = recipes(plan)
     for choice in plan.choice:
         for model in plan.model:
             found = [
                 (value, row)
                 for value in plan.values(choice, model)
-                if (row := rows.get(_key(model.name, variant(model, recipes(plan)[model.name], value).changes)))
+                if (row := rows.get(_key(model.name, variant(model, of_models[model.name], value).changes)))
             ]
             if len(found) >= 2:
                 yield choice, model, found

@@ -96,9 +96,10 @@ def test_unknown_models_are_refused():
 
 
 def test_every_choice_has_the_recipe_s_own_value_once():
+    of_models = recipes(PLAN)
     for choice in PLAN.choice:
         for model in PLAN.model:
-            recipe = recipes(PLAN)[model.name]
+            recipe = of_models[model.name]
             found = [variant(model, recipe, value).changes for value in PLAN.values(choice, model)]
             assert not found or (found.count({}) == 1 and len(found) >= 2), (choice.name, model.name)
 
