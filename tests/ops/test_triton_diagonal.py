@@ -118,9 +118,9 @@ def test_such_decays_at_the_edges_of_blocks_agree_with_the_reference(value, deca
 
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
-@pytest.mark.parametrize("cu_seqlens", [[0, 20], [0, 0, 3, 3, 20, 20]], ids=str)
+@pytest.mark.parametrize("cu_seqlens", [[0, 40], [0, 0, 3, 3, 20, 21, 40, 40]], ids=str)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens, decay):
-    check_against_reference(make_case(1, 20, 2, decay=decay, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
+    check_against_reference(make_case(1, 40, 2, decay=decay, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
 
 
 @interpreted

@@ -124,9 +124,9 @@ def test_short_keys_do_nothing_when_decoding(length):
 
 
 @interpreted
-@pytest.mark.parametrize("cu_seqlens", [[0, 20], [0, 0, 3, 3, 20, 20]], ids=str)
+@pytest.mark.parametrize("cu_seqlens", [[0, 40], [0, 0, 3, 3, 20, 21, 40, 40]], ids=str)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens):
-    check_against_reference(make_case(1, 20, 2, 2, decay="head", cu_seqlens=cu_seqlens, **FLOAT32), "triton")
+    check_against_reference(make_case(1, 40, 2, 2, decay="head", cu_seqlens=cu_seqlens, **FLOAT32), "triton")
 
 
 @interpreted
@@ -170,7 +170,7 @@ def test_operators_are_what_they_say(path):
 
 @interpreted
 @pytest.mark.parametrize(
-    ("t", "beta"), [(256, 2.0), (256, 1.9), (512, parity_bits)], ids=["beta=2", "beta=1.9", "parity bits"]
+    ("t", "beta"), [(1024, 2.0), (256, 1.9), (512, parity_bits)], ids=["beta=2", "beta=1.9", "parity bits"]
 )
 def test_one_key_repeated(t, beta, path):
     check_against_reference(one_key(t, beta, k=16), "triton", 2e-5)

@@ -127,9 +127,8 @@ def _operands(dtypes: set[torch.dtype]) -> tuple[torch.dtype, bool]:
     return (torch.bfloat16, True) if dtypes == {torch.bfloat16} else (torch.float32, False)
 
 
-# By kernel and by the key dimension's power of two, up to which an entry serves. The block of `prepare` is
-# that of its substitution. Measured on an H100 in bfloat16. Tiles of 64
-# values were faster for `gradients` (docs/kernels.md), and have not been compared with the reference on a card yet.
+# By kernel and by the key dimension's power of two, up to which an entry serves. The block of `prepare` is that of its
+# substitution. Measured on an H100 in bfloat16 (docs/kernels.md).
 _TABLE: dict[str, dict[int, Launch]] = {
     "prepare": {64: Launch(4, 4, 1), 128: Launch(4, 4, 1), 256: Launch(4, 4, 1)},
     "scan_forward": {64: Launch(64, 4, 2), 128: Launch(128, 8, 2), 256: Launch(128, 8, 2)},
