@@ -14,6 +14,7 @@ UNKNOWN = {"attention", "lstm", "slstm", "retnet", "rwkv7"}
 CASES = [
     *((name, {}) for name, config in mixer_configs().items() if config().build(D).factor_bounds(torch.ones(D))),
     ("deltanet", {"eigenvalue_range": (0, 1), "beta_gain": 4.0}),
+    ("deltanet", {"beta_gain": 4.0, "beta_bias": 1.0}),
     ("deltanet", {"learn_lower_end": True, "eigenvalue_range": (-0.5, 1), "num_heads": 2, "num_value_heads": 4}),
     ("deltaproduct", {"num_householder": 3, "eigenvalue_range": (0, 1)}),
     ("gated_deltanet", {"decay_range": (-1, 1)}),

@@ -333,6 +333,19 @@ def test_more_heads_of_values_are_heads_of_their_own_with_the_keys_repeated(name
     assert torch.allclose(alone(x), grouped(x))
 
 
+@pytest.mark.parametrize("config", [DeltaNetConfig, GatedDeltaProductConfig])
+def test_a_bias_moves_all_eigenvalues_and_learns(config):
+    torch.manual_seed(0)
+    mixer = config(beta_gain=4.0, beta_bias=2.0, conv_size=0).build(D_MODEL).double()
+    x = torch.randn(2, LENGTH, D_MODEL, dtype=torch.float64)
+    logits = mixer.b_proj(x).view(2, LENGTH, mixer.num_householder, mixer.num_heads) + 2
+    beta = mixer.transition(x).beta
+    assert torch.allclose(beta, 2 * torch.sigmoid(4 * logits))
+    assert (beta > 1.5).double().mean() > 0.95
+    mixer(x).square().sum().backward()
+    assert mixer.beta_bias.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
@@ -381,6 +394,7 @@ def test_the_spectrum_is_the_interval_that_can_be_proved(config, expected):
         (lambda: DeltaNetConfig(num_heads=4, num_value_heads=6), "must be a multiple of num_heads = 4, got 6"),
         (lambda: DeltaNetConfig(output_norm_eps=-1.0), "output_norm_eps must be a number of at least 0"),
         (lambda: DeltaNetConfig(gate_activation="relu"), "gate_activation must be silu or sigmoid, got 'relu'"),
+        (lambda: DeltaNetConfig(beta_bias=float("inf")), "beta_bias must be a finite number or None, got inf"),
         (lambda: KimiDeltaAttentionConfig(decay_rank=0), "decay_rank of kda must be a positive integer, got 0"),
         (lambda: GatedDeltaNetConfig(decay_range=(-2, 1)), "-1 <= lo < hi <= 1"),
     ],

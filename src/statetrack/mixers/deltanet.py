@@ -68,6 +68,9 @@ class DeltaNetConfig(WidenedMixerConfig):
         num_householder: N, generalized Householder factors for each token.
         beta_gain: factor on the logit of beta. Above 1 it lets beta saturate at the ends of its range early in
             training.
+        beta_bias: what a learned bias on the logit of beta starts from, before the gain; None for no bias, as in the
+            originals. With beta_gain 4 and the range (-1, 1), 1 puts the eigenvalues of most factors near -1 at the
+            start.
         conv_size: width of the short convolutions on queries, keys and values; 0 leaves them out.
         conv_bias: give the short convolutions a bias.
         activation: applied to queries, keys and values before queries and keys are normalized.
@@ -91,6 +94,7 @@ class DeltaNetConfig(WidenedMixerConfig):
     num_value_heads: int | None = None
     num_householder: int = 1
     beta_gain: float = 1.0
+    beta_bias: float | None = None
     conv_size: int = 4
     conv_bias: bool = False
     activation: Literal["silu", "identity"] = "silu"
@@ -112,6 +116,8 @@ class DeltaNetConfig(WidenedMixerConfig):
         require_conv_size(self.conv_size)
         if not (math.isfinite(self.beta_gain) and self.beta_gain > 0):
             raise ValueError(f"beta_gain must be a positive number, got {self.beta_gain}")
+        if self.beta_bias is not None and not math.isfinite(self.beta_bias):
+            raise ValueError(f"beta_bias must be a finite number or None, got {self.beta_bias}")
         if self.activation not in ("silu", "identity"):
             raise ValueError(f"activation must be silu or identity, got {self.activation!r}")
         if not (math.isfinite(self.output_norm_eps) and self.output_norm_eps >= 0):
@@ -228,7 +234,8 @@ class KimiDeltaAttentionConfig(GatedDeltaNetConfig):
 class DeltaNet(Mixer):
     """A member of the DeltaNet family, by its config; [B, T, D] -> [B, T, D].
 
-        q, k_j, v_j = activation(conv(W x)),   q and k_j L2-normalized,   beta_j = (1 - lo) sigmoid(beta_gain W x)
+        q, k_j, v_j = activation(conv(W x)),   q and k_j L2-normalized
+        beta_j = (1 - lo) sigmoid(beta_gain (W x + b))
         H <- a H, then for each factor j: H <- H - beta_j k_j (k_j^T H - v_j^T);   y = W_o norm(H^T q / sqrt(K))
 
     Beta and the decay are computed in float32 or better whatever the dtype of the activations, and so is the state.
@@ -251,6 +258,9 @@ class DeltaNet(Mixer):
         self.k_proj = nn.Linear(d_model, k_size, bias=False)
         self.v_proj = nn.Linear(d_model, v_size, bias=False)
         self.b_proj = nn.Linear(d_model, n * h, bias=False)
+        # A parameter of its own, as layers with a bias are not joined.
+        bias = config.beta_bias
+        self.beta_bias = None if bias is None else nn.Parameter(torch.full((n * h,), float(bias)))
         self.o_proj = nn.Linear(o_size, d_model, bias=False)
         kda = config if isinstance(config, KimiDeltaAttentionConfig) else None
         if not config.output_gate:
@@ -311,13 +321,16 @@ class DeltaNet(Mixer):
 
     def eigenvalue_parameters(self) -> list[Tensor]:
         gates: list[Tensor] = [self.b_proj.weight, *self.widening.parameters()]
+        if self.beta_bias is not None:
+            gates.append(self.beta_bias)
         return gates if self.decay_range is None else [*gates, *self.a_proj.parameters(), self.A_log, self.dt_bias]
 
     def factor_bounds(self, scale: Tensor) -> FactorBounds | None:
         if not self.config.normalize:
             return None  # keys as rounded may be longer than 1
         gain, h = self.config.beta_gain, self.num_heads
-        gate = gate_interval(torch.sigmoid, linear_interval(gain * self.b_proj.weight, scale))[1].view(-1, h)
+        bias = None if self.beta_bias is None else gain * self.beta_bias
+        gate = gate_interval(torch.sigmoid, linear_interval(gain * self.b_proj.weight, scale, bias))[1].view(-1, h)
         beta = self.widening.householder_beta(gate).double()
         lo, hi = 1 - beta, torch.ones_like(beta)
         if self.decay_range is not None:
@@ -396,7 +409,10 @@ class DeltaNet(Mixer):
         # With beta divided by its squared length, a key of length l writes its value 1 / l times: l has to be 1.
         k = unit_vectors(k) if self.config.normalize else l2_normalize(k)
         raw = projected["b"] if "b" in projected else self.b_proj(x)
-        logits = accumulated(raw).view(b, t, self.num_householder, self.num_heads)
+        logits = accumulated(raw)
+        if self.beta_bias is not None:
+            logits = logits + accumulated(self.beta_bias)
+        logits = logits.view(b, t, self.num_householder, self.num_heads)
         if (gain := self.config.beta_gain) != 1:
             logits = gain * logits
         beta = self.widening.householder_beta(torch.sigmoid(logits))
