@@ -22,6 +22,7 @@ OTHERS = {
     "decay_rank": [7],
     "gate_rank": [5],
     "beta_gain": [8.0],
+    "beta_bias": [1.0],
     "state_size": [3],
     "dt_rank": [2],
     "n_groups": [2],
