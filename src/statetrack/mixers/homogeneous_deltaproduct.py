@@ -8,9 +8,11 @@ is missing is the inhomogeneous term of the recurrence, so that H_t is linear in
 RNNs without additive terms of arXiv 2505.21749, which have other matrices. One learned query reads each head, the same
 for all tokens.
 
-Where tokens only act on a state, as in word problems of groups, an answer depends on the state alone and not on the
-last token beside it, and what tokens write adds to an error that nothing takes away. With both left out training is
-reliable. The price: there is no way to forget and take up something new, so no resets, no flip-flops, no recall.
+Where tokens only act on a state, as in word problems of groups, the answer is a matter of the state alone and must not
+depend on the last token beside it, and what tokens write adds to an error that nothing takes away. Leaving both out
+makes training reliable. The price: a layer can't forget and take up something new, so no resets, flip-flops or recall.
+Two words that each bring the state to rest are projections onto subspaces, and read in turn they lead to the same state
+whichever comes last.
 
 | mixer | native beta | native eigenvalues | with `eigenvalue_range=(-1, 1)` |
 |---|---|---|---|
@@ -55,7 +57,7 @@ class HomogeneousDeltaProductConfig(WidenedMixerConfig):
         beta_gain: factor on the logit of beta. Above 1 it lets beta saturate at the ends of its range early in
             training.
         beta_bias: what the learned bias on the logit of beta starts from, before the gain; with beta_gain 4, 1 puts the
-            eigenvalues of all factors near -1 at the start, if the range is (-1, 1).
+            eigenvalues of most factors near -1 at the start, if the range is (-1, 1).
         backend: how the recurrence is computed, "auto" or a name from `statetrack.ops.available_backends()`.
     """
 
