@@ -23,7 +23,7 @@ from statetrack.training_step import (
     padded_length,
 )
 
-MIXERS = ["deltanet", "gated_deltaproduct", "mamba", "mlstm", "rwkv7", "slstm", "attention"]
+MIXERS = ["deltanet", "gated_deltaproduct", "homogeneous_deltaproduct", "mamba", "mlstm", "rwkv7", "slstm", "attention"]
 
 
 @pytest.fixture

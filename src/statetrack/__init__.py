@@ -12,6 +12,7 @@ from statetrack.mixers.deltanet import (
     KimiDeltaAttentionConfig,
 )
 from statetrack.mixers.gla import GLA, GLAConfig
+from statetrack.mixers.homogeneous_deltaproduct import HomogeneousDeltaProduct, HomogeneousDeltaProductConfig
 from statetrack.mixers.lstm import LSTM, LSTMConfig
 from statetrack.mixers.mamba import Mamba, MambaConfig
 from statetrack.mixers.mamba2 import Mamba2, Mamba2Config
@@ -45,6 +46,8 @@ __all__ = [
     "GLAConfig",
     "GatedDeltaNetConfig",
     "GatedDeltaProductConfig",
+    "HomogeneousDeltaProduct",
+    "HomogeneousDeltaProductConfig",
     "Householder",
     "KimiDeltaAttentionConfig",
     "LSTMConfig",

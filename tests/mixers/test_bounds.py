@@ -17,6 +17,7 @@ CASES = [
     ("deltanet", {"beta_gain": 4.0, "beta_bias": 1.0}),
     ("deltanet", {"learn_lower_end": True, "eigenvalue_range": (-0.5, 1), "num_heads": 2, "num_value_heads": 4}),
     ("deltaproduct", {"num_householder": 3, "eigenvalue_range": (0, 1)}),
+    ("homogeneous_deltaproduct", {"num_householder": 3, "beta_gain": 4.0, "beta_bias": 0.5}),
     ("gated_deltanet", {"decay_range": (-1, 1)}),
     ("gated_deltaproduct", {"decay_range": (-1, 1)}),
     ("kda", {"decay_range": (-1, 1)}),
@@ -101,7 +102,7 @@ def test_nothing_is_said_where_nothing_is_known(name):
 def test_every_other_mixer_that_is_known_has_bounds():
     bounded = {name for name, options in CASES if not options}
     assert {"deltanet", "deltaproduct", "exact_deltaproduct", "gated_deltanet", "gated_deltaproduct", "kda"} <= bounded
-    assert {"gla", "mamba", "mamba2", "mlstm", "rwkv6"} <= bounded
+    assert {"gla", "homogeneous_deltaproduct", "mamba", "mamba2", "mlstm", "rwkv6"} <= bounded
     assert not bounded & UNKNOWN
 
 

@@ -21,6 +21,7 @@ from triton_cases import gpu_results, on_gpu
 from statetrack import layers
 from statetrack.mixers.deltanet import DeltaNetConfig, DeltaProductConfig, GatedDeltaNetConfig, KimiDeltaAttentionConfig
 from statetrack.mixers.gla import GLAConfig
+from statetrack.mixers.homogeneous_deltaproduct import HomogeneousDeltaProductConfig
 from statetrack.mixers.mamba import MambaConfig
 from statetrack.mixers.rwkv7 import RWKV7Config
 from statetrack.model import LanguageModel, ModelConfig
@@ -41,6 +42,7 @@ CASES = {
 MIXERS = {
     "deltanet": DeltaNetConfig(num_heads=2, backend="triton"),
     "deltaproduct": DeltaProductConfig(num_heads=2, backend="triton"),
+    "homogeneous_deltaproduct": HomogeneousDeltaProductConfig(num_heads=2, backend="triton"),
     "kda": KimiDeltaAttentionConfig(num_heads=2, backend="triton"),
     "gla": GLAConfig(num_heads=2, backend="triton"),
     "mamba": MambaConfig(backend="triton"),

@@ -7,7 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from statetrack.mixers import mixer_configs
 from statetrack.model import LanguageModel, ModelConfig
-from statetrack.pretraining.flops import CHUNK, card_peak_flops, peak_flops, training_flops_per_token
+from statetrack.pretraining.flops import (
+    CHUNK,
+    card_peak_flops,
+    parameters_per_token,
+    peak_flops,
+    training_flops_per_token,
+)
 from statetrack.pretraining.presets import preset
 
 B, T = 2, 128
@@ -45,6 +51,15 @@ def test_the_linear_layers_are_those_that_pytorch_counts(name, tied):
 def training_flops_of_parameters(model):
     embeddings = 0 if model.config.tie_embeddings else model.embedding.weight.numel()
     return 6 * (model.num_parameters() - embeddings)
+
+
+def test_a_learned_initial_state_meets_no_token():
+    config = model_config("homogeneous_deltaproduct", value_dim=512)
+    model, flops = counted(config)
+    states = sum(block.mixer.initial_state.numel() for block in model._blocks())
+    assert states == 2 * 4 * 64 * 512
+    assert parameters_per_token(model) == model.num_parameters() - model.embedding.weight.numel() - states
+    assert 2 * parameters_per_token(model) == pytest.approx(flops, rel=0.02)
 
 
 @pytest.mark.parametrize("factors", [1, 2])

@@ -227,6 +227,7 @@ def test_retention_turns_with_the_position_and_comes_to_rest():
         ("deltaproduct", {"num_householder": 3}),
         ("gated_deltaproduct", {"num_householder": 4}),
         ("exact_deltaproduct", {"num_householder": 3}),
+        ("homogeneous_deltaproduct", {"num_householder": 3}),
     ],
 )
 def test_three_matrices_in_0_to_1_are_left_to_the_argument_about_moduli(name, options):

@@ -55,6 +55,15 @@ _CONVOLVED = ("q", "k", "v")
 _ACTIVATIONS = {"silu": F.silu, "identity": lambda x: x}
 
 
+def products_spectrum(lo: float, factors: int) -> EigenvalueRange | None:
+    """Where the eigenvalues of products of factors with eigenvalues in [lo, 1] lie; None if they may be complex."""
+    if factors == 1 or (factors == 2 and lo >= 0):
+        # A product of two symmetric matrices with eigenvalues in [0, 1] has such eigenvalues too (proposition 1 of
+        # arXiv 2411.12537). It shortens no vector by more than lo for each of its factors.
+        return EigenvalueRange(lo**factors, 1)
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeltaNetConfig(WidenedMixerConfig):
     """Options of DeltaNet; `eigenvalue_range` is that of each factor along its key, (lo, 1).
@@ -131,12 +140,7 @@ class DeltaNetConfig(WidenedMixerConfig):
         return self.num_value_heads or self.num_heads
 
     def spectrum(self) -> EigenvalueRange | None:
-        lo = self.gate_range().lo
-        if self.num_householder == 1 or (self.num_householder == 2 and lo >= 0):
-            # A product of two symmetric matrices with eigenvalues in [0, 1] has such eigenvalues too (proposition 1 of
-            # arXiv 2411.12537). It shortens no vector by more than lo for each of its factors.
-            return EigenvalueRange(lo**self.num_householder, 1)
-        return None
+        return products_spectrum(self.gate_range().lo, self.num_householder)
 
     def head_sizes(self, d_model: int) -> tuple[int, int]:
         """(K, V) for a model dimension."""

@@ -12,6 +12,7 @@ import torch
 
 from statetrack.mixers import Mixer
 from statetrack.mixers.attention import Attention
+from statetrack.mixers.homogeneous_deltaproduct import HomogeneousDeltaProduct
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.transition import Discretized, Householder, LowRank
 
@@ -50,8 +51,8 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     """Operations of the forward and the backward pass for a token, a multiplication and an addition being two.
 
     `3 (2 N + R)`: the backward pass has two products for each of the forward's. N is the number of parameters that meet
-    every token: all but the embeddings, and the output layer also where that is the embeddings. R is what the mixers'
-    recurrences add in the forward pass, for each head with a state of K x V numbers:
+    every token: all but the embeddings and learned initial states, and the output layer also where that is the
+    embeddings. R is what the mixers' recurrences add in the forward pass, for each head with a state of K x V numbers:
 
     - Householder products (the DeltaNet family) of N_h factors a token, in chunks of C = 64 factors as in
       `statetrack.ops.chunked_householder`. For each factor `2 C K` for k k^T, `C V` for the substitution, `4 K V` for
@@ -77,9 +78,10 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
 
 
 def parameters_per_token(model: LanguageModel) -> int:
-    """N, the parameters that meet every token: all but the embeddings, but with the output layer."""
+    """N, the parameters that meet every token: without embeddings and learned initial states, with the output layer."""
     embeddings = 0 if model.head is None else model.embedding.weight.numel()
-    return model.num_parameters() - embeddings
+    states = sum(m.initial_state.numel() for m in model.modules() if isinstance(m, HomogeneousDeltaProduct))
+    return model.num_parameters() - embeddings - states
 
 
 def peak_flops(device: torch.device | str) -> float | None:
