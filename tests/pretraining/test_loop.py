@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from forked import run_ranks
 from metrics_of_runs import losses
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 import statetrack
@@ -428,7 +428,7 @@ def test_the_loss_of_two_processes_is_that_of_one(tables, text_data, tmp_path, m
         found = loss_and_norm(tables, batch, "none", tied, precision)
         assert found == pytest.approx(expected, rel=1e-2 if precision == "bfloat16" else 1e-5)
     expected = {(parallelism, *case): value for case, value in alone.items() for parallelism in ("ddp", "fsdp")}
-    spawn(losses_of_two, (tmp_path / "store", tables, batch, expected), 2)
+    run_ranks(losses_of_two, (tmp_path / "store", tables, batch, expected), 2)
 
 
 def test_documents_may_share_a_state(tables, tmp_path):
