@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import subprocess
-import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from forked import run_ranks
+from forked import FORKED, run_ranks
 from metrics_of_runs import losses
 from torch.nn import functional as F
 
@@ -353,23 +352,23 @@ def test_a_directory_that_cannot_be_written_is_named(method, tables, stopped, mo
     assert Checkpoints(stopped / "checkpoints").steps() == [2, 3]
 
 
-def test_a_run_has_one_trainer_at_a_time(tables, config, tmp_path):
-    train(tables, tmp_path / "run", stop_after=2)
-    code = f"""
-import sys, time
-from statetrack.pretraining.run import PretrainRun
-run = PretrainRun({str(tmp_path / "run")!r})
-run.begin(run.read_config())
-print("holds it", flush=True)
-sys.stdin.read()
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"holds it\n"
-        with pytest.raises(RunError, match=f"is in use by process {other.pid} on "):
-            train(tables, tmp_path / "run")
-        other.kill()
-        other.wait()
-    assert train(tables, tmp_path / "run").step == 6
+def hold(place, held):
+    run = PretrainRun(place)
+    run.begin(run.read_config())
+    held.set()
+    time.sleep(600)
+
+
+def test_a_run_has_one_trainer_at_a_time(tables, stopped):
+    held = FORKED.Event()
+    other = FORKED.Process(target=hold, args=(stopped, held), daemon=True)
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(RunError, match=f"is in use by process {other.pid} on "):
+        train(tables, stopped)
+    other.kill()
+    other.join()
+    assert train(tables, stopped).step == 6
 
 
 def test_data_that_has_changed_is_named_before_training(tables, text_data, tmp_path):
