@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -20,10 +23,16 @@ def run(text):
         return end.code
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    place = tmp_path_factory.mktemp("trained") / "run"
+    assert run(f"train parity --mixer deltanet --eigenvalue-range=-1,1 --out {place} {SMALL}") == 0
+    return place
+
+
 @pytest.fixture
-def parity(tmp_path):
-    assert run(f"train parity --mixer deltanet --eigenvalue-range=-1,1 --out {tmp_path}/run {SMALL}") == 0
-    return tmp_path / "run"
+def parity(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_train_evaluate_report(parity, tmp_path, capsys):
@@ -149,6 +158,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     )
     while not (out / "metrics.jsonl").exists():
         assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -44,6 +44,18 @@ SMALL = {
 HYBRID = [{"name": "deltanet", "num_heads": 2}, {"name": "mamba", "eigenvalue_range": [0, 1]}]
 
 
+def run_here(experiment, out, monkeypatch, together=8):
+    """What a worker of `run_experiment` makes of the runs, seeds together, without seconds for a process to start."""
+    monkeypatch.setattr(runner, "_events", queue.Queue(), raising=False)
+    monkeypatch.setattr(runner, "_stop", threading.Event(), raising=False)
+    monkeypatch.setattr(runner, "_device", "cpu", raising=False)
+    records = []
+    for indices in runner._groups(experiment.runs, together):
+        runs = [experiment.runs[index] for index in indices]
+        records += runner._run(indices, runs, [out / run.name for run in runs], 0)
+    return records
+
+
 def test_a_sweep_makes_a_run_for_every_entry_and_seed():
     experiment = read_experiment(SMALL)
     mixers = [run.config.model.mixer for run in experiment.runs]
@@ -86,11 +98,10 @@ def test_a_preset_may_have_smaller_tasks_in_place_of_those_that_runs_are_of():
         read_experiment({**SMALL, "preset": preset}, None, "tiny")
 
 
-def test_a_run_may_be_judged_on_another_task_than_it_is_trained_on(tmp_path):
+def test_a_run_may_be_judged_on_another_task_than_it_is_trained_on(tmp_path, monkeypatch):
     table = {**SMALL["run"][0], "task": "group:Z2", "judged_task": "parity", "sweep": [{}], "winner_lengths": []}
     experiment = read_experiment({**SMALL, "run": [table]}, [3])
-    records = run_experiment(experiment, tmp_path, workers=1)
-    assert records is not None
+    records = run_here(experiment, tmp_path, monkeypatch)
     directory = RunDirectory(tmp_path / experiment.runs[0].name)
     assert (directory.read_config().task, directory.read_evaluation()["task"]) == ("group:Z2", "parity")
     assert list(finished_records(experiment, tmp_path, [0]).values()) == records
@@ -127,13 +138,12 @@ def test_a_wrong_file_is_refused(change, message):
         read_experiment({**SMALL, **change})
 
 
-def test_a_hybrid_runs_and_is_named_after_its_pattern(tmp_path):
+def test_a_hybrid_runs_and_is_named_after_its_pattern(tmp_path, monkeypatch):
     table = SMALL["run"][0]
     run = {**table, "mixer": HYBRID, "model": {"d_model": 8, "num_layers": 2}, "sweep": [{}]}
     experiment = read_experiment({**SMALL, "run": [run]}, [3])
     assert [run.name for run in experiment.runs] == ["parity-deltanet[-1,1]n1+mamba[0,1]-seed3"]
-    records = run_experiment(experiment, tmp_path, workers=1)
-    assert records is not None
+    records = run_here(experiment, tmp_path, monkeypatch)
     (record,) = records
     assert (record.mixer, record.eigenvalue_range, record.num_householder) == ("deltanet+mamba", None, 1)
     assert record.variant == "2 layers, eigenvalues in [-1,1] and [0,1]"
@@ -143,7 +153,7 @@ def test_a_hybrid_runs_and_is_named_after_its_pattern(tmp_path):
     assert min(spectrum) >= -1
     assert max(spectrum) <= 1
     # A run that is finished is found again under the same config.
-    assert run_experiment(experiment, tmp_path, workers=1) == records
+    assert run_here(experiment, tmp_path, monkeypatch) == records
 
 
 def test_a_sweep_may_replace_the_mixers_of_a_hybrid_as_a_whole():
@@ -154,7 +164,7 @@ def test_a_sweep_may_replace_the_mixers_of_a_hybrid_as_a_whole():
 
 def test_a_grid_runs_stops_and_goes_on(tmp_path):
     experiment, events = read_experiment(SMALL, [3]), []
-    assert run_experiment(experiment, tmp_path, workers=2, should_stop=lambda: True) is None
+    assert run_experiment(experiment, tmp_path, workers=1, should_stop=lambda: True) is None
     records = run_experiment(experiment, tmp_path, workers=2, on_event=events.append)
     assert records is not None
     assert [record.seed for record in records] == [3, 3]
@@ -187,7 +197,7 @@ def test_workers_leave_signals_to_the_process_that_started_them(tmp_path):
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
-def test_runs_trained_together_have_directories_and_records_of_their_own(tmp_path):
+def test_runs_trained_together_have_directories_and_records_of_their_own(tmp_path, monkeypatch):
     experiment, events = read_experiment(SMALL), []
     records = run_experiment(experiment, tmp_path / "grid", workers=1, together=3, on_event=events.append)
     assert records is not None
@@ -201,12 +211,13 @@ def test_runs_trained_together_have_directories_and_records_of_their_own(tmp_pat
         files = {file.name for file in (tmp_path / "grid" / run.name).iterdir()}
         assert files == {file.name for file in alone.path.iterdir()} | {"evaluation.json"}
     # Nothing is left to do, together or one by one.
-    assert run_experiment(experiment, tmp_path / "grid", workers=1) == records
+    for together in (3, 1):
+        assert run_here(experiment, tmp_path / "grid", monkeypatch, together) == records
 
 
-def test_an_evaluation_that_the_experiment_did_not_ask_for_is_not_taken_for_its_own(tmp_path):
+def test_an_evaluation_that_the_experiment_did_not_ask_for_is_not_taken_for_its_own(tmp_path, monkeypatch):
     experiment = read_experiment({**SMALL, "run": [{**SMALL["run"][0], "sequences": 16}]}, [3])
-    records = run_experiment(experiment, tmp_path, workers=1)
+    records = run_here(experiment, tmp_path, monkeypatch)
     done = finished_records(experiment, tmp_path, range(2))
     assert [done[0], done[1]] == records
     for index, options in enumerate((["--lengths", "5"], ["--lengths", "5,256", "--sequences", "8"])):
@@ -216,32 +227,20 @@ def test_an_evaluation_that_the_experiment_did_not_ask_for_is_not_taken_for_its_
     whole = replace(experiment, runs=tuple(replace(run, whole=True) for run in experiment.runs))
     assert main(["evaluate", str(tmp_path / experiment.runs[0].name), "--lengths", "5,256", "--sequences", "16"]) == 0
     assert (list(finished_records(experiment, tmp_path, [0])), finished_records(whole, tmp_path, [0])) == ([0], {})
-    assert run_experiment(experiment, tmp_path, workers=1) == records
+    assert run_here(experiment, tmp_path, monkeypatch) == records
     (tmp_path / experiment.runs[1].name / "evaluation.json").write_text("{")
     assert list(finished_records(experiment, tmp_path, range(2))) == [0]
 
 
-def test_a_run_that_breaks_down_is_reported_not_dropped(tmp_path):
+def test_a_run_that_breaks_down_is_reported_not_dropped(tmp_path, monkeypatch):
     broken = {
         **SMALL["run"][0],
         "training": {**SMALL["run"][0]["training"], "learning_rate": 1e38, "gradient_clip": 0, "warmup": 0},
     }
-    records = run_experiment(read_experiment({**SMALL, "run": [broken]}, [0]), tmp_path, workers=1)
-    assert records is not None
+    records = run_here(read_experiment({**SMALL, "run": [broken]}, [0]), tmp_path, monkeypatch)
+    assert len(records) == 2
     assert all(record.failed is not None and "the loss became" in record.failed for record in records)
     assert not any(record.solved for record in records)
-
-
-def run_here(experiment, out, monkeypatch):
-    """What a worker of `run_experiment` makes of the runs, seeds together, in this process."""
-    monkeypatch.setattr(runner, "_events", queue.Queue(), raising=False)
-    monkeypatch.setattr(runner, "_stop", threading.Event(), raising=False)
-    monkeypatch.setattr(runner, "_device", "cpu", raising=False)
-    records = []
-    for indices in runner._groups(experiment.runs, 8):
-        runs = [experiment.runs[index] for index in indices]
-        records += runner._run(indices, runs, [out / run.name for run in runs], 0)
-    return records
 
 
 def test_a_run_that_raises_is_given_up_and_the_others_of_its_group_go_on(tmp_path, monkeypatch):

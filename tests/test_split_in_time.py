@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from forked import run_ranks
 
 from statetrack import LanguageModel, ModelConfig, mixer_config, mixer_configs
 from statetrack.split_in_time import local_piece, split_in_time, sum_gradients
@@ -58,7 +58,7 @@ def compare(rank, ranks, path, mixers):
 
 
 def run(tmp_path, ranks, mixers):
-    spawn(compare, (ranks, tmp_path / "store", mixers), ranks)
+    run_ranks(compare, (ranks, tmp_path / "store", mixers), ranks)
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -4,14 +4,12 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from forked import FORKED
 
 from statetrack import LanguageModel, mixer_config, seeds
 from statetrack.config import TrainingConfig, run_config
@@ -97,45 +95,40 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert directory.state_file.read_bytes() == before
 
 
+def train_in_one_thread(config, path, ready):
+    torch.set_num_threads(1)
+    ready.set()
+    train(config, RunDirectory(path))
+
+
 def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     """kill -9 at random moments until the run is through; the end is that of a run that nobody disturbed."""
-    config = make(steps=300, checkpoint_every=3)
-    script = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "sys.path.insert(0, sys.argv[2])\n"
-        "from test_training import make\n"
-        "from statetrack.runs import RunDirectory\n"
-        "from statetrack.training import train\n"
-        "print('ready', flush=True)\n"
-        "train(make(steps=300, checkpoint_every=3), RunDirectory(sys.argv[1]))\n"
-    )
+    config = make(steps=200, checkpoint_every=3)
     directory, kills = RunDirectory(tmp_path / "killed"), 0
-    command = [sys.executable, "-c", script, str(directory.path), str(Path(__file__).parent)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for delay in (0.05, 0.2, 0.35, None):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        if delay is None:
-            assert process.wait(timeout=120) == 0
-        else:
+        ready = FORKED.Event()
+        process = FORKED.Process(target=train_in_one_thread, args=(config, directory.path, ready))
+        process.start()
+        assert ready.wait(60)
+        if delay is not None:
             time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        process.stdout.close()
+            process.kill()
+        process.join(120)
+        assert process.exitcode in ((0,) if delay is None else (0, -signal.SIGKILL))
+        kills += process.exitcode != 0
         if directory.model_file.exists():
             directory.load_model()  # whatever happened, what is there can be used
     assert kills >= 1
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        whole = train(config, RunDirectory(tmp_path / "whole"))
+        whole = train(make(steps=200))
     finally:
         torch.set_num_threads(threads)
     assert weights_equal(directory.load_model(), whole.model)
     steps = [line["step"] for line in directory.read_metrics()]
     assert steps == sorted(set(steps))
-    assert steps[-1] == 300
+    assert steps[-1] == 200
 
 
 def test_another_run_is_not_overwritten(tmp_path):

@@ -1,5 +1,7 @@
 """A little prepared text, and tiny models that are pre-trained on it."""
 
+import copy
+
 import pytest
 
 from statetrack.data import PrepareConfig, TextSource, prepare
@@ -18,9 +20,9 @@ def text_data(tmp_path_factory):
     return place / "data"
 
 
-@pytest.fixture
-def tables(text_data):
-    """The config of a run of seconds, as plain data; tests change it."""
+@pytest.fixture(scope="session")
+def tables_of_all(text_data):
+    """The config of a run of seconds, as plain data."""
     return {
         "model": {
             "d_model": 16,
@@ -34,6 +36,12 @@ def tables(text_data):
         "schedule": {"warmup_steps": 2},
         "execution": {"log_every": 1, "checkpoint_every": 2, "evaluate_every": 0, "evaluation_sequences": 4},
     }
+
+
+@pytest.fixture
+def tables(tables_of_all):
+    """A config of its own for each test, which may change it."""
+    return copy.deepcopy(tables_of_all)
 
 
 @pytest.fixture

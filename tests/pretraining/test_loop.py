@@ -2,16 +2,15 @@
 
 import json
 import shutil
-import subprocess
-import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked import FORKED, run_ranks
 from metrics_of_runs import losses
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 import statetrack
@@ -45,8 +44,27 @@ def train(tables, out, stop_after=None, **options):
         )
 
 
-def test_the_loop_computes_what_a_plain_loop_of_pytorch_does(tables, config, tmp_path, text_data):
-    train(tables, tmp_path / "run")
+@pytest.fixture(scope="module")
+def undisturbed(tables_of_all, tmp_path_factory):
+    """The directory of a run that came to its end at once, and its result; nobody writes there."""
+    place = tmp_path_factory.mktemp("undisturbed") / "run"
+    return place, train(tables_of_all, place)
+
+
+@pytest.fixture(scope="module")
+def _stopped(tables_of_all, tmp_path_factory):
+    place = tmp_path_factory.mktemp("stopped") / "run"
+    train(tables_of_all, place, stop_after=3)
+    return place
+
+
+@pytest.fixture
+def stopped(_stopped, tmp_path):
+    """The directory of a run that was stopped after 3 of its 6 steps, with checkpoints of steps 2 and 3."""
+    return Path(shutil.copytree(_stopped, tmp_path / "stopped"))
+
+
+def test_the_loop_computes_what_a_plain_loop_of_pytorch_does(config, undisturbed, text_data):
     torch.manual_seed(int(seeds.generator("initial weights", 0).initial_seed()))
     model = LanguageModel(config.model)
     mixers = [block.mixer for block in model.blocks]
@@ -69,23 +87,23 @@ def test_the_loop_computes_what_a_plain_loop_of_pytorch_does(tables, config, tmp
         optimizer.step()
         optimizer.zero_grad()
         expected[step + 1] = loss.item(), norm.item()
-    found = losses(tmp_path / "run")
+    found = losses(undisturbed[0])
     assert found.keys() == expected.keys()
     for step, pair in expected.items():
         assert found[step] == pytest.approx(pair, rel=1e-5)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
-def test_a_run_goes_on_exactly(cut, tables, tmp_path):
-    whole = train(tables, tmp_path / "whole")
+def test_a_run_goes_on_exactly(cut, tables, undisturbed, tmp_path):
+    place, whole = undisturbed
     part = train(tables, tmp_path / "part", stop_after=cut)
     assert (whole.step, part.step) == (6, cut)
     assert not part.held_out
     rest = train(tables, tmp_path / "part")
-    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    assert losses(tmp_path / "part") == losses(place)
     assert rest.held_out == whole.held_out
     assert set(whole.held_out) == {"code", "prose"}
-    first, second = (statetrack.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "part"))
+    first, second = (statetrack.from_pretrained(run).state_dict() for run in (place, tmp_path / "part"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -99,38 +117,34 @@ def test_a_run_goes_on_exactly(cut, tables, tmp_path):
         {"num_workers": 1},
     ],
 )
-def test_how_it_is_computed_changes_nothing_but_rounding(changes, tables, tmp_path):
-    train(tables, tmp_path / "plain")
+def test_how_it_is_computed_changes_nothing_but_rounding(changes, tables, undisturbed, tmp_path):
     tables["execution"] |= changes
     train(tables, tmp_path / "other")
-    plain, other = losses(tmp_path / "plain"), losses(tmp_path / "other")
+    plain, other = losses(undisturbed[0]), losses(tmp_path / "other")
     assert all(other[step] == pytest.approx(plain[step], rel=1e-4) for step in plain)
 
 
-def test_a_run_from_before_a_field_of_the_config_goes_on(tables, tmp_path):
-    whole = train(tables, tmp_path / "whole")
-    train(tables, tmp_path / "run", stop_after=2)
-    run = PretrainRun(tmp_path / "run")
-    for file in (run.config_file, run.checkpoints.path(2) / "progress.json"):
+def test_a_run_from_before_a_field_of_the_config_goes_on(tables, undisturbed, stopped):
+    run, whole = PretrainRun(stopped), undisturbed[1]
+    for file in (run.config_file, run.checkpoints.path(3) / "progress.json"):
         data = json.loads(file.read_text())
         assert data["pretraining"]["model"].pop("initializer_range", 0) is None
         file.write_text(json.dumps(data))
-    resumed = train(tables, tmp_path / "run")
+    resumed = train(tables, stopped)
     assert (resumed.step, resumed.held_out) == (whole.step, whole.held_out)
 
 
-def test_a_run_goes_on_with_another_execution_but_not_another_model(tables, tmp_path):
-    train(tables, tmp_path / "run", stop_after=3)
+def test_a_run_goes_on_with_another_execution_but_not_another_model(tables, stopped):
     tables["execution"] |= {"parallelism": "fsdp", "micro_batch_size": 1}
     other = json.loads(json.dumps(tables))
     other["model"]["mixer"]["eigenvalue_range"] = [0, 1]
     sentence = (
-        r"model.mixer.eigenvalue_range is -1,1 there, not 0,1\); .* go on with the config .*pretrain --out .*run$"
+        r"model.mixer.eigenvalue_range is -1,1 there, not 0,1\); .* go on with the config .*pretrain --out .*stopped$"
     )
     with pytest.raises(RunError, match=sentence):
-        train(other, tmp_path / "run")
-    train(tables, tmp_path / "run")
-    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+        train(other, stopped)
+    train(tables, stopped)
+    assert sorted(losses(stopped)) == [1, 2, 3, 4, 5, 6]
 
 
 class _Dtypes:
@@ -236,14 +250,13 @@ def test_spikes_are_told_from_the_usual_spread(config):
     assert guard.state["in_a_row"].item() == 0
 
 
-def test_a_checkpoint_counts_only_when_it_is_complete(tables, tmp_path):
-    train(tables, tmp_path / "run", stop_after=3)
-    checkpoints = PretrainRun(tmp_path / "run").checkpoints
+def test_a_checkpoint_counts_only_when_it_is_complete(tables, stopped):
+    checkpoints = PretrainRun(stopped).checkpoints
     assert checkpoints.steps() == [2, 3]
     half = checkpoints.directory / ".step-00000005.tmp"
     shutil.copytree(checkpoints.path(3), half)
     assert checkpoints.steps() == [2, 3]
-    train(tables, tmp_path / "run")
+    train(tables, stopped)
     assert not half.exists()
     assert checkpoints.steps() == [4, 6]  # the last two are kept
     assert not [path for path in checkpoints.directory.rglob("*") if path.suffix not in ("", ".json", ".safetensors")]
@@ -271,16 +284,15 @@ def flip(file, place):
         ),
     ],
 )
-def test_damage_is_named_and_what_is_before_it_is_offered(damage, message, tables, tmp_path):
-    train(tables, tmp_path / "run", stop_after=3)
-    checkpoints = PretrainRun(tmp_path / "run").checkpoints
+def test_damage_is_named_and_what_is_before_it_is_offered(damage, message, tables, stopped):
+    checkpoints = PretrainRun(stopped).checkpoints
     (shard,) = checkpoints.path(3).glob("*.safetensors")
     damage(shard)
     with pytest.raises(RunError, match=f"{message}.*; remove that directory to go on from step-00000002") as raised:
-        train(tables, tmp_path / "run")
+        train(tables, stopped)
     assert str(checkpoints.path(3)) in str(raised.value)
     shutil.rmtree(checkpoints.path(3))
-    assert train(tables, tmp_path / "run").step == 6
+    assert train(tables, stopped).step == 6
 
 
 def test_tensors_that_cannot_be_read_are_named_even_if_they_are_what_was_written(tables, tmp_path):
@@ -312,8 +324,7 @@ def test_a_checkpoint_of_another_run_is_refused(table, key, value, message, tabl
         train(tables, tmp_path / "run")
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_those_before_it(tables, tmp_path, monkeypatch):
-    train(tables, tmp_path / "run", stop_after=3)
+def test_a_checkpoint_that_cannot_be_written_leaves_those_before_it(tables, stopped, monkeypatch):
 
     @contextmanager
     def full(*args, **kwargs):
@@ -322,13 +333,12 @@ def test_a_checkpoint_that_cannot_be_written_leaves_those_before_it(tables, tmp_
 
     monkeypatch.setattr("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
-        train(tables, tmp_path / "run")
-    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [2, 3]
+        train(tables, stopped)
+    assert Checkpoints(stopped / "checkpoints").steps() == [2, 3]
 
 
 @pytest.mark.parametrize("method", ["mkdir", "rename"])
-def test_a_directory_that_cannot_be_written_is_named(method, tables, tmp_path, monkeypatch):
-    train(tables, tmp_path / "run", stop_after=3)
+def test_a_directory_that_cannot_be_written_is_named(method, tables, stopped, monkeypatch):
     original = getattr(Path, method)
 
     def refused(path, *args, **kwargs):
@@ -338,27 +348,27 @@ def test_a_directory_that_cannot_be_written_is_named(method, tables, tmp_path, m
 
     monkeypatch.setattr(Path, method, refused)
     with pytest.raises(CheckpointError, match=r"could not be written to .*checkpoints \(Permission denied\)"):
-        train(tables, tmp_path / "run")
-    assert Checkpoints(tmp_path / "run" / "checkpoints").steps() == [2, 3]
+        train(tables, stopped)
+    assert Checkpoints(stopped / "checkpoints").steps() == [2, 3]
 
 
-def test_a_run_has_one_trainer_at_a_time(tables, config, tmp_path):
-    train(tables, tmp_path / "run", stop_after=2)
-    code = f"""
-import sys, time
-from statetrack.pretraining.run import PretrainRun
-run = PretrainRun({str(tmp_path / "run")!r})
-run.begin(run.read_config())
-print("holds it", flush=True)
-sys.stdin.read()
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.readline() == b"holds it\n"
-        with pytest.raises(RunError, match=f"is in use by process {other.pid} on "):
-            train(tables, tmp_path / "run")
-        other.kill()
-        other.wait()
-    assert train(tables, tmp_path / "run").step == 6
+def hold(place, held):
+    run = PretrainRun(place)
+    run.begin(run.read_config())
+    held.set()
+    time.sleep(600)
+
+
+def test_a_run_has_one_trainer_at_a_time(tables, stopped):
+    held = FORKED.Event()
+    other = FORKED.Process(target=hold, args=(stopped, held), daemon=True)
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(RunError, match=f"is in use by process {other.pid} on "):
+        train(tables, stopped)
+    other.kill()
+    other.join()
+    assert train(tables, stopped).step == 6
 
 
 def test_data_that_has_changed_is_named_before_training(tables, text_data, tmp_path):
@@ -428,7 +438,7 @@ def test_the_loss_of_two_processes_is_that_of_one(tables, text_data, tmp_path, m
         found = loss_and_norm(tables, batch, "none", tied, precision)
         assert found == pytest.approx(expected, rel=1e-2 if precision == "bfloat16" else 1e-5)
     expected = {(parallelism, *case): value for case, value in alone.items() for parallelism in ("ddp", "fsdp")}
-    spawn(losses_of_two, (tmp_path / "store", tables, batch, expected), 2)
+    run_ranks(losses_of_two, (tmp_path / "store", tables, batch, expected), 2)
 
 
 def test_documents_may_share_a_state(tables, tmp_path):

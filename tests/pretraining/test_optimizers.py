@@ -7,10 +7,10 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from forked import run_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from statetrack.mixers import mixer_configs
@@ -219,7 +219,7 @@ def _sharded(rank, name, path, results):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_sharded_model_trains_as_a_whole_one(name, tmp_path):
     results = tmp_path / "results.pt"
-    spawn(_sharded, (name, tmp_path / "store", results), nprocs=2)
+    run_ranks(_sharded, (name, tmp_path / "store", results), 2)
     losses, restored, weights = torch.load(results)
     model = small_model()
     optimizer = build_optimizer(model, OptimizerConfig(name=name, learning_rate=1e-2))

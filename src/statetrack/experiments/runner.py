@@ -93,18 +93,23 @@ def run_experiment(
         OSError: if results can't be written; the other runs have saved what they had.
         RunError: if there is something else where a run directory should be.
     """
+    records = finished_records(experiment, out, range(len(experiment.runs)), evaluation_seed=evaluation_seed)
+    for index, record in records.items():
+        on_event(RunEvent(index, record=record))
+    left = [index for index in range(len(experiment.runs)) if index not in records]
+    if not left:  # without the seconds that a worker takes to start
+        return list(records.values())
     on_cpu = set(devices) == {"cpu"}
     workers = workers or (available_cores() if on_cpu else len(devices))
     if together is None:
-        together = 1 if on_cpu else min(MOST_TOGETHER, -(-len(experiment.runs) // workers))
-    groups = _groups(experiment.runs, together)
+        together = 1 if on_cpu else min(MOST_TOGETHER, -(-len(left) // workers))
+    groups = [[left[place] for place in group] for group in _groups([experiment.runs[i] for i in left], together)]
     context = multiprocessing.get_context("spawn")
     events: Queue[RunEvent] = context.Queue()
     stop = context.Event()
     places: Queue[str] = context.Queue()
     for worker in range(workers):
         places.put(devices[worker % len(devices)])
-    records: dict[int, Record] = {}
 
     def drain(timeout: float) -> None:
         try:

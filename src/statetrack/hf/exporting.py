@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from string import Template
@@ -108,7 +109,8 @@ def _own_sources() -> dict[str, str]:
     return sources
 
 
-def _imported(source: str) -> list[str]:
+@cache  # of hundreds of kilobytes of text, and parsing them is most of what an export of a small model takes
+def _imported(source: str) -> tuple[str, ...]:
     """The modules of this package that a source imports, anywhere in it."""
     names = []
     for node in ast.walk(ast.parse(source)):
@@ -116,7 +118,7 @@ def _imported(source: str) -> list[str]:
             names.append(node.module)
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-    return [name for name in names if name.startswith("statetrack.")]
+    return tuple(name for name in names if name.startswith("statetrack."))
 
 
 def _module_file(root: Path, name: str) -> Path:

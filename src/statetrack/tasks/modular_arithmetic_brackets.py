@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -168,7 +169,8 @@ class _Tree:
         self.offset = place - self.start
 
 
-def _long_run_values(modulus: int, operators: str) -> list[float]:
+@cache  # a grid makes the task of each run, and this is most of its time
+def _long_run_values(modulus: int, operators: str) -> tuple[float, ...]:
     """How often each value is that of a long expression: the distribution that operations on two such values keep."""
     values = torch.arange(modulus)
     results = {"+": values[:, None] + values, "-": values[:, None] - values, "*": values[:, None] * values}
@@ -178,7 +180,7 @@ def _long_run_values(modulus: int, operators: str) -> list[float]:
         pairs = (share[:, None] * share).flatten().repeat(len(operators)) / len(operators)
         share = torch.zeros_like(share).index_add(0, chosen, pairs)
         share /= share.sum()  # rounding errors would square from one round to the next
-    return share.tolist()
+    return tuple(share.tolist())
 
 
 def _make(argument: str) -> ModularArithmeticWithBrackets:

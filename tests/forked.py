@@ -1,0 +1,13 @@
+"""Processes forked from one that has imported PyTorch, where each of their own would take seconds for it."""
+
+import multiprocessing
+
+from torch.multiprocessing.spawn import start_processes
+
+multiprocessing.set_forkserver_preload(["pytest", "torch.distributed.fsdp", "statetrack.pretraining.loop"])
+FORKED = multiprocessing.get_context("forkserver")
+
+
+def run_ranks(function, arguments, ranks):
+    """Runs function(rank, *arguments) in a process for each rank; an error in one is raised here."""
+    start_processes(function, arguments, ranks, start_method="forkserver")
