@@ -63,12 +63,14 @@ class Model:
         name: in results and options.
         title: in tables and figures.
         run: its name in the experiment, without the seed.
+        experiment: the experiment that has it, if it isn't that of the plan.
         training: in what its recipe was trained otherwise when it was ablated.
     """
 
     name: str
     title: str
     run: str
+    experiment: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,6 +82,7 @@ class Value:
         label: in tables and figures.
         models: names of the models that it is for; None for those of the choice.
         mixer, model, training: options of the three configs.
+        other_mixer: `mixer` is a mixer of its own, of which none of the recipe's options is kept.
         decay_eigenvalues: whether weight decay also takes what `Mixer.eigenvalue_parameters` keeps from it.
     """
 
@@ -88,6 +91,7 @@ class Value:
     mixer: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    other_mixer: bool = False
     decay_eigenvalues: bool = False
 
 
@@ -103,7 +107,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The contents of `ablation.toml`; `experiment` is the experiment that has the models' runs."""
+    """The contents of `ablation.toml`; `experiment` is the experiment that has the runs of the models that name none."""
 
     experiment: str
     model: list[Model]
@@ -148,16 +152,18 @@ def read_plan(text: str) -> Plan:
 
 def recipes(plan: Plan) -> dict[str, RunConfig]:
     """The recipe of each model as it was ablated, by the model's name, with the seed 0."""
-    runs = {run.name.removesuffix("-seed0"): run.config for run in load_experiment(plan.experiment, [0]).runs}
-    return {
-        model.name: replace(runs[model.run], training=replace(runs[model.run].training, **model.training))
-        for model in plan.model
-    }
+    found = {}
+    for model in plan.model:
+        runs = load_experiment(model.experiment or plan.experiment, [0]).runs
+        (config,) = (run.config for run in runs if run.name.removesuffix("-seed0") == model.run)
+        found[model.name] = replace(config, training=replace(config.training, **model.training))
+    return found
 
 
 def variant(model: Model, recipe: RunConfig, value: Value) -> Variant:
     """The recipe with a value in place of its own."""
-    mixer = read_mixers({**to_data(recipe.model.mixer), **value.mixer})
+    kept = {} if value.other_mixer else to_data(recipe.model.mixer)
+    mixer = read_mixers({**kept, **value.mixer})
     sizes = {key: data for key, data in to_data(recipe.model).items() if key != "mixer"} | value.model
     training = from_data(TrainingConfig, {**to_data(recipe.training), **value.training})
     config = run_config(recipe.task, mixer, sizes, training)
@@ -322,7 +328,7 @@ def draw_choice(figure: Figure, panels: Sequence[tuple[Model, list[tuple[Value, 
             ax.text(-0.02, -0.2, "at 10,000:", transform=ax.transAxes, ha="right", color=canvas.MUTED, fontsize=8)
 
 
-_COLORS = {"deltanet": 0, "mamba": 1, "deltaproduct": 2}
+_COLORS = {"deltanet": 0, "mamba": 1, "deltaproduct": 2, "a5": 3}
 _BELOW = 4.0
 """Where models are drawn that fail at the shortest length."""
 

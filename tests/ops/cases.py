@@ -92,6 +92,28 @@ def check_against_reference(case: Case, backend: str, tolerance: float | None = 
     assert not wrong, f"relative errors above {limit:g} of backend {backend!r}: {wrong}"
 
 
+def check_neighbours(case: Case, backend: str) -> None:
+    """That NaN in one of three packed sequences stays there: in outputs, final states and gradients."""
+    assert case.cu_seqlens is not None
+    assert len(case.cu_seqlens) == 4
+    first, last = case.cu_seqlens[1:3].tolist()
+    tokens = case.v.shape[1]
+    broken = {name: x.clone() for name, x in case.tensors().items()}
+    for x in broken.values():
+        if x.shape[:2] == (1, tokens):
+            x[:, first:last] = torch.nan
+    expected, found = results(case, backend), results(case.with_tensors(broken), backend)
+    for name, x in expected.items():
+        if x.shape[:2] == (1, tokens):
+            ours = [torch.cat([y[:, :first], y[:, last:]], 1) for y in (x, found[name])]
+        elif x.shape[0] == 3:  # a state for each sequence
+            ours = [y[[0, 2]] for y in (x, found[name])]
+        else:
+            continue
+        assert torch.equal(*ours), name
+    assert found["o"][:, first:last].isnan().all()
+
+
 @contextmanager
 def uninitialized_memory_is_nan() -> Iterator[None]:
     """`torch.empty` returns NaN, so that an element which nobody writes is seen."""

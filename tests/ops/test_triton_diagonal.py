@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import check_against_reference, relative_error, results
+from cases import check_against_reference, check_neighbours, relative_error, results
 from test_diagonal import KINDS, make_case
 from triton_cases import (
     FLOAT32,
@@ -121,6 +121,13 @@ def test_such_decays_at_the_edges_of_blocks_agree_with_the_reference(value, deca
 @pytest.mark.parametrize("cu_seqlens", [[0, 40], [0, 0, 3, 3, 20, 21, 40, 40]], ids=str)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens, decay):
     check_against_reference(make_case(1, 40, 2, decay=decay, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("decay", KINDS)
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of what NaN leads to
+def test_nan_in_a_packed_sequence_stays_there(decay):
+    check_neighbours(make_case(1, 45, 2, decay=decay, cu_seqlens=[0, 18, 27, 45], **FLOAT32), "triton")
 
 
 @interpreted

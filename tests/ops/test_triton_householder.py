@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import check_against_reference, relative_error, results
+from cases import check_against_reference, check_neighbours, relative_error, results
 from test_householder import SHORT, make_case, one_key, parity_bits, with_short_keys
 from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, interpreted, on_gpu, short_segments
 
@@ -127,6 +127,12 @@ def test_short_keys_do_nothing_when_decoding(length):
 @pytest.mark.parametrize("cu_seqlens", [[0, 40], [0, 0, 3, 3, 20, 21, 40, 40]], ids=str)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens):
     check_against_reference(make_case(1, 40, 2, 2, decay="head", cu_seqlens=cu_seqlens, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of what NaN leads to
+def test_nan_in_a_packed_sequence_stays_there():
+    check_neighbours(make_case(1, 45, 2, 2, decay="head", cu_seqlens=[0, 18, 27, 45], **FLOAT32), "triton")
 
 
 @interpreted

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import test_householder
 import torch
-from cases import check_against_reference, relative_error, results
+from cases import check_against_reference, check_neighbours, relative_error, results
 from test_low_rank import make_case, one_key
 from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, interpreted, short_segments
 
@@ -84,6 +84,12 @@ def test_such_decays_at_the_edges_of_chunks_agree_with_the_reference(value):
 @pytest.mark.parametrize("cu_seqlens", [[0, 17], [0, 0, 3, 3, 17, 17]], ids=str)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens):
     check_against_reference(make_case(1, 17, 1, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of what NaN leads to
+def test_nan_in_a_packed_sequence_stays_there():
+    check_neighbours(make_case(1, 45, 2, cu_seqlens=[0, 18, 27, 45], **FLOAT32), "triton")
 
 
 @interpreted
