@@ -107,7 +107,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The contents of `ablation.toml`; `experiment` is the experiment that has the runs of the models that name none."""
+    """The contents of `ablation.toml`; `experiment` has the runs of the models that name no experiment."""
 
     experiment: str
     model: list[Model]

@@ -71,8 +71,13 @@ def test_the_word_problems_are_those_of_both_papers():
     assert all(run.whole and max(run.lengths) >= 500 for run in experiment.runs)
     (all_elements,) = {run.lengths for run in experiment.runs if "group_S5-deltaproduct" in run.name}
     assert {512, 1024, 2048} < set(all_elements)
-    recipes = [run.config.training for run in experiment.runs if run.config.task == "group:S5" and run.recipe]
-    assert [(t.max_length, t.seed) for t in recipes] == [(length, seed) for length in (32, 128) for seed in range(5)]
+    recipes = [run.config for run in experiment.runs if run.config.task == "group:S5" and run.recipe]
+    assert [(c.model.mixer_name, c.training.max_length, c.training.seed) for c in recipes] == [
+        (mixer, length, seed)
+        for mixer in ("deltaproduct", "homogeneous_deltaproduct")
+        for length in (32, 128)
+        for seed in range(5)
+    ]
     paced = [run.config.training for run in experiment.runs if run.config.task == "group:S5:all:4"]
     assert {(training.min_length, training.max_length) for training in paced} == {(64, 64)}
     products = [run.config.model.mixer for run in experiment.runs if "deltaproduct" in run.name]
@@ -132,6 +137,7 @@ def test_a_grid_runs_stops_at_its_budget_and_goes_on(tmp_path):
     for outcome, line in zip(first, lines, strict=True):
         mean = sum(outcome.record.accuracy.values()) / 2
         assert line["scaled_accuracy"] == pytest.approx((mean - 0.2) / 0.8)
+        assert line["accuracy"] == {str(length): share for length, share in outcome.record.accuracy.items()}
     assert summary["provenance"]["Machine"]
     for text in ((tmp_path / "table.md").read_text(), (tmp_path / "report.html").read_text()):
         assert all(words in text for words in ("0.250 / 0.125", "perfect", "fewer steps", "a paper", "1 of 1"))
@@ -321,7 +327,7 @@ def test_wrong_commands_get_one_sentence(words, message, capsys):
 def test_the_list_has_every_grid_and_preset(capsys):
     assert main(["reproduce", "--list"]) == 0
     text = capsys.readouterr().out
-    words = "formal-languages word-problems --preset smoke arithmetic tracking 120 96 121 336"
+    words = "formal-languages word-problems --preset smoke arithmetic tracking 120 96 134 336"
     assert all(word in text for word in words.split())
 
 

@@ -110,10 +110,10 @@ class Outcome:
             line |= {"seconds": record.train_seconds, "failed": record.failed}
             if record.train_device == "cuda":
                 line["gpu_seconds"] = record.train_seconds
+            shares = {str(length): share for length, share in record.accuracy.items()}
             if publication.measure == "scaled_accuracy":
-                line["scaled_accuracy"] = self.scaled_accuracy()
+                line |= {"scaled_accuracy": self.scaled_accuracy(), "accuracy": shares}
             else:
-                shares = {str(length): share for length, share in record.accuracy.items()}
                 line |= {publication.measure: shares, "horizon": self.horizon()}
         return line
 
