@@ -257,7 +257,7 @@ def run(
             row["seeds"].append(run_variant(one, seed))
             print(one.model.name, json.dumps(one.changes), json.dumps(row["seeds"][-1]), flush=True)
             what = (
-                f"the recipe of the experiment {plan.experiment!r} with one choice made differently: the share of "
+                "the recipes of models (`recipes` has the configs) with one choice made differently: the share of "
                 f"right answers among the last {WINDOW} up to a length in {SEQUENCES} sequences, and the longest of "
                 f"the lengths {', '.join(map(str, LENGTHS))} up to which it stays at {FAILING} or above; CPU seconds "
                 "of training"

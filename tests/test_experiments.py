@@ -162,7 +162,7 @@ def test_a_sweep_may_replace_the_mixers_of_a_hybrid_as_a_whole():
     assert [run.config.model.mixer_name for run in experiment.runs] == ["deltanet+mamba", "mamba"]
 
 
-def test_a_grid_runs_stops_and_goes_on(tmp_path):
+def test_a_grid_runs_stops_and_goes_on(tmp_path, monkeypatch):
     experiment, events = read_experiment(SMALL, [3]), []
     assert run_experiment(experiment, tmp_path, workers=1, should_stop=lambda: True) is None
     records = run_experiment(experiment, tmp_path, workers=2, on_event=events.append)
@@ -175,8 +175,10 @@ def test_a_grid_runs_stops_and_goes_on(tmp_path):
     written = {run.name: (tmp_path / run.name / "model.safetensors").stat().st_mtime_ns for run in experiment.runs}
     for run in experiment.runs:  # as a directory that was copied for its models alone
         (tmp_path / run.name / "training_state.safetensors").unlink()
-    again = run_experiment(experiment, tmp_path, workers=1)
-    assert again == records
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda *args: pytest.fail("a worker for nothing"))
+    events.clear()
+    assert run_experiment(experiment, tmp_path, workers=1, on_event=events.append) == records
+    assert [(event.run, event.record) for event in events] == list(enumerate(records))
     assert written == {name: (tmp_path / name / "model.safetensors").stat().st_mtime_ns for name in written}
 
 

@@ -12,6 +12,7 @@ from statetrack import reproduce
 from statetrack.cli import main
 from statetrack.experiments import load_experiment
 from statetrack.experiments.experiment import read_experiment
+from statetrack.model import LanguageModel
 from statetrack.report import Record
 from statetrack.reproduce import Outcome, comparison, reproductions, run_reproduction
 
@@ -104,6 +105,8 @@ def test_a_preset_is_the_same_grid_and_says_that_it_is_smaller(name):
         )
         assert rows == whole_rows
         assert all(run.config.training.steps <= 1000 for run in smaller.runs)
+        with torch.device("meta"):  # widths and heads go together
+            assert all(LanguageModel(config) for config in {run.config.model for run in smaller.runs})
         if preset == "smoke":
             assert all(run.config.training.steps * run.config.training.batch_size <= 8 for run in smaller.runs)
         assert smaller.published.protocol == "ours"

@@ -33,28 +33,34 @@ def compare(rank, ranks, path, mixers):
             ids = torch.randint(7, (2, TOKENS + 2))
             weights = torch.randn(2, TOKENS, 7, dtype=torch.float64)
             start = [{name: x.detach() for name, x in layer.items()} for layer in model.scan(ids[:, :2])[1]]
-            ids = ids[:, 2:]
-            logits, state = model.scan(ids, start)
-            loss_of(logits, weights).backward()
-            expected = [(None if p.grad is None else p.grad.clone()) for p in model.parameters()]
-            model.zero_grad()
-            with split_in_time(model):
-                piece, after = model.scan(local_piece(ids), start if rank == 0 else None)
-                loss_of(piece, local_piece(weights)).backward()
-            sum_gradients(model)
-            assert torch.allclose(piece, local_piece(logits), atol=1e-12), names
-            for parameter, gradient in zip(model.parameters(), expected, strict=True):
-                gradient = torch.zeros_like(parameter) if gradient is None else gradient
-                assert parameter.grad is not None
-                assert (parameter.grad - gradient).norm() <= 1e-10 * (1 + gradient.norm()), names
-            with torch.no_grad(), split_in_time(model):
-                assert torch.allclose(model.scan(local_piece(ids), start if rank == 0 else None)[0], piece), names
-            if rank == ranks - 1:
-                for layer, layer_after in zip(state, after, strict=True):
-                    assert all(torch.allclose(layer[name], x) for name, x in layer_after.items()), names
-            assert torch.allclose(model.scan(ids, start)[0], logits)  # outside nothing has changed
+            for given in (start, None):  # a state, or none: that is learned by some mixers
+                compare_one(model, ids[:, 2:], weights, given, (rank, ranks), names)
     finally:
         dist.destroy_process_group()
+
+
+def compare_one(model, ids, weights, start, place, names):
+    rank, ranks = place
+    model.zero_grad()
+    logits, state = model.scan(ids, start)
+    loss_of(logits, weights).backward()
+    expected = [(None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    model.zero_grad()
+    with split_in_time(model):
+        piece, after = model.scan(local_piece(ids), start if rank == 0 else None)
+        loss_of(piece, local_piece(weights)).backward()
+    sum_gradients(model)
+    assert torch.allclose(piece, local_piece(logits), atol=1e-12), names
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        assert parameter.grad is not None
+        assert (parameter.grad - gradient).norm() <= 1e-10 * (1 + gradient.norm()), names
+    with torch.no_grad(), split_in_time(model):
+        assert torch.allclose(model.scan(local_piece(ids), start if rank == 0 else None)[0], piece), names
+    if rank == ranks - 1:
+        for layer, layer_after in zip(state, after, strict=True):
+            assert all(torch.allclose(layer[name], x) for name, x in layer_after.items()), names
+    assert torch.allclose(model.scan(ids, start)[0], logits)  # outside nothing has changed
 
 
 def run(tmp_path, ranks, mixers):
@@ -62,7 +68,7 @@ def run(tmp_path, ranks, mixers):
 
 
 def test_two_processes_equal_one(tmp_path):
-    run(tmp_path, 2, [("gated_deltaproduct", "mlstm"), ("retnet", "slstm")])
+    run(tmp_path, 2, [("gated_deltaproduct", "mlstm"), ("retnet", "slstm"), ("homogeneous_deltaproduct",)])
 
 
 @pytest.mark.slow

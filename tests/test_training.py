@@ -107,7 +107,7 @@ def test_a_run_killed_at_any_moment_goes_on(tmp_path):
     directory, kills = RunDirectory(tmp_path / "killed"), 0
     for delay in (0.05, 0.2, 0.35, None):
         ready = FORKED.Event()
-        process = FORKED.Process(target=train_in_one_thread, args=(config, directory.path, ready))
+        process = FORKED.Process(target=train_in_one_thread, args=(config, directory.path, ready), daemon=True)
         process.start()
         assert ready.wait(60)
         if delay is not None:

@@ -408,7 +408,7 @@ JOINED = [
     DeltaNetConfig(num_heads=2),
     DeltaNetConfig(num_heads=2, conv_size=0, activation="identity"),
     GatedDeltaNetConfig(num_heads=2, num_value_heads=4, conv_bias=True),
-    DeltaProductConfig(num_heads=2, activation="identity", output_gate=True),
+    DeltaProductConfig(num_heads=2, activation="identity", output_gate=True, beta_bias=0.5),
     KimiDeltaAttentionConfig(num_heads=2),
 ]
 

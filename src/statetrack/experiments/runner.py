@@ -87,23 +87,25 @@ def run_experiment(
 
     Returns:
         A record for each run, in the experiment's order, those that failed included, without those that another
-        process is at; None if it was told to stop.
+        process is at; None if it was told to stop before all were finished.
 
     Raises:
         OSError: if results can't be written; the other runs have saved what they had.
         RunError: if there is something else where a run directory should be.
     """
-    records = finished_records(experiment, out, range(len(experiment.runs)), evaluation_seed=evaluation_seed)
-    for index, record in records.items():
-        on_event(RunEvent(index, record=record))
-    left = [index for index in range(len(experiment.runs)) if index not in records]
-    if not left:  # without the seconds that a worker takes to start
-        return list(records.values())
+    records: dict[int, Record] = {}
+    if all(_has_ended(RunDirectory(out / run.name)) for run in experiment.runs):
+        # Mostly nothing is left to do, which is said without the seconds that workers take to start.
+        records = finished_records(experiment, out, range(len(experiment.runs)), evaluation_seed=evaluation_seed)
+        if len(records) == len(experiment.runs):
+            for index, record in records.items():
+                on_event(RunEvent(index, record=record))
+            return list(records.values())
     on_cpu = set(devices) == {"cpu"}
     workers = workers or (available_cores() if on_cpu else len(devices))
     if together is None:
-        together = 1 if on_cpu else min(MOST_TOGETHER, -(-len(left) // workers))
-    groups = [[left[place] for place in group] for group in _groups([experiment.runs[i] for i in left], together)]
+        together = 1 if on_cpu else min(MOST_TOGETHER, -(-len(experiment.runs) // workers))
+    groups = _groups(experiment.runs, together)
     context = multiprocessing.get_context("spawn")
     events: Queue[RunEvent] = context.Queue()
     stop = context.Event()
@@ -170,6 +172,11 @@ def forget_failures(experiment: Experiment, out: Path) -> None:
     """Lets the runs below `out` that have failed go on, from their last checkpoints, at the next `run_experiment`."""
     for run in experiment.runs:
         RunDirectory(out / run.name).forget_failure()
+
+
+def _has_ended(directory: RunDirectory) -> bool:
+    """Whether a run seems to be judged or given up, to judge by the files that it has."""
+    return directory.evaluation_file.exists() or directory.failure_file.exists()
 
 
 def _is_done(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int) -> bool:

@@ -44,6 +44,7 @@ from statetrack.mixers.mixer import (
     Widening,
     require_conv_size,
     require_positive,
+    require_positive_number,
     with_options,
 )
 from statetrack.ops import check_packing, linear_recurrence
@@ -123,8 +124,7 @@ class DeltaNetConfig(WidenedMixerConfig):
             )
         self.eigenvalue_range.householder_beta(torch.empty(0))  # refuses a range that no beta gives
         require_conv_size(self.conv_size)
-        if not (math.isfinite(self.beta_gain) and self.beta_gain > 0):
-            raise ValueError(f"beta_gain must be a positive number, got {self.beta_gain}")
+        require_positive_number(self, "beta_gain")
         if self.beta_bias is not None and not math.isfinite(self.beta_bias):
             raise ValueError(f"beta_bias must be a finite number or None, got {self.beta_bias}")
         if self.activation not in ("silu", "identity"):
@@ -239,7 +239,7 @@ class DeltaNet(Mixer):
     """A member of the DeltaNet family, by its config; [B, T, D] -> [B, T, D].
 
         q, k_j, v_j = activation(conv(W x)),   q and k_j L2-normalized
-        beta_j = (1 - lo) sigmoid(beta_gain (W x + b))
+        beta_j = (1 - lo) sigmoid(beta_gain (W_b x + b_b)), b_b = 0 unless the config has a beta_bias
         H <- a H, then for each factor j: H <- H - beta_j k_j (k_j^T H - v_j^T);   y = W_o norm(H^T q / sqrt(K))
 
     Beta and the decay are computed in float32 or better whatever the dtype of the activations, and so is the state.

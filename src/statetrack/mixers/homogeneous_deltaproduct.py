@@ -8,11 +8,12 @@ is missing is the inhomogeneous term of the recurrence, so that H_t is linear in
 RNNs without additive terms of arXiv 2505.21749, which have other matrices. One learned query reads each head, the same
 for all tokens.
 
-Where tokens only act on a state, as in word problems of groups, the answer is a matter of the state alone and must not
-depend on the last token beside it, and what tokens write adds to an error that nothing takes away. Leaving both out
-makes training reliable. The price: a layer can't forget and take up something new, so no resets, flip-flops or recall.
-Two words that each bring the state to rest are projections onto subspaces, and read in turn they lead to the same state
-whichever comes last.
+Values and the queries of tokens are left out, because where tokens only act on a state, as in word problems of groups,
+they do harm: what tokens write adds to an error that nothing takes away, and a query of the last token lets the answer
+depend on that token beside the state. Without them far more seeds learned A5 and S5 (docs/recipe.md). The price: a
+layer can't forget and take up something new, so no resets, flip-flops or recall. If each of two words a and b resets
+the state, its matrix has no further effect when it is applied again; a contraction like that is an orthogonal
+projection, and where "a, then b" equals b alone and "b, then a" equals a, the two are the same one.
 
 | mixer | native beta | native eigenvalues | with `eigenvalue_range=(-1, 1)` |
 |---|---|---|---|
@@ -52,7 +53,7 @@ class HomogeneousDeltaProductConfig(WidenedMixerConfig):
     Attributes:
         num_heads: H.
         head_dim: K, the size of queries and keys in each head; d_model / num_heads if None.
-        value_dim: V, the size of values in each head; head_dim if None.
+        value_dim: V, columns of the state in each head; head_dim if None.
         num_householder: N, generalized Householder factors for each token.
         beta_gain: factor on the logit of beta. Above 1 it lets beta saturate at the ends of its range early in
             training.
