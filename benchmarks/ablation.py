@@ -97,7 +97,8 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """A choice of the recipe and its values; `models` are the names of those that have it, None for all."""
+    """A choice of the recipe and its values; `models` are the names of those that have it, None for all of the plan's
+    experiment."""
 
     name: str
     title: str
@@ -115,7 +116,7 @@ class Plan:
 
     def values(self, choice: Choice, model: Model) -> list[Value]:
         """The values of a choice for a model; none if the model doesn't have the choice."""
-        everywhere = choice.models or [other.name for other in self.model]
+        everywhere = choice.models or [other.name for other in self.model if other.experiment is None]
         return [value for value in choice.values if model.name in (value.models or everywhere)]
 
 
@@ -152,12 +153,17 @@ def read_plan(text: str) -> Plan:
 
 def recipes(plan: Plan) -> dict[str, RunConfig]:
     """The recipe of each model as it was ablated, by the model's name, with the seed 0."""
-    found = {}
-    for model in plan.model:
-        runs = load_experiment(model.experiment or plan.experiment, [0]).runs
-        (config,) = (run.config for run in runs if run.name.removesuffix("-seed0") == model.run)
-        found[model.name] = replace(config, training=replace(config.training, **model.training))
-    return found
+    names = {model.name: model.experiment or plan.experiment for model in plan.model}
+    runs = {
+        (name, run.name.removesuffix("-seed0")): run.config
+        for name in set(names.values())
+        for run in load_experiment(name, [0]).runs
+    }
+    configs = {model.name: runs[names[model.name], model.run] for model in plan.model}
+    return {
+        model.name: replace(configs[model.name], training=replace(configs[model.name].training, **model.training))
+        for model in plan.model
+    }
 
 
 def variant(model: Model, recipe: RunConfig, value: Value) -> Variant:
@@ -173,8 +179,9 @@ def variant(model: Model, recipe: RunConfig, value: Value) -> Variant:
 def variants(plan: Plan) -> list[Variant]:
     """Every variant once, model by model, the recipe of each first."""
     found: dict[str, Variant] = {}
+    of_models = recipes(plan)
     for model in plan.model:
-        recipe = recipes(plan)[model.name]
+        recipe = of_models[model.name]
         values = [Value(label="recipe"), *(v for choice in plan.choice for v in plan.values(choice, model))]
         for one in (variant(model, recipe, value) for value in values):
             found.setdefault(_key(model.name, one.changes), one)
@@ -237,18 +244,20 @@ def run(
         ValueError: if the file has results of another recipe.
     """
     provenance = environment(["statetrack"])
-    wanted = {name: to_data(recipe) for name, recipe in recipes(plan).items()}
+    of_models = recipes(plan)
+    wanted = {name: to_data(recipe) for name, recipe in of_models.items()}
     results = json.loads(path.read_text()) if path.exists() else {"recipes": wanted, "results": []}
     # Options that are younger than the file have their defaults there.
     there = {name: from_data(RunConfig, recipe) for name, recipe in results["recipes"].items() if name in wanted}
-    if any(recipe != recipes(plan)[name] for name, recipe in there.items()):
+    if any(recipe != of_models[name] for name, recipe in there.items()):
         raise ValueError(f"{path} has the ablation of another recipe; move it away to ablate the one of today")
     rows = {_key(row["model"], row["changes"]): row for row in results["results"]}
-    for one in variants(plan):
+    every = variants(plan)
+    for one in every:
         new = {"model": one.model.name, "changes": one.changes, "seeds": []}
         rows.setdefault(_key(one.model.name, one.changes), new)
     for seed in seeds:
-        for one in filter(only, variants(plan)):
+        for one in filter(only, every):
             row = rows[_key(one.model.name, one.changes)]
             if any(done["seed"] == seed for done in row["seeds"]):
                 continue

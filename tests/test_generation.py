@@ -13,6 +13,17 @@ from statetrack.cli import main
 from statetrack.data.tokenizer import byte_tokenizer
 from statetrack.generation import Decoder, generate, streamed
 
+DECODED = [
+    "deltanet",
+    "gated_deltaproduct",
+    "homogeneous_deltaproduct",
+    "mamba",
+    "mamba2",
+    "rwkv7",
+    "slstm",
+    "attention",
+]
+
 
 def make(vocab_size=257, **options):
     torch.manual_seed(0)
@@ -42,13 +53,7 @@ def test_a_decoder_leaves_the_state_that_it_starts_from_alone():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("deltanet", "gated_deltaproduct", "homogeneous_deltaproduct", "mamba", "mamba2", "rwkv7", "slstm"),
-        "attention",
-    ],
-)
+@pytest.mark.parametrize("name", DECODED)
 def test_a_decoder_on_a_gpu_replays_a_graph_that_computes_the_same(name):
     config = ModelConfig(vocab_size=257, d_model=64, mlp_ratio=2, mixer=mixer_config(name)())
     model, ids = LanguageModel(config).cuda().eval(), torch.randint(257, (3, 12), device="cuda")

@@ -65,6 +65,31 @@ def products_spectrum(lo: float, factors: int) -> EigenvalueRange | None:
     return None
 
 
+def gated_beta(raw: Tensor, gain: float, bias: Tensor | None, widening: Widening, shape: tuple[int, ...]) -> Tensor:
+    """`beta = (1 - lo) sigmoid(gain (raw + bias))` of `shape` [..., N, H], in float32 or better.
+
+    Args:
+        raw: what `b_proj` returns, [..., N H].
+        gain, bias: on the logit; bias [N H], None for none.
+        widening: the range of the eigenvalues.
+        shape: of the result.
+    """
+    logits = accumulated(raw)
+    if bias is not None:
+        logits = logits + accumulated(bias)
+    if gain != 1:
+        logits = gain * logits
+    return widening.householder_beta(torch.sigmoid(logits.view(shape)))
+
+
+def largest_beta(
+    weight: Tensor, gain: float, bias: Tensor | None, widening: Widening, scale: Tensor, heads: int
+) -> Tensor:
+    """The upper end of `gated_beta`, float64 [N, H], over all inputs `scale * u` with |u| <= 1 of `b_proj`'s weight."""
+    logits = linear_interval(gain * weight, scale, None if bias is None else gain * bias)
+    return widening.householder_beta(gate_interval(torch.sigmoid, logits)[1].view(-1, heads)).double()
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeltaNetConfig(WidenedMixerConfig):
     """Options of DeltaNet; `eigenvalue_range` is that of each factor along its key, (lo, 1).
@@ -332,10 +357,8 @@ class DeltaNet(Mixer):
     def factor_bounds(self, scale: Tensor) -> FactorBounds | None:
         if not self.config.normalize:
             return None  # keys as rounded may be longer than 1
-        gain, h = self.config.beta_gain, self.num_heads
-        bias = None if self.beta_bias is None else gain * self.beta_bias
-        gate = gate_interval(torch.sigmoid, linear_interval(gain * self.b_proj.weight, scale, bias))[1].view(-1, h)
-        beta = self.widening.householder_beta(gate).double()
+        gain, bias = self.config.beta_gain, self.beta_bias
+        beta = largest_beta(self.b_proj.weight, gain, bias, self.widening, scale, self.num_heads)
         lo, hi = 1 - beta, torch.ones_like(beta)
         if self.decay_range is not None:
             decays = self._decay_interval(self.decay_range, scale)
@@ -413,13 +436,8 @@ class DeltaNet(Mixer):
         # With beta divided by its squared length, a key of length l writes its value 1 / l times: l has to be 1.
         k = unit_vectors(k) if self.config.normalize else l2_normalize(k)
         raw = projected["b"] if "b" in projected else self.b_proj(x)
-        logits = accumulated(raw)
-        if self.beta_bias is not None:
-            logits = logits + accumulated(self.beta_bias)
-        logits = logits.view(b, t, self.num_householder, self.num_heads)
-        if (gain := self.config.beta_gain) != 1:
-            logits = gain * logits
-        beta = self.widening.householder_beta(torch.sigmoid(logits))
+        shape = (b, t, self.num_householder, self.num_heads)
+        beta = gated_beta(raw, self.config.beta_gain, self.beta_bias, self.widening, shape)
         decay = None
         if self.decay_range is not None:
             rate = accumulated(self.A_log).exp().view(-1, *(1 for _ in self.decay_shape[1:]))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from statetrack.mixers.bounds import FactorBounds, gate_interval, linear_interval
 from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
-from statetrack.ops import check_packing, linear_recurrence
+from statetrack.ops import linear_recurrence
 from statetrack.ops.packing import tokens_of
 from statetrack.transition import EigenvalueRange, Householder, accumulated, accumulation_dtype
 
@@ -93,10 +93,7 @@ class ExactDeltaProduct(Mixer):
 
     def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         b, t, _ = x.shape
-        if cu_seqlens is not None:
-            check_packing(b, t, cu_seqlens)
-        if state is None:
-            state = self.init_state(b if cu_seqlens is None else len(cu_seqlens) - 1)
+        state = self.starting_state(x, state, cu_seqlens)
         v = self.v_proj(x).view(b, t, self.config.num_householder, self.config.num_heads, self.config.value_dim)
         q = self.query.to(v.dtype).expand(b, t, -1, -1)
         # Ahead of the recurrence, which may overwrite the state.

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from statetrack.layers import l2_normalize, unit_vectors
-from statetrack.mixers.bounds import FactorBounds, gate_interval, linear_interval
-from statetrack.mixers.deltanet import products_spectrum
+from statetrack.mixers.bounds import FactorBounds
+from statetrack.mixers.deltanet import gated_beta, largest_beta, products_spectrum
 from statetrack.mixers.mixer import (
     Mixer,
     State,
@@ -42,7 +42,7 @@ from statetrack.mixers.mixer import (
     split_heads,
     with_options,
 )
-from statetrack.ops import check_packing, linear_recurrence
+from statetrack.ops import linear_recurrence
 from statetrack.transition import EigenvalueRange, Householder, accumulated
 
 
@@ -124,10 +124,7 @@ class HomogeneousDeltaProduct(Mixer):
 
     def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         b, t, _ = x.shape
-        if cu_seqlens is not None:
-            check_packing(b, t, cu_seqlens)
-        if state is None:
-            state = self.init_state(b if cu_seqlens is None else len(cu_seqlens) - 1)
+        state = self.starting_state(x, state, cu_seqlens)
         transition = self.transition(x)
         dtype = transition.k.dtype
         q = l2_normalize(self.query, scale=self.key_dim**-0.5).to(dtype).expand(b, t, -1, -1)
@@ -145,19 +142,15 @@ class HomogeneousDeltaProduct(Mixer):
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> Householder:
         shape = (*x.shape[:2], self.config.num_householder, self.config.num_heads)
         k = unit_vectors(self.k_proj(x).view(*shape, self.key_dim))
-        logits = self.config.beta_gain * (accumulated(self.b_proj(x)) + accumulated(self.beta_bias))
-        # Keys in bf16 are a little longer or shorter than 1; dividing by their norm as rounded keeps beta = 2 a
-        # reflection.
-        return Householder(k, self.widening.householder_beta(torch.sigmoid(logits).view(shape)), normalize=True)
+        beta = gated_beta(self.b_proj(x), self.config.beta_gain, self.beta_bias, self.widening, shape)
+        return Householder(k, beta, normalize=True)  # also in bf16, as in `DeltaNet`
 
     def eigenvalue_parameters(self) -> list[Tensor]:
         return [self.b_proj.weight, self.beta_bias, *self.widening.parameters()]
 
     def factor_bounds(self, scale: Tensor) -> FactorBounds:
-        gain = self.config.beta_gain
-        logits = linear_interval(gain * self.b_proj.weight, scale, gain * self.beta_bias)
-        gate = gate_interval(torch.sigmoid, logits)[1].view(-1, self.config.num_heads)
-        beta = self.widening.householder_beta(gate).double()
+        gain, heads = self.config.beta_gain, self.config.num_heads
+        beta = largest_beta(self.b_proj.weight, gain, self.beta_bias, self.widening, scale, heads)
         return FactorBounds(1 - beta, torch.ones_like(beta), beta.amax(0))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from statetrack.fields import check_types
 from statetrack.mixers.bounds import FactorBounds
+from statetrack.ops import check_packing
 from statetrack.ops.packing import pack, unpack
 from statetrack.ops.step import in_place_steps
 from statetrack.transition import EigenvalueRange, Transition, accumulated
@@ -165,6 +166,18 @@ class Mixer(nn.Module, ABC):
     def eigenvalue_parameters(self) -> list[Tensor]:
         """The parameters that decide on the eigenvalues alone; weight decay leaves them out."""
         return []
+
+    def starting_state(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> State:
+        """What `scan` starts from: the state given, or the one before the first token, for each row or packed sequence.
+
+        Raises:
+            ValueError: for boundaries `cu_seqlens` that are not those of sequences packed in `x` [B, T, D].
+        """
+        if cu_seqlens is not None:
+            check_packing(x.shape[0], x.shape[1], cu_seqlens)
+        if state is not None:
+            return state
+        return self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
 
     def factor_bounds(self, scale: Tensor) -> FactorBounds | None:
         """What every `A_t` is made of for all inputs `x = scale * u` with |u| <= 1, whatever their order.

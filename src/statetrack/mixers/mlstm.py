@@ -30,7 +30,7 @@ from statetrack.mixers.mixer import (
     require_positive_number,
     with_options,
 )
-from statetrack.ops import check_packing, linear_recurrence
+from statetrack.ops import linear_recurrence
 from statetrack.ops.packing import groups_of
 from statetrack.transition import Diagonal, EigenvalueRange, accumulated, accumulation_dtype
 
@@ -141,10 +141,7 @@ class MLSTM(Mixer):
         }
 
     def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
-        if cu_seqlens is not None:
-            check_packing(x.shape[0], x.shape[1], cu_seqlens)
-        if state is None:
-            state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        state = self.starting_state(x, state, cu_seqlens)
         h, after = self.config.num_heads, {}
         forget, log_input = self._forget(x), self._cap(self.igate_preact(x))
         with torch.no_grad():

@@ -27,7 +27,7 @@ from statetrack.mixers.mixer import (
     split_heads,
     with_options,
 )
-from statetrack.ops import check_packing, linear_recurrence
+from statetrack.ops import linear_recurrence
 from statetrack.ops.packing import tokens_of
 from statetrack.transition import Diagonal, EigenvalueRange, accumulated, accumulation_dtype
 
@@ -120,10 +120,7 @@ class RetNet(Mixer):
         }
 
     def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
-        if cu_seqlens is not None:
-            check_packing(x.shape[0], x.shape[1], cu_seqlens)
-        if state is None:
-            state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        state = self.starting_state(x, state, cu_seqlens)
         h, after = self.config.num_heads, {}
         positions, after["position"] = _positions(x, state["position"], cu_seqlens)
         rotation = self._rotation(positions)

@@ -30,7 +30,7 @@ from statetrack.mixers.mixer import (
     split_heads,
     with_options,
 )
-from statetrack.ops import check_packing, linear_recurrence
+from statetrack.ops import linear_recurrence
 from statetrack.ops.packing import Move, Packing, packing_of
 from statetrack.transition import Diagonal, EigenvalueRange, accumulation_dtype
 
@@ -163,10 +163,7 @@ class RWKV6(Mixer):
 
     def _shift(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> tuple[State, State]:
         """The inputs of the projections, each [B, T, D], and the state of the token shift."""
-        if cu_seqlens is not None:
-            check_packing(x.shape[0], x.shape[1], cu_seqlens)
-        if state is None:
-            state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        state = self.starting_state(x, state, cu_seqlens)
         before, last = token_shift(x, state["shift"], cu_seqlens)
         difference = before - x
         low = torch.tanh(self.mix_down(torch.addcmul(x, difference, self.mix_x.to(x.dtype))))

@@ -25,7 +25,6 @@ from statetrack.mixers.mixer import (
     split_heads,
     with_options,
 )
-from statetrack.ops import check_packing
 from statetrack.ops.packing import segments_of
 from statetrack.ops.slstm import slstm
 from statetrack.transition import accumulated, accumulation_dtype
@@ -100,10 +99,7 @@ class SLSTM(Mixer):
         return state if self.conv is None else state | {"conv": self.conv.init_state(batch_size)}
 
     def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
-        if cu_seqlens is not None:
-            check_packing(x.shape[0], x.shape[1], cu_seqlens)
-        if state is None:
-            state = self.init_state(x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+        state = self.starting_state(x, state, cu_seqlens)
         gates, after = self._gates(x, state, cu_seqlens)
         recurrent = self.recurrent.to(gates.dtype)
         before = [state[name].to(gates.dtype) for name in _STATES]
