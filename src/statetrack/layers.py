@@ -82,8 +82,9 @@ def joined_product(x: Tensor, *linears: nn.Linear, multiple: int = 1) -> Tensor 
 
     They are on a GPU, where the layers are `torch.nn.Linear` without a bias and nothing stands between them and their
     weights, such as a hook; not in float64, and only where there are as many tokens as outputs, so that a copy of the
-    weights is less than what it saves. Under autocast that copy is the cast that there would be anyway. The compiler,
-    for which the number of tokens is no constant, has the layers one by one.
+    weights is less than what it saves. Under autocast that copy is the cast that there would be anyway, and weights may
+    have several dtypes, as those that FSDP gathers in bf16 beside those that it gathers in float32. The compiler, for
+    which the number of tokens is no constant, has the layers one by one.
 
     Args:
         x: [..., D].
@@ -99,7 +100,9 @@ def joined_product(x: Tensor, *linears: nn.Linear, multiple: int = 1) -> Tensor 
         return None
     weights = [linear.weight for linear in linears]
     dtype = product_dtype(x)
-    if dtype == torch.float64 or len({(weight.dtype, weight.device) for weight in weights}) > 1:
+    if dtype == torch.float64 or any(weight.device != x.device for weight in weights):
+        return None
+    if len({weight.dtype for weight in weights}) > 1 and not torch.is_autocast_enabled(x.device.type):
         return None
     outputs = sum(weight.shape[0] for weight in weights)
     width = -(-outputs // multiple) * multiple
@@ -109,17 +112,20 @@ def joined_product(x: Tensor, *linears: nn.Linear, multiple: int = 1) -> Tensor 
 
 
 class _Join(torch.autograd.Function):
-    """Weights [O, D] of one dtype beneath each other, in another: [width, D], zeros in the last rows.
+    """Weights [O, D] beneath each other, in one dtype: [width, D], zeros in the last rows.
 
-    Joined and cast in one pass over memory, and one launch.
+    Joined and cast in one pass over memory, and one launch for each dtype that they have.
     """
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, width: int, *weights: Tensor) -> Tensor:
-        ctx.dtype, ctx.sizes = weights[0].dtype, [len(weight) for weight in weights]
+        ctx.dtypes, ctx.sizes = [weight.dtype for weight in weights], [len(weight) for weight in weights]
         joined = weights[0].new_empty(width, weights[0].shape[1], dtype=dtype)
         *parts, rest = joined.split([*ctx.sizes, width - sum(ctx.sizes)])
-        torch._foreach_copy_(parts, weights)  # pyright: ignore[reportPrivateImportUsage]
+        for held in set(ctx.dtypes):
+            places = [part for part, weight in zip(parts, weights, strict=True) if weight.dtype == held]
+            values = [weight for weight in weights if weight.dtype == held]
+            torch._foreach_copy_(places, values)  # pyright: ignore[reportPrivateImportUsage]
         if len(rest):
             rest.zero_()
         return joined
@@ -127,9 +133,11 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (d_joined,) = grad_outputs
-        used = sum(ctx.sizes)
-        parts = d_joined[:used].to(ctx.dtype).split(ctx.sizes)
-        return None, None, *(d if n else None for d, n in zip(parts, ctx.needs_input_grad[2:], strict=True))
+        d_joined = d_joined[: sum(ctx.sizes)]
+        if len(set(ctx.dtypes)) == 1:
+            d_joined = d_joined.to(ctx.dtypes[0])
+        parts = zip(d_joined.split(ctx.sizes), ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(part.to(dtype) if needed else None for part, dtype, needed in parts)
 
 
 def _is_plain(linear: nn.Linear) -> bool:

@@ -14,11 +14,11 @@ from metrics_of_runs import losses
 from torch.nn import functional as F
 
 import statetrack
-from statetrack import LanguageModel, cross_entropy, mixer_configs, seeds
+from statetrack import LanguageModel, cross_entropy, layers, mixer_configs, seeds
 from statetrack.data import DataError, PackedBatches, PackedTokens
 from statetrack.files import file_hash
-from statetrack.pretraining import loop
-from statetrack.pretraining.checkpoints import CheckpointError, Checkpoints
+from statetrack.pretraining import loop, parallel
+from statetrack.pretraining.checkpoints import CheckpointError, Checkpoints, _Writer
 from statetrack.pretraining.config import config_of
 from statetrack.pretraining.guard import StepGuard, guarded_step
 from statetrack.pretraining.held_out import batch_loss
@@ -158,32 +158,55 @@ class _Dtypes:
         self.of_eigenvalues |= {p.dtype for p in found}
 
 
-@pytest.mark.parametrize("name", sorted(mixer_configs()))
-def test_every_mixer_computes_the_same_when_it_is_sharded_in_bf16(name, tables, text_data):
-    """Gathered weights of linear layers are bf16, everything else float32: the numbers of autocast."""
-    options = {"name": name, **({"num_heads": 2} if hasattr(mixer_configs()[name](), "num_heads") else {})}
-    tables["model"]["mixer"] = options
+def _sharded_and_not(tables, text_data):
+    """Logits and the gradient's norm of the same model, not sharded and sharded, in bf16."""
     config = config_of(tables, 257)
     batch = next(iter(PackedBatches(PackedTokens(text_data), sequence_length=24, batch_size=2)))
-    results = []
     for parallelism in ("none", "fsdp"):
         execution = config_of({**tables, "execution": {"parallelism": parallelism}}, 257).execution
         torch.manual_seed(0)
         model = LanguageModel(config.model)
         with processes("cpu") as own:
-            parallel = ParallelModel(model, own, execution, "bfloat16")
+            spread = ParallelModel(model, own, execution, "bfloat16")
             dtypes = _Dtypes(model)
             model.norm.register_forward_pre_hook(dtypes)
-            logits = parallel(batch.ids, batch.cu_seqlens)
+            logits = spread(batch.ids, batch.cu_seqlens)
             logits.float().square().mean().backward()
-            norm = parallel.clip_gradients(0)
+            norm = spread.clip_gradients(0)
             assert logits.dtype == torch.bfloat16
             assert dtypes.of_eigenvalues <= {torch.float32}
-            trained = [p for p in parallel.parameters.values() if p.grad is not None]
+            trained = [p for p in spread.parameters.values() if p.grad is not None]
             assert {p.dtype for p in trained} | {p.grad.dtype for p in trained} == {torch.float32}
-            results.append((logits.detach().float(), norm.detach()))
-    torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=0)
-    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-2, atol=0)
+            yield logits.detach().float(), norm.detach()
+
+
+@pytest.mark.parametrize("gathered", ["by layers", "by blocks"])
+@pytest.mark.parametrize("name", sorted(mixer_configs()))
+def test_every_mixer_computes_the_same_when_it_is_sharded_in_bf16(name, gathered, tables, text_data, monkeypatch):
+    """Gathered weights of linear layers are bf16, everything else float32: the numbers of autocast."""
+    monkeypatch.setattr(parallel, "_SMALL", {"by layers": -1, "by blocks": 1}[gathered])
+    options = {"name": name, **({"num_heads": 2} if hasattr(mixer_configs()[name](), "num_heads") else {})}
+    tables["model"]["mixer"] = options
+    (whole, norm), (sharded, norm_of_parts) = _sharded_and_not(tables, text_data)
+    torch.testing.assert_close(sharded, whole, rtol=0, atol=0)
+    torch.testing.assert_close(norm_of_parts, norm, rtol=1e-2, atol=0)
+
+
+def test_layers_of_one_input_are_one_product_in_sharded_blocks_too(tables, text_data, monkeypatch):
+    joined, join = [], layers._Join.apply  # the widths of products
+    monkeypatch.setattr(layers, "_JOINED_ON", ("cpu",))
+    monkeypatch.setattr(parallel, "_SMALL", 1)  # as wide blocks are by themselves
+    monkeypatch.setattr(layers._Join, "apply", lambda *args: joined.append(args[1]) or join(*args))
+    tables["model"] |= {"d_model": 8, "mixer": {"name": "deltanet", "num_heads": 2}}
+    results = []
+    for result in _sharded_and_not(tables, text_data):
+        results.append((*result, joined.copy()))
+        joined.clear()
+    (whole, norm, once), (sharded, norm_of_parts, again) = results
+    assert again == once
+    assert once == 2 * [32, 32]  # q, k, v and beta, to a multiple of 8; the gate and what it multiplies
+    torch.testing.assert_close(sharded, whole, rtol=0, atol=0)
+    torch.testing.assert_close(norm_of_parts, norm, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -220,7 +243,10 @@ def test_what_led_to_skipped_steps_takes_no_checkpoint_away(tables, tmp_path, mo
         calls.append(1)
         return real(*args, **kwargs) * (float("nan") if len(calls) in (4, 5) or len(calls) > 6 else 1)
 
+    write = _Writer.write_data
     monkeypatch.setattr(loop, "batch_loss", broken)
+    # So slowly that the run gives up in the middle of it.
+    monkeypatch.setattr(_Writer, "write_data", lambda *args: time.sleep(0.5) or write(*args))
     tables["training"] |= {"steps": 12, "max_skipped": 4}
     with pytest.raises(TrainingError, match="4 steps in a row before step 10 of 12"):
         train(tables, tmp_path / "run")

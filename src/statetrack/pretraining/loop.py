@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from statetrack import seeds
 from statetrack.data import PackedBatch, PackedBatches, PackedTokens, check
 from statetrack.model import LanguageModel
+from statetrack.pretraining.checkpoints import CheckpointError
 from statetrack.pretraining.config import PretrainConfig
 from statetrack.pretraining.flops import peak_flops, training_flops_per_token
 from statetrack.pretraining.guard import StepGuard, guarded_step
@@ -115,6 +116,13 @@ def pretrain(
     training = processes.together(lambda: _Training(config, run, processes))
     try:
         return training.run_to_the_end(on_progress, on_message, should_stop)
+    except BaseException as error:
+        # The end of the processes would cut off a checkpoint that is still being written. All of them give up at the
+        # same step; another error leaves one alone, who must not wait for the rest.
+        if isinstance(error, TrainingError) or processes.size == 1:
+            with suppress(CheckpointError):
+                run.checkpoints.wait()
+        raise
     finally:
         run.unlock()
 

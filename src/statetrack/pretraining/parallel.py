@@ -122,21 +122,47 @@ def _shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None, 
     # Autocast has the last word on the dtypes of inputs.
     products = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     rest = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for blocks in gathered_together(model.blocks, group_parameters):
-        linear: list[Any] = (
-            [layer for block in blocks for layer in _linear_layers(block)] if compute is not None else []
-        )
-        if linear:
-            (first, *_) = fully_shard(linear, mesh=mesh, mp_policy=products)
-            # Some mixers look at a weight before its layer is called, for the dtype of their state.
-            blocks[0].register_forward_pre_hook(partial(_gather, first))
-        of_products = {id(p) for layer in linear for p in layer.parameters()}
-        for block in blocks:
-            # What is small stays with the embeddings, in one group of the whole model.
-            others = sum(p.numel() for p in block.parameters() if id(p) not in of_products)
-            if others > _SMALL * sum(p.numel() for p in block.parameters()):
-                fully_shard(block, mesh=mesh, mp_policy=rest)
-    fully_shard(model, mesh=mesh, mp_policy=rest)
+    of_products = {p for block in model.blocks for p in (_product_weights(block) if compute else block.parameters())}
+    groups = gathered_together(model.blocks, group_parameters)
+    mostly_products = [group for group in groups if all(_has_little_else(block, of_products) for block in group)]
+    for group in groups:
+        if group not in mostly_products:
+            _shard_layers(group, of_products, mesh, products, rest)
+    # What is small stays with the embeddings, in one group of the whole model, which must be made before those of its
+    # blocks to find it in them.
+    gathered_by_block = {p for group in mostly_products for block in group for p in block.parameters()} & of_products
+    fully_shard(model, mesh=mesh, mp_policy=rest, ignored_params=gathered_by_block)
+    for group in mostly_products:
+        # With the hooks on blocks layers have none, and those of one input stay one product (`joined_product`).
+        others = {p for block in group for p in block.parameters()} - of_products
+        fully_shard(group, mesh=mesh, mp_policy=products, ignored_params=others)
+
+
+def _shard_layers(
+    blocks: list[Any],
+    of_products: set[nn.Parameter],
+    mesh: DeviceMesh,
+    products: MixedPrecisionPolicy,
+    rest: MixedPrecisionPolicy,
+) -> None:
+    """Blocks with much that isn't for products: a group of layers for all of them, and one of all else for each."""
+    layers: list[Any] = [
+        module
+        for block in blocks
+        for module in block.modules()
+        if isinstance(module, nn.Linear) and of_products.issuperset(module.parameters())
+    ]
+    if layers:
+        (first, *_) = fully_shard(layers, mesh=mesh, mp_policy=products)
+        # Some mixers look at a weight before its layer is called, for the dtype of their state.
+        blocks[0].register_forward_pre_hook(partial(_gather, first))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=rest)
+
+
+def _has_little_else(block: nn.Module, of_products: set[nn.Parameter]) -> bool:
+    others = sum(p.numel() for p in block.parameters() if p not in of_products)
+    return others <= _SMALL * sum(p.numel() for p in block.parameters())
 
 
 def gathered_together(blocks: Iterable[nn.Module], parameters: int) -> list[list[nn.Module]]:
@@ -156,8 +182,9 @@ def _gather(group: FSDPModule, block: nn.Module, inputs: Any) -> None:
     group.unshard()
 
 
-def _linear_layers(block: nn.Module) -> list[Any]:
-    """The linear layers of a block that have nothing to do with its eigenvalues."""
-    exempt = {id(p) for module in block.modules() if isinstance(module, Mixer) for p in module.eigenvalue_parameters()}
-    layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
-    return [layer for layer in layers if not exempt & {id(p) for p in layer.parameters()}]
+def _product_weights(block: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of the linear layers of a block that have nothing to do with its eigenvalues."""
+    exempt = {p for module in block.modules() if isinstance(module, Mixer) for p in module.eigenvalue_parameters()}
+    for module in block.modules():
+        if isinstance(module, nn.Linear) and exempt.isdisjoint(module.parameters()):
+            yield from module.parameters()
