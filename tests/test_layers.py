@@ -214,8 +214,14 @@ def joined_linear(x, *linears):
     return product.split([linear.weight.shape[0] for linear in linears], -1)
 
 
+@pytest.fixture(params=[0, 2**20], ids=["none is kept", "small ones are kept"])
+def kept(request, monkeypatch):
+    monkeypatch.setattr(layers, "_KEPT_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("kept", "joined_on_cpu")
 @pytest.mark.parametrize("multiple", [1, 16])
-def test_layers_joined_are_each_alone_and_so_are_their_gradients(multiple, joined_on_cpu):
+def test_layers_joined_are_each_alone_and_so_are_their_gradients(multiple):
     linears, x = several(5, 7, 1), torch.randn(3, 11, 6, requires_grad=True)
     weights = [linear.weight for linear in linears]
     product = joined_product(x, *linears, multiple=multiple)
@@ -255,7 +261,38 @@ def test_joined_weights_are_rounded_as_autocast_rounds_them(joined_on_cpu, monke
     assert all(torch.equal(a, b) for a, b in zip(found[0][:2], found[1][:2], strict=True))
 
 
-def test_a_frozen_layer_among_the_joined_has_no_gradient(joined_on_cpu):
+@pytest.mark.usefixtures("kept", "joined_on_cpu")
+def test_weights_of_two_dtypes_are_joined_under_autocast(monkeypatch):
+    """As FSDP gathers them: what is for products alone in bf16, the rest in float32."""
+    linears, x = several(5, 7), torch.randn(20, 6, requires_grad=True)
+    linears[0].bfloat16()
+    inputs, d = [x, *(linear.weight for linear in linears)], torch.randn(20, 12).bfloat16()
+    found = []
+    for join in (True, False):
+        monkeypatch.setattr(layers, "JOIN", join)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (joined_product(x, *linears) is not None) is join
+            y = joined_linear(x, *linears)
+        gradients = torch.autograd.grad(y, inputs, d.split([5, 7], -1))
+        assert [g.dtype for g in gradients] == [torch.float32, torch.bfloat16, torch.float32]
+        found.append((*y, *gradients))
+    torch.testing.assert_close(*found, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_copy_of_weights_in_the_dtype_of_the_product_is_kept(dtype, joined_on_cpu, monkeypatch):
+    monkeypatch.setattr(layers, "_KEPT_BYTES", 5 * 6 * dtype.itemsize)
+    linears, x = several(5, 7), torch.randn(20, 6, dtype=dtype, requires_grad=True)
+    for linear in linears:
+        linear.to(dtype)
+    saved, own = [], {x.data_ptr(), *(linear.weight.data_ptr() for linear in linears)}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        assert joined_product(x, *linears) is not None
+    assert set(saved) == own
+
+
+@pytest.mark.usefixtures("kept", "joined_on_cpu")
+def test_a_frozen_layer_among_the_joined_has_no_gradient():
     first, second = several(5, 7)
     first.weight.requires_grad_(False)
     sum(y.sum() for y in joined_linear(torch.randn(20, 6), first, second)).backward()
@@ -263,7 +300,8 @@ def test_a_frozen_layer_among_the_joined_has_no_gradient(joined_on_cpu):
     assert second.weight.grad is not None
 
 
-def test_gradients_of_gradients_of_joined_layers(joined_on_cpu, monkeypatch):
+@pytest.mark.usefixtures("kept", "joined_on_cpu")
+def test_gradients_of_gradients_of_joined_layers(monkeypatch):
     mlp, x = GatedMLP(4, 6), torch.randn(20, 4, requires_grad=True)
     found = []
     for join in (True, False):

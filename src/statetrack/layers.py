@@ -76,6 +76,9 @@ JOIN = True
 
 _JOINED_ON = ("cuda",)
 
+_KEPT_BYTES = 2**20
+"""Joined weights of fewer bytes are kept for the backward; to join them again would cost more than it saves."""
+
 
 def joined_product(x: Tensor, *linears: nn.Linear, multiple: int = 1) -> Tensor | None:
     """The outputs of linear layers of one input beside each other, as one product, or None where they are not joined.
@@ -108,6 +111,8 @@ def joined_product(x: Tensor, *linears: nn.Linear, multiple: int = 1) -> Tensor 
     width = -(-outputs // multiple) * multiple
     if x.shape[:-1].numel() < width:
         return None
+    if width * x.shape[-1] * dtype.itemsize >= _KEPT_BYTES and any(weight.dtype == dtype for weight in weights):
+        return _JoinedProduct.apply(x.to(dtype), width, *weights)
     return F.linear(x.to(dtype), _Join.apply(dtype, width, *weights))
 
 
@@ -119,10 +124,10 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, width: int, *weights: Tensor) -> Tensor:
-        ctx.dtypes, ctx.sizes = [weight.dtype for weight in weights], [len(weight) for weight in weights]
+        sizes, dtypes = ctx.shares = [len(weight) for weight in weights], [weight.dtype for weight in weights]
         joined = weights[0].new_empty(width, weights[0].shape[1], dtype=dtype)
-        *parts, rest = joined.split([*ctx.sizes, width - sum(ctx.sizes)])
-        for held in set(ctx.dtypes):
+        *parts, rest = joined.split([*sizes, width - sum(sizes)])
+        for held in set(dtypes):
             places = [part for part, weight in zip(parts, weights, strict=True) if weight.dtype == held]
             values = [weight for weight in weights if weight.dtype == held]
             torch._foreach_copy_(places, values)  # pyright: ignore[reportPrivateImportUsage]
@@ -132,12 +137,41 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (d_joined,) = grad_outputs
-        d_joined = d_joined[: sum(ctx.sizes)]
-        if len(set(ctx.dtypes)) == 1:
-            d_joined = d_joined.to(ctx.dtypes[0])
-        parts = zip(d_joined.split(ctx.sizes), ctx.dtypes, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(part.to(dtype) if needed else None for part, dtype, needed in parts)
+        sizes, dtypes = ctx.shares
+        return None, None, *_parted(grad_outputs[0], sizes, dtypes, ctx.needs_input_grad[2:])
+
+
+class _JoinedProduct(torch.autograd.Function):
+    """x [..., D] times joined weights, of which some have its dtype already: [..., width].
+
+    What is kept for the backward are these weights, to be joined once more there: a copy beside them would double what
+    they take, and would still be there where FSDP frees them between the passes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, width: int, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        ctx.width = width
+        return F.linear(x, _Join.apply(x.dtype, width, *weights))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (d_y,), (x, *weights) = grad_outputs, ctx.saved_tensors
+        d_x = d_y @ _Join.apply(x.dtype, ctx.width, *weights) if ctx.needs_input_grad[0] else None
+        d_joined = d_y.flatten(0, -2).mT @ x.flatten(0, -2)
+        sizes, dtypes = [len(weight) for weight in weights], [weight.dtype for weight in weights]
+        return d_x, None, *_parted(d_joined, sizes, dtypes, ctx.needs_input_grad[2:])
+
+
+def _parted(
+    d_joined: Tensor, sizes: list[int], dtypes: list[torch.dtype], needed: Sequence[bool]
+) -> Iterator[Tensor | None]:
+    """The gradients of weights of so many rows from that of what they were joined to."""
+    d_joined = d_joined[: sum(sizes)]
+    if len(set(dtypes)) == 1:
+        d_joined = d_joined.to(dtypes[0])
+    for part, dtype, is_needed in zip(d_joined.split(sizes), dtypes, needed, strict=True):
+        yield part.to(dtype) if is_needed else None
 
 
 def _is_plain(linear: nn.Linear) -> bool:

@@ -193,10 +193,17 @@ def test_every_mixer_computes_the_same_when_it_is_sharded_in_bf16(name, gathered
 
 
 def test_layers_of_one_input_are_one_product_in_sharded_blocks_too(tables, text_data, monkeypatch):
-    joined, join = [], layers._Join.apply  # the widths of products
+    joined = []  # the widths of products, of weights in float32 and of those that are gathered in bf16
+
+    def seen(function, in_forward):
+        apply = function.apply
+        monkeypatch.setattr(function, "apply", lambda *args: (in_forward() and joined.append(args[1])) or apply(*args))
+
+    seen(layers._Join, torch.is_grad_enabled)
+    seen(layers._JoinedProduct, lambda: True)
     monkeypatch.setattr(layers, "_JOINED_ON", ("cpu",))
+    monkeypatch.setattr(layers, "_KEPT_BYTES", 0)
     monkeypatch.setattr(parallel, "_SMALL", 1)  # as wide blocks are by themselves
-    monkeypatch.setattr(layers._Join, "apply", lambda *args: joined.append(args[1]) or join(*args))
     tables["model"] |= {"d_model": 8, "mixer": {"name": "deltanet", "num_heads": 2}}
     results = []
     for result in _sharded_and_not(tables, text_data):

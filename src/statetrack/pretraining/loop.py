@@ -19,7 +19,6 @@ from torch import Tensor
 from statetrack import seeds
 from statetrack.data import PackedBatch, PackedBatches, PackedTokens, check
 from statetrack.model import LanguageModel
-from statetrack.pretraining.checkpoints import CheckpointError
 from statetrack.pretraining.config import PretrainConfig
 from statetrack.pretraining.flops import peak_flops, training_flops_per_token
 from statetrack.pretraining.guard import StepGuard, guarded_step
@@ -116,11 +115,11 @@ def pretrain(
     training = processes.together(lambda: _Training(config, run, processes))
     try:
         return training.run_to_the_end(on_progress, on_message, should_stop)
-    except BaseException as error:
+    except Exception as error:
         # The end of the processes would cut off a checkpoint that is still being written. All of them give up at the
         # same step; another error leaves one alone, who must not wait for the rest.
         if isinstance(error, TrainingError) or processes.size == 1:
-            with suppress(CheckpointError):
+            with suppress(Exception):  # the error that ends the run is the one to tell
                 run.checkpoints.wait()
         raise
     finally:

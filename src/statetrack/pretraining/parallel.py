@@ -64,7 +64,7 @@ class ParallelModel:
             # Left to itself FSDP takes the GPU where there is one, also in a run on the CPU.
             mesh = init_device_mesh(processes.device.type, (processes.size,))
             # Blocks that are computed again, or compiled, come one at a time, and so they do in float32.
-            whole = execution.compile or execution.activation_checkpointing
+            whole = execution.compile or execution.activation_checkpointing or not self.bf16
             _shard(model, mesh, torch.bfloat16 if self.bf16 else None, 0 if whole else GROUP_PARAMETERS)
         # FSDP puts gathered weights in the place of its parts for the time of a forward and backward pass.
         self.parameters = dict(model.named_parameters())
@@ -123,16 +123,15 @@ def _shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None, 
     products = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     rest = MixedPrecisionPolicy(cast_forward_inputs=False)
     of_products = {p for block in model.blocks for p in (_product_weights(block) if compute else block.parameters())}
-    groups = gathered_together(model.blocks, group_parameters)
-    mostly_products = [group for group in groups if all(_has_little_else(block, of_products) for block in group)]
-    for group in groups:
-        if group not in mostly_products:
-            _shard_layers(group, of_products, mesh, products, rest)
+    mostly_products: list[list[Any]] = []
+    for group in gathered_together(model.blocks, group_parameters):
+        mostly_products.append([block for block in group if _has_little_else(block, of_products)])
+        _shard_layers([block for block in group if block not in mostly_products[-1]], of_products, mesh, products, rest)
     # What is small stays with the embeddings, in one group of the whole model, which must be made before those of its
     # blocks to find it in them.
     gathered_by_block = {p for group in mostly_products for block in group for p in block.parameters()} & of_products
     fully_shard(model, mesh=mesh, mp_policy=rest, ignored_params=gathered_by_block)
-    for group in mostly_products:
+    for group in filter(None, mostly_products):
         # With the hooks on blocks layers have none, and those of one input stay one product (`joined_product`).
         others = {p for block in group for p in block.parameters()} - of_products
         fully_shard(group, mesh=mesh, mp_policy=products, ignored_params=others)
