@@ -51,10 +51,13 @@ SHARED: dict[str, Any] = {
     "log_every": 500,
 }
 _HEADS = {"num_heads": 4, "conv_size": 0, "activation": "identity", "output_norm": False, "beta_gain": 4.0}
+LONGER_MODEL = "DeltaNet, 2 layers, 8 heads, bias on beta"
+"""The one model that is trained for twice as long as well: in `SHARED`'s steps it learns to count, but not to last."""
+
 MODELS: dict[str, tuple[dict[str, Any], int]] = {
     "DeltaProduct, 1 layer": ({"name": "deltaproduct", "num_householder": 2, **_HEADS}, 1),
     "DeltaNet, 2 layers": ({"name": "deltanet", **_HEADS}, 2),
-    "DeltaNet, 2 layers, 8 heads, bias on beta": ({"name": "deltanet", **_HEADS, "num_heads": 8, "beta_bias": 1.0}, 2),
+    LONGER_MODEL: ({"name": "deltanet", **_HEADS, "num_heads": 8, "beta_bias": 1.0}, 2),
 }
 """The mixer and the number of layers."""
 
@@ -68,8 +71,6 @@ CURRICULA: dict[str, dict[str, Any]] = {
 """What their training has beside `SHARED`."""
 
 LONGER = "doubling, falling, 4,000 steps"
-LONGER_MODEL = "DeltaNet, 2 layers, 8 heads, bias on beta"
-"""The one model that is trained for twice as long as well: in `SHARED`'s steps it learns to count, but not to last."""
 
 
 def rows() -> list[tuple[str, str]]:

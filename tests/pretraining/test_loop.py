@@ -211,7 +211,7 @@ def test_layers_of_one_input_are_one_product_in_sharded_blocks_too(tables, text_
         joined.clear()
     (whole, norm, once), (sharded, norm_of_parts, again) = results
     assert again == once
-    assert once == 2 * [32, 32]  # q, k, v and beta, to a multiple of 8; the gate and what it multiplies
+    assert once == 2 * [32, 32]  # q, k, v and beta, to a multiple of 16; the gate and what it multiplies
     torch.testing.assert_close(sharded, whole, rtol=0, atol=0)
     torch.testing.assert_close(norm_of_parts, norm, rtol=1e-2, atol=0)
 

@@ -122,11 +122,12 @@ def _shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None, 
     # Autocast has the last word on the dtypes of inputs.
     products = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     rest = MixedPrecisionPolicy(cast_forward_inputs=False)
-    of_products = {p for block in model.blocks for p in (_product_weights(block) if compute else block.parameters())}
+    layers = [layer for block in model.blocks for layer in (_linear_layers(block) if compute else [block])]
+    of_products = {p for layer in layers for p in layer.parameters()}
     mostly_products: list[list[Any]] = []
     for group in gathered_together(model.blocks, group_parameters):
         mostly_products.append([block for block in group if _has_little_else(block, of_products)])
-        _shard_layers([block for block in group if block not in mostly_products[-1]], of_products, mesh, products, rest)
+        _shard_layers([block for block in group if block not in mostly_products[-1]], mesh, products, rest)
     # What is small stays with the embeddings, in one group of the whole model, which must be made before those of its
     # blocks to find it in them.
     gathered_by_block = {p for group in mostly_products for block in group for p in block.parameters()} & of_products
@@ -138,19 +139,10 @@ def _shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None, 
 
 
 def _shard_layers(
-    blocks: list[Any],
-    of_products: set[nn.Parameter],
-    mesh: DeviceMesh,
-    products: MixedPrecisionPolicy,
-    rest: MixedPrecisionPolicy,
+    blocks: list[Any], mesh: DeviceMesh, products: MixedPrecisionPolicy, rest: MixedPrecisionPolicy
 ) -> None:
     """Blocks with much that isn't for products: a group of layers for all of them, and one of all else for each."""
-    layers: list[Any] = [
-        module
-        for block in blocks
-        for module in block.modules()
-        if isinstance(module, nn.Linear) and of_products.issuperset(module.parameters())
-    ]
+    layers = [layer for block in blocks for layer in _linear_layers(block)]
     if layers:
         (first, *_) = fully_shard(layers, mesh=mesh, mp_policy=products)
         # Some mixers look at a weight before its layer is called, for the dtype of their state.
@@ -181,9 +173,8 @@ def _gather(group: FSDPModule, block: nn.Module, inputs: Any) -> None:
     group.unshard()
 
 
-def _product_weights(block: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of the linear layers of a block that have nothing to do with its eigenvalues."""
+def _linear_layers(block: nn.Module) -> list[Any]:
+    """The linear layers of a block that have nothing to do with its eigenvalues."""
     exempt = {p for module in block.modules() if isinstance(module, Mixer) for p in module.eigenvalue_parameters()}
-    for module in block.modules():
-        if isinstance(module, nn.Linear) and exempt.isdisjoint(module.parameters()):
-            yield from module.parameters()
+    layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
+    return [layer for layer in layers if exempt.isdisjoint(layer.parameters())]
