@@ -18,7 +18,7 @@ from statetrack.ops import triton_convolution, triton_gate, triton_norm, triton_
 from statetrack.ops.backend import wants_gradient
 from statetrack.ops.chunking import CACHED_NUMBERS
 from statetrack.ops.packing import Move, Packing, packing_of, tokens_of
-from statetrack.ops.vmapped import is_vmapped, replicas_first, vmapped
+from statetrack.ops.vmapped import is_vmapped, replicas_first, vmapped, with_signature
 from statetrack.precision import autocasts, product_dtype
 from statetrack.transition import accumulated
 
@@ -376,6 +376,7 @@ class _Taps(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(extended: Tensor, weight: Tensor) -> Tensor:
         taps = _each_tap(weight)
         length = extended.shape[-2] - len(taps) + 1

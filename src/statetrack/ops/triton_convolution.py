@@ -16,7 +16,7 @@ from torch import Tensor
 
 from statetrack.ops.backend import differentiable_once, register_operator
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, contiguous, kernels, power_of_two, sum_parts, unavailable
-from statetrack.ops.vmapped import replicas_first
+from statetrack.ops.vmapped import replicas_first, with_signature
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends."""
@@ -93,6 +93,7 @@ class _Convolution(torch.autograd.Function):
     """All tensors but `reach` may have a first axis more, of replicas; then all have."""
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, reach: Tensor | None, padded: bool, silu: bool
     ) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from statetrack.ops.backend import distinct, register_operator, wants_gradient
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, unavailable
-from statetrack.ops.vmapped import is_vmapped, replicas_first
+from statetrack.ops.vmapped import is_vmapped, replicas_first, with_signature
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends; `tests/ops/test_triton_gate.py` is the check."""
@@ -61,6 +61,7 @@ def by_operations(gate: Tensor, x: Tensor, *, silu: bool) -> Tensor:
 
 class _Gated(torch.autograd.Function):
     @staticmethod
+    @with_signature
     def forward(gate: Tensor, x: Tensor, silu: bool) -> Tensor:
         return _forward_op(gate, x, silu)  # type: ignore[no-any-return]
 
@@ -84,6 +85,7 @@ class _Gated(torch.autograd.Function):
 
 class _GatedHalves(torch.autograd.Function):
     @staticmethod
+    @with_signature
     def forward(both: Tensor, silu: bool) -> Tensor:
         return _halves_forward_op(both, silu)  # type: ignore[no-any-return]
 

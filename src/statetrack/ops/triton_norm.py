@@ -14,7 +14,7 @@ from torch import Tensor
 
 from statetrack.ops.backend import distinct, register_operator, wants_gradient
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, contiguous, kernels, power_of_two, sum_parts, unavailable
-from statetrack.ops.vmapped import is_vmapped, replicas_first
+from statetrack.ops.vmapped import is_vmapped, replicas_first, with_signature
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends; `tests/ops/test_triton_norm.py` is the check."""
@@ -64,6 +64,7 @@ class _AddAndNorm(torch.autograd.Function):
     """As `add_and_norm`. All tensors may have a first axis more, of replicas: then the weight is [R, C]."""
 
     @staticmethod
+    @with_signature
     def forward(
         x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from statetrack.ops.backend import differentiable_once, register_operator
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, LARGEST_KEY, kernels, power_of_two, unavailable
+from statetrack.ops.vmapped import with_signature
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends."""
@@ -47,6 +48,7 @@ def normalize(x: Tensor, *, least: float = -1.0, eps: float = 0.0, scale: float 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
+    @with_signature
     def forward(x: Tensor, least: float, eps: float, scale: float) -> Tensor:
         return _forward_op(x, least, eps, scale)
 

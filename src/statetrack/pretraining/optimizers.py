@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from statetrack.weight_decay import by_weight_decay
 
@@ -124,6 +125,27 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
+class ShardedAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` that computes with each process's part of the DTensors that FSDP2 makes of parameters.
+
+    What AdamW does is the same for every number, so the parts are all that it needs. Given DTensors it asks for every
+    one of them how it is spread, which on the host takes longer than the step does on the GPU. The states are DTensors
+    like the parameters, for checkpoints.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        is_complex = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = local_parts(tensors)
+        return is_complex
+
+
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The parts that this process has of DTensors, without a gradient; other tensors as they are."""
+    with torch.no_grad():
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` for hidden matrices and AdamW for all else, as one optimizer.
 
@@ -183,7 +205,7 @@ def _adamw(decayed: list[nn.Parameter], kept: list[nn.Parameter], config: Optimi
         for parameters, decay in ((decayed, config.weight_decay), (kept, 0.0))
         if parameters
     ]
-    return torch.optim.AdamW(
+    return ShardedAdamW(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from statetrack.mixers import Mixer
 from statetrack.model import LanguageModel
 from statetrack.pretraining.config import ExecutionConfig
+from statetrack.pretraining.optimizers import local_parts
 from statetrack.pretraining.processes import Processes
 
 GROUP_PARAMETERS = 2**25
@@ -94,8 +95,16 @@ class ParallelModel:
     def clip_gradients(self, largest: float) -> Tensor:
         """The norm of the gradient over all processes; gradients longer than `largest` are shortened to it, if it
         isn't 0."""
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), largest or float("inf"))
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        largest = largest or float("inf")
+        if self.parallelism != "fsdp":
+            return nn.utils.clip_grad_norm_(self.parameters.values(), largest)
+        # The same from the parts: for DTensors it would be asked of each how it is spread, which takes the host longer.
+        parts = local_parts(p.grad for p in self.parameters.values() if p.grad is not None)
+        squared = nn.utils.get_total_norm(parts).square()
+        torch.distributed.all_reduce(squared)
+        norm = squared.sqrt()
+        torch._foreach_mul_(parts, (largest / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The weights of the whole model on the CPU, in every process."""
