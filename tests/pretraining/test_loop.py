@@ -112,7 +112,7 @@ def test_a_run_goes_on_exactly(cut, tables, undisturbed, tmp_path):
     [
         {"micro_batch_size": 1},
         {"parallelism": "fsdp"},
-        {"parallelism": "fsdp", "micro_batch_size": 2, "activation_checkpointing": 1},
+        {"parallelism": "fsdp", "reshard_after_forward": True, "micro_batch_size": 2, "activation_checkpointing": 1},
         {"parallelism": "ddp", "micro_batch_size": 2},
         {"num_workers": 1},
     ],

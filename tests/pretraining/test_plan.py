@@ -154,7 +154,10 @@ def test_shards_shrink_and_activations_do_not():
 def test_small_blocks_are_gathered_several_at_a_time_unless_they_are_computed_again():
     config = preset("deltanet-125m", vocab_size=32_000)
     options = {"sequence_length": 64, "micro_batch_size": 1, "parallelism": "fsdp", "precision": "bfloat16"}
-    together, alone = (only(config, checkpointing=every, **options).memory.gathered for every in (0, 1))
+    together, alone = (
+        only(config, checkpointing=every, reshard_after_forward=True, **options).memory.gathered for every in (0, 1)
+    )
+    kept = only(config, checkpointing=0, **options).memory.gathered
     with torch.device("meta"):
         model = LanguageModel(config)
     groups = gathered_together(model.blocks, GROUP_PARAMETERS)
@@ -166,6 +169,8 @@ def test_small_blocks_are_gathered_several_at_a_time_unless_they_are_computed_ag
     outside = 4 * (model.num_parameters() - sum(map(sum, sizes)))
     for gathered, largest in ((together, max(map(sum, sizes))), (alone, max(map(max, sizes)))):
         assert gathered == outside + 4 * largest + max(outside, 6 * largest)
+    largest = max(map(sum, sizes))
+    assert kept == outside + 2 * sum(map(sum, sizes)) + max(outside, 6 * largest)
     assert gathered_together(model.blocks, 0) == [[block] for block in model.blocks]
 
 

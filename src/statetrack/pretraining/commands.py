@@ -178,6 +178,7 @@ def _plan(config: PretrainConfig) -> int:
             precision=config.training.precision,
             checkpointing=config.execution.activation_checkpointing,
             parallelism=config.execution.parallelism,
+            reshard_after_forward=config.execution.reshard_after_forward,
         )
     )
     return 0

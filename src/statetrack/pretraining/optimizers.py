@@ -133,7 +133,9 @@ class ShardedAdamW(torch.optim.AdamW):
     like the parameters, for checkpoints.
     """
 
-    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+    def _init_group(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, group: dict[str, Any], *lists: list[Tensor]
+    ) -> bool:
         is_complex = super()._init_group(group, *lists)
         for tensors in lists:
             tensors[:] = local_parts(tensors)

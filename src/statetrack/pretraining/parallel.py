@@ -8,14 +8,14 @@ one GPU, where autocast rounds the same weights and no others.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -66,7 +66,8 @@ class ParallelModel:
             mesh = init_device_mesh(processes.device.type, (processes.size,))
             # Blocks that are computed again, or compiled, come one at a time, and so they do in float32.
             whole = execution.compile or execution.activation_checkpointing or not self.bf16
-            _shard(model, mesh, torch.bfloat16 if self.bf16 else None, 0 if whole else GROUP_PARAMETERS)
+            with_options = partial(fully_shard, mesh=mesh, reshard_after_forward=execution.reshard_after_forward)
+            _shard(model, with_options, torch.bfloat16 if self.bf16 else None, 0 if whole else GROUP_PARAMETERS)
         # FSDP puts gathered weights in the place of its parts for the time of a forward and backward pass.
         self.parameters = dict(model.named_parameters())
         self._module: nn.Module = model
@@ -103,13 +104,15 @@ class ParallelModel:
         squared = nn.utils.get_total_norm(parts).square()
         torch.distributed.all_reduce(squared)
         norm = squared.sqrt()
-        torch._foreach_mul_(parts, (largest / (norm + 1e-6)).clamp(max=1.0))
+        scale = (largest / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(parts, scale)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The weights of the whole model on the CPU, in every process."""
-        if isinstance(self._module, FSDPModule):
-            self._module.reshard()
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         weights: dict[str, Tensor] = {}
         for name, value in self.model.state_dict().items():
             whole = value.full_tensor() if isinstance(value, DTensor) else value
@@ -125,7 +128,7 @@ def _parallelism(wanted: str, size: int) -> str:
     return wanted
 
 
-def _shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None, group_parameters: int) -> None:
+def _shard(model: LanguageModel, shard: Callable[..., Any], compute: torch.dtype | None, group_parameters: int) -> None:
     # Blocks also return states, which may be views; nobody changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     # Autocast has the last word on the dtypes of inputs.
@@ -136,28 +139,28 @@ def _shard(model: LanguageModel, mesh: DeviceMesh, compute: torch.dtype | None, 
     mostly_products: list[list[Any]] = []
     for group in gathered_together(model.blocks, group_parameters):
         mostly_products.append([block for block in group if _has_little_else(block, of_products)])
-        _shard_layers([block for block in group if block not in mostly_products[-1]], mesh, products, rest)
+        _shard_layers([block for block in group if block not in mostly_products[-1]], shard, products, rest)
     # What is small stays with the embeddings, in one group of the whole model, which must be made before those of its
     # blocks to find it in them.
     gathered_by_block = {p for group in mostly_products for block in group for p in block.parameters()} & of_products
-    fully_shard(model, mesh=mesh, mp_policy=rest, ignored_params=gathered_by_block)
+    shard(model, mp_policy=rest, ignored_params=gathered_by_block)
     for group in filter(None, mostly_products):
         # With the hooks on blocks layers have none, and those of one input stay one product (`joined_product`).
         others = {p for block in group for p in block.parameters()} - of_products
-        fully_shard(group, mesh=mesh, mp_policy=products, ignored_params=others)
+        shard(group, mp_policy=products, ignored_params=others)
 
 
 def _shard_layers(
-    blocks: list[Any], mesh: DeviceMesh, products: MixedPrecisionPolicy, rest: MixedPrecisionPolicy
+    blocks: list[Any], shard: Callable[..., Any], products: MixedPrecisionPolicy, rest: MixedPrecisionPolicy
 ) -> None:
     """Blocks with much that isn't for products: a group of layers for all of them, and one of all else for each."""
     layers = [layer for block in blocks for layer in _linear_layers(block)]
     if layers:
-        (first, *_) = fully_shard(layers, mesh=mesh, mp_policy=products)
+        (first, *_) = shard(layers, mp_policy=products)
         # Some mixers look at a weight before its layer is called, for the dtype of their state.
         blocks[0].register_forward_pre_hook(partial(_gather, first))
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=rest)
+        shard(block, mp_policy=rest)
 
 
 def _has_little_else(block: nn.Module, of_products: set[nn.Parameter]) -> bool:

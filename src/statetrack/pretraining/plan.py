@@ -178,6 +178,7 @@ def plan(
     precision: Precision = "bfloat16",
     checkpointing: int | None = None,
     parallelism: Parallelism = "auto",
+    reshard_after_forward: bool = False,
     world_sizes: Sequence[int] = WORLD_SIZES,
     cards: Sequence[Card] = CARDS,
     mfu: float = ASSUMED_MFU,
@@ -185,7 +186,7 @@ def plan(
     """What a run needs on each of some cards, and how long it would take.
 
     Weights, gradients and optimizer states are float32 and, with FSDP2, sharded evenly over all cards; a few blocks
-    are then gathered in `precision` while they are computed, and the next ones beside them.
+    are then gathered in `precision` while they are computed, and stay until their backward pass or are let go.
 
     Args:
         model: the model.
@@ -196,6 +197,7 @@ def plan(
         checkpointing: compute the activations of every so manyth block again in the backward pass: 1 for all, 0 for
             none; None plans both.
         parallelism: "fsdp", shards also on one card; "ddp" or "none", a copy on each card; "auto" shards from two on.
+        reshard_after_forward: with FSDP2, as in `ExecutionConfig`.
         world_sizes: numbers of cards.
         cards: kinds of cards.
         mfu: the share of a card's peak that a step reaches. Checkpointing costs another forward pass on top.
@@ -234,7 +236,7 @@ def plan(
                     "parameters": 4 * parameters / shards,
                     "gradients": 4 * parameters / shards,
                     "optimizer": states / shards,
-                    "gathered": _gathered_bytes(whole, saved, sharded, every, precision),
+                    "gathered": _gathered_bytes(whole, saved, sharded, reshard_after_forward, every, precision),
                 }
                 memory = partial(_memory, saved, fixed, every)
                 fitting = bisect_right(
@@ -397,13 +399,14 @@ def _optimizer_bytes(model: nn.Module, config: OptimizerConfig) -> int:
 
 
 def _gathered_bytes(
-    model: LanguageModel, saved: SavedActivations, sharded: bool, every: int, precision: Precision
+    model: LanguageModel, saved: SavedActivations, sharded: bool, reshard: bool, every: int, precision: Precision
 ) -> float:
     """Weights beside the shards, and gradients before they are reduced.
 
-    Without shards these are autocast's copies. With shards the weights of the current group of blocks and of the next
-    one are whole, in the precision of the computation, and what is outside the blocks is whole in float32 from the
-    forward pass on; the gradients of one such group are whole before they are reduced in float32.
+    Without shards these are autocast's copies. With shards the weights of all blocks, or with `reshard` those of the
+    current group of blocks and of the next one, are whole, in the precision of the computation, and what is outside
+    the blocks is whole in float32 from the forward pass on; the gradients of one such group are whole before they are
+    reduced in float32.
     """
     if not sharded:
         return float(sum(saved.block_weights))
@@ -415,7 +418,8 @@ def _gathered_bytes(
     # Without autocast there are no copies: the gathered weights are float32.
     itemsize = 2 if precision == "bfloat16" else 4
     gradients = max(4 * outside, (itemsize + 4) * largest)
-    return float(4 * outside + 2 * itemsize * largest + gradients)
+    blocks = min(2 * largest, sum(sizes)) if reshard else sum(sizes)
+    return float(4 * outside + itemsize * blocks + gradients)
 
 
 def _tables(plan: Plan) -> Group:
