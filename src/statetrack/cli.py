@@ -102,6 +102,8 @@ class Reproduce:
         devices: where they run, such as cpu or cuda:0,cuda:1; if left out, all GPUs, or the CPU where there are none.
         budget_minutes: stop after so many minutes, with checkpoints and with what is done on the page.
         retry_failed: let runs that have failed go on from their last checkpoints; else they stay failed.
+        merge: train nothing, but put together what these directories, or files summary.json, have of the grid, of a run
+            that several have the last. So the parts that several machines did come into one table.
         slurm: run the grid as jobs of a SLURM cluster, from a machine that can submit to it, and wait for them; the
             other options of this name say what each job asks for.
         slurm_partition: the partition; the cluster's own choice if left out.
@@ -122,6 +124,7 @@ class Reproduce:
     devices: str | None = None
     budget_minutes: float | None = None
     retry_failed: bool = False
+    merge: tuple[Path, ...] = ()
     slurm: bool = False
     slurm_partition: str | None = None
     slurm_account: str | None = None
@@ -133,7 +136,7 @@ class Reproduce:
     def __call__(self) -> int:
         from statetrack.cluster import Cluster, reproduce_on_cluster
         from statetrack.experiments import load_experiment
-        from statetrack.reproduce import reproductions, run_reproduction
+        from statetrack.reproduce import merge_results, reproductions, run_reproduction
 
         known = reproductions()
         if self.list:
@@ -154,8 +157,12 @@ class Reproduce:
             raise ValueError(
                 "with --slurm a job uses all its GPUs until its time is up: leave out --devices and --budget-minutes"
             )
+        if self.merge and (self.slurm or self.only or self.retry_failed or self.budget_minutes is not None):
+            raise ValueError("--merge trains nothing: leave out --slurm, --only, --retry-failed and --budget-minutes")
         with stop_on_signal() as stopping:
-            if self.slurm:
+            if self.merge:
+                outcomes = merge_results(experiment, out, self.merge)
+            elif self.slurm:
                 cluster = Cluster(
                     partition=self.slurm_partition,
                     account=self.slurm_account,
@@ -190,6 +197,7 @@ class Reproduce:
         if missing:
             asked = any(re.search(self.only or "", name) for name in missing)
             goes_on = "the same command goes on" if asked else "those that were asked for are done"
+            goes_on = "none of these has them" if self.merge else goes_on
             print(f"{len(missing)} of {len(outcomes)} runs are left; {goes_on}", file=sys.stderr)
         failed = sum(outcome.failed for outcome in outcomes)
         if failed:

@@ -28,7 +28,7 @@ def record_of_run(directory: RunDirectory, *, explanation: str = "") -> Record:
     chance = evaluation.get("chance")  # that of the task it was judged on, as accuracies are
     eigenvalues = measure_eigenvalues(model, task)
     return Record(
-        **_facts(config, task.chance if chance is None else chance),
+        **facts(config, task.chance if chance is None else chance),
         num_parameters=model.num_parameters(),
         train_seconds=directory.train_seconds(),
         train_device=directory.train_device(),
@@ -38,6 +38,7 @@ def record_of_run(directory: RunDirectory, *, explanation: str = "") -> Record:
         explanation=explanation,
         history=_history(directory),
         token_eigenvalues={task.token_names[token]: tuple(values) for token, values in eigenvalues.items()},
+        origin=evaluation.get("origin", {}),
     )
 
 
@@ -49,7 +50,7 @@ def record_of_failure(directory: RunDirectory, reason: str, *, explanation: str 
     """
     config = directory.read_config()
     return Record(
-        **_facts(config, get_task(config.task).chance),
+        **facts(config, get_task(config.task).chance),
         num_parameters=LanguageModel(config.model).num_parameters(),
         failed=reason,
         explanation=explanation,
@@ -61,7 +62,8 @@ def _history(directory: RunDirectory) -> tuple[HistoryPoint, ...]:
     return tuple(HistoryPoint(m["step"], m["loss"], m["accuracy"]) for m in directory.read_metrics())
 
 
-def _facts(config: RunConfig, chance: float) -> dict[str, Any]:
+def facts(config: RunConfig, chance: float) -> dict[str, Any]:
+    """What a record has from the config of its run."""
     mixers, training = config.model.mixer_pattern, config.training
     ranges = _different(mixers, "eigenvalue_range")
     layers = config.model.num_layers

@@ -17,6 +17,7 @@ from rich.console import Console
 from statetrack.experiments import Experiment, ExperimentRun, Publication, RunEvent, list_experiments, run_experiment
 from statetrack.experiments.runner import finished_records, forget_failures
 from statetrack.files import atomic_write
+from statetrack.merge import fingerprint, read_results
 from statetrack.mixers import mixer_configs
 from statetrack.progress import describe
 from statetrack.report import Record, ReportTable, provenance, write_report
@@ -45,10 +46,12 @@ class Outcome:
     Attributes:
         run: the run.
         record: its record; None if it was not reached.
+        old: its line of a summary.json from before lines had fingerprints, where the record is made of that.
     """
 
     run: ExperimentRun
     record: Record | None
+    old: Mapping[str, Any] | None = None
 
     @property
     def model(self) -> str:
@@ -74,7 +77,7 @@ class Outcome:
     def scaled_accuracy(self) -> float | None:
         """(accuracy - chance) / (1 - chance), on average over the lengths; None if the run was not judged."""
         if self.record is None or not self.record.accuracy:
-            return None
+            return None if self.old is None else self.old.get("scaled_accuracy")
         chance = get_task(self.run.config.task).chance if self.run.chance is None else self.run.chance
         return (statistics.mean(self.record.accuracy.values()) - chance) / (1 - chance)
 
@@ -89,10 +92,14 @@ class Outcome:
 
     def data(self, publication: Publication) -> dict[str, Any]:
         """A line of summary.json."""
+        if self.old is not None:
+            return dict(self.old)
         config, record = self.run.config, self.record
         mixers = config.model.mixer_pattern
         range_ = getattr(mixers[0], "eigenvalue_range", None)
         line = {
+            "name": self.run.name,
+            "config": fingerprint(self.run),
             "task": config.task,
             "mixer": config.model.mixer_name,
             "eigenvalue_range": None if range_ is None else [range_.lo, range_.hi],
@@ -202,13 +209,47 @@ def run_reproduction(
     return write_results(experiment, records, out)
 
 
-def write_results(experiment: Experiment, records: Mapping[int, Record], out: Path) -> list[Outcome]:
+def merge_results(experiment: Experiment, out: Path, sources: Sequence[Path]) -> list[Outcome]:
+    """Puts together what several directories have of a grid, and writes it as `run_reproduction` does; trains nothing.
+
+    Args:
+        experiment: a grid with a `Publication`.
+        out: the directory of the results, which may be one of the sources.
+        sources: directories with a summary.json, or such files. Of a run that several have the last counts.
+
+    Returns:
+        The outcome of each run, in the experiment's order.
+
+    Raises:
+        ValueError: if the experiment reproduces nothing, a source can't be read, or none has a run of the grid.
+    """
+    publication = publication_of(experiment)
+    lines = [Outcome(run, None).data(publication) for run in experiment.runs]
+    records: dict[int, Record] = {}
+    old: dict[int, Mapping[str, Any]] = {}
+    say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
+    for source in sources:
+        merged = read_results(source, experiment.runs, lines)
+        others = f"; {merged.others} of other configs or no run of it are left out" if merged.others else ""
+        say(f"{merged.path}: {len(merged.records)} runs of the grid{others}")
+        old = {index: line for index, line in old.items() if index not in merged.records} | dict(merged.old)
+        records |= merged.records
+    if not records:
+        raise ValueError(f"no run of {experiment.title!r} is done in {', '.join(map(str, sources))}")
+    out.mkdir(parents=True, exist_ok=True)
+    return write_results(experiment, records, out, old)
+
+
+def write_results(
+    experiment: Experiment, records: Mapping[int, Record], out: Path, old: Mapping[int, Mapping[str, Any]] | None = None
+) -> list[Outcome]:
     """Writes `summary.json`, `table.md` and, once a run has ended, `report.html`.
 
     Args:
         experiment: the grid.
         records: of the runs that are done, by their index in the experiment.
         out: the directory of the results.
+        old: lines that stay as they are, see `Outcome`.
 
     Returns:
         The outcome of each run, in the experiment's order.
@@ -217,12 +258,20 @@ def write_results(experiment: Experiment, records: Mapping[int, Record], out: Pa
         ValueError: if the experiment reproduces nothing.
     """
     title, publication = experiment.title, publication_of(experiment)
-    outcomes = [Outcome(run, records.get(index)) for index, run in enumerate(experiment.runs)]
+    outcomes = [Outcome(run, records.get(index), (old or {}).get(index)) for index, run in enumerate(experiment.runs)]
     origin = provenance()
     lines = [outcome.data(publication) for outcome in outcomes]
-    summary = {"title": title, "source": publication.source, "provenance": origin, "runs": lines}
+    origins = _origins(outcomes)
+    for outcome, line in zip(outcomes, lines, strict=True):
+        if outcome.record is not None and outcome.record.origin:
+            line["origin"] = origins.index(outcome.record.origin)
+    summary = {
+        "title": title, "source": publication.source, "provenance": origin, "origins": origins, "runs": lines,
+    }  # fmt: skip
     atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     tables = comparison(publication, outcomes)
+    if any(entry.items() - {*origin.items(), ("Date", origin["Date"][:10])} for entry in origins):
+        tables.append(_where_made(origins, outcomes))
     atomic_write(out / "table.md", _markdown(title, tables, origin))
     ended = sum(outcome.record is not None for outcome in outcomes)
     failed = sum(outcome.failed for outcome in outcomes)
@@ -240,6 +289,24 @@ def write_results(experiment: Experiment, records: Mapping[int, Record], out: Pa
             tables=tables,
         )
     return outcomes
+
+
+def _origins(outcomes: Sequence[Outcome]) -> list[Mapping[str, str]]:
+    """Where runs were made, each place and day once."""
+    origins: list[Mapping[str, str]] = []
+    for outcome in outcomes:
+        if outcome.record is not None and outcome.record.origin and outcome.record.origin not in origins:
+            origins.append(outcome.record.origin)
+    return origins
+
+
+def _where_made(origins: Sequence[Mapping[str, str]], outcomes: Sequence[Outcome]) -> ReportTable:
+    """How many runs were made where, by which commit and when."""
+    header = tuple(dict.fromkeys(name for origin in origins for name in origin))
+    made = [outcome.record.origin for outcome in outcomes if outcome.record is not None]
+    rows = [(str(made.count(origin)), *(origin.get(name, "") for name in header)) for origin in origins]
+    text = "The machines that trained and judged the runs; below is the one that wrote this."
+    return ReportTable("Where the runs were made", text, ("runs", *(name.lower() for name in header)), rows)
 
 
 def _on_the_page(publication: Publication, outcomes: Sequence[Outcome]) -> list[Record]:

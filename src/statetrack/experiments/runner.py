@@ -32,7 +32,7 @@ from statetrack.experiments.experiment import Experiment, ExperimentRun
 from statetrack.machine import available_cores
 from statetrack.model import LanguageModel
 from statetrack.records import record_of_failure, record_of_run
-from statetrack.report import Record
+from statetrack.report import Record, run_origin
 from statetrack.runs import RunDirectory, RunError
 from statetrack.tasks import get_task
 from statetrack.training import Progress, TrainingError, TrainingResult, train_together, why_apart
@@ -399,7 +399,8 @@ def _evaluate(job: _Job, model: LanguageModel, evaluation_seed: int) -> None:
     results = judge(run.lengths)
     if run.winner_lengths and solved({result.length: result.accuracy for result in results}):
         results += judge(run.winner_lengths)
-    job.directory.write_evaluation(evaluation_data(results, task, evaluation_seed, whole=run.whole))
+    data = evaluation_data(results, task, evaluation_seed, whole=run.whole)
+    job.directory.write_evaluation(data | {"origin": run_origin()})
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error

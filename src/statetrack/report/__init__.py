@@ -3,7 +3,7 @@
 The input is data, a list of `Record`s; no model is loaded and nothing is computed again.
 """
 
-from statetrack.report.origin import provenance
+from statetrack.report.origin import provenance, run_origin
 from statetrack.report.page import ReportTable, write_figure, write_report
 from statetrack.report.record import Record, read_summary, write_summary
 from statetrack.report.tables import table
@@ -13,6 +13,7 @@ __all__ = [
     "ReportTable",
     "provenance",
     "read_summary",
+    "run_origin",
     "table",
     "write_figure",
     "write_report",

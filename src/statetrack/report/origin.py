@@ -37,6 +37,12 @@ def provenance(command: str | None = None) -> dict[str, str]:
     return {name: value for name, value in entries.items() if value}
 
 
+def run_origin() -> dict[str, str]:
+    """The provenance of a run that this process makes: what several of one day and place have alike."""
+    origin = provenance("")
+    return {name: value for name, value in origin.items() if name != "Command"} | {"Date": origin["Date"][:10]}
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -53,6 +53,7 @@ class Record:
         history: the learning curve.
         eigenvalues: a sample of the eigenvalues of the trained transition matrices, on fresh data.
         token_eigenvalues: the same by input token; then `eigenvalues` may be left out.
+        origin: where and from what the run was made, as `provenance` gives it; empty if that was not written down.
     """
 
     task: str
@@ -75,6 +76,7 @@ class Record:
     history: tuple[HistoryPoint, ...] = ()
     eigenvalues: Eigenvalues = ()
     token_eigenvalues: Mapping[str, Eigenvalues] = field(default_factory=dict)
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
