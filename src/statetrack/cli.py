@@ -102,8 +102,8 @@ class Reproduce:
         devices: where they run, such as cpu or cuda:0,cuda:1; if left out, all GPUs, or the CPU where there are none.
         budget_minutes: stop after so many minutes, with checkpoints and with what is done on the page.
         retry_failed: let runs that have failed go on from their last checkpoints; else they stay failed.
-        merge: train nothing, but put together what these directories, or files summary.json, have of the grid, of a run
-            that several have the last. So the parts that several machines did come into one table.
+        merge: train nothing, but put together what these directories, or files summary.json, have of the grid, such as
+            the parts that several machines did. Of a run that several have the last counts.
         slurm: run the grid as jobs of a SLURM cluster, from a machine that can submit to it, and wait for them; the
             other options of this name say what each job asks for.
         slurm_partition: the partition; the cluster's own choice if left out.
@@ -124,7 +124,7 @@ class Reproduce:
     devices: str | None = None
     budget_minutes: float | None = None
     retry_failed: bool = False
-    merge: tuple[Path, ...] = ()
+    merge: tuple[Path, ...] | None = None
     slurm: bool = False
     slurm_partition: str | None = None
     slurm_account: str | None = None
@@ -136,7 +136,7 @@ class Reproduce:
     def __call__(self) -> int:
         from statetrack.cluster import Cluster, reproduce_on_cluster
         from statetrack.experiments import load_experiment
-        from statetrack.reproduce import merge_results, reproductions, run_reproduction
+        from statetrack.reproduce import reproductions, run_reproduction
 
         known = reproductions()
         if self.list:
@@ -157,12 +157,10 @@ class Reproduce:
             raise ValueError(
                 "with --slurm a job uses all its GPUs until its time is up: leave out --devices and --budget-minutes"
             )
-        if self.merge and (self.slurm or self.only or self.retry_failed or self.budget_minutes is not None):
-            raise ValueError("--merge trains nothing: leave out --slurm, --only, --retry-failed and --budget-minutes")
+        if self.merge is not None:
+            return self._merge(experiment, out)
         with stop_on_signal() as stopping:
-            if self.merge:
-                outcomes = merge_results(experiment, out, self.merge)
-            elif self.slurm:
+            if self.slurm:
                 cluster = Cluster(
                     partition=self.slurm_partition,
                     account=self.slurm_account,
@@ -197,12 +195,28 @@ class Reproduce:
         if missing:
             asked = any(re.search(self.only or "", name) for name in missing)
             goes_on = "the same command goes on" if asked else "those that were asked for are done"
-            goes_on = "none of these has them" if self.merge else goes_on
             print(f"{len(missing)} of {len(outcomes)} runs are left; {goes_on}", file=sys.stderr)
         failed = sum(outcome.failed for outcome in outcomes)
         if failed:
             print(f"{failed} of {len(outcomes)} runs failed; --retry-failed lets them go on", file=sys.stderr)
         return INTERRUPTED if interrupted else 0
+
+    def _merge(self, experiment: Any, out: Path) -> int:
+        from statetrack.reproduce import merge_results
+
+        plain = Reproduce(self.experiment, preset=self.preset, out=self.out, seeds=self.seeds, merge=self.merge)
+        if other := [f.name for f in fields(self) if getattr(self, f.name) != getattr(plain, f.name)]:
+            names = ", ".join("--" + name.replace("_", "-") for name in other)
+            raise ValueError(f"--merge trains nothing: leave out {names}")
+        if not self.merge:
+            raise ValueError("--merge needs directories with results, or files summary.json; none was given")
+        outcomes = merge_results(experiment, out, self.merge)
+        print(f"the numbers: {out / 'summary.json'}, {out / 'table.md'}    the page: {out / 'report.html'}")
+        missing = sum(outcome.record is None for outcome in outcomes)
+        failed = sum(outcome.failed for outcome in outcomes)
+        if missing or failed:
+            print(f"of {len(outcomes)} runs {missing} are missing and {failed} failed", file=sys.stderr)
+        return 0
 
 
 def _show_experiments(known: dict[str, dict[str, Any]]) -> None:
@@ -347,7 +361,8 @@ class Evaluate:
             data["stabilized"] = corrections
             print("stabilized: {states} states, corrected every {interval} tokens".format(**corrections))
         if self.task is None and self.dtype is None and self.stabilize is None:
-            directory.write_evaluation(data)
+            origin = directory.read_evaluation().get("origin")  # of the process that finished the run
+            directory.write_evaluation(data if origin is None else data | {"origin": origin})
         if self.json is not None:
             atomic_write(self.json, json.dumps(data | {"run": str(self.run)}, indent=2) + "\n")
         return 0

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from statetrack.ops import triton_convolution, triton_gate, triton_norm, triton_normalize
-from statetrack.ops.backend import wants_gradient
+from statetrack.ops.backend import wants_gradient, with_signature
 from statetrack.ops.chunking import CACHED_NUMBERS
 from statetrack.ops.packing import Move, Packing, packing_of, tokens_of
-from statetrack.ops.vmapped import is_vmapped, replicas_first, vmapped, with_signature
+from statetrack.ops.vmapped import is_vmapped, replicas_first, vmapped
 from statetrack.precision import autocasts, product_dtype
 from statetrack.transition import accumulated
 

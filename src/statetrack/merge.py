@@ -2,107 +2,145 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from statetrack.config import RunConfig, from_data, to_data
 from statetrack.evaluation import solved
-from statetrack.experiments import ExperimentRun
+from statetrack.experiments import Experiment, ExperimentRun
 from statetrack.model import LanguageModel
 from statetrack.records import facts
 from statetrack.report import Record
 from statetrack.tasks import get_task
 
-_IDENTITY = (
+_OLD_IDENTITY = (
     *("task", "mixer", "eigenvalue_range", "num_householder", "layers", "seed", "protocol", "variant"),
     *("learning_rate", "steps", "precision"),
 )
-"""What tells the lines of a summary.json apart that were written before they had a name and a fingerprint."""
+"""What tells the lines of a summary.json apart that were written before they had the config of their run."""
+
+OF_THE_FILE = "of the file; that of the run was not written down"
 
 
 @dataclass(frozen=True)
-class Merged:
+class Line:
+    """What a summary.json has of a run of a grid.
+
+    Attributes:
+        record: without learning curve and eigenvalues.
+        old: the line as it is, if it is from before lines had configs; None if its config is that of the run.
+    """
+
+    record: Record
+    old: Mapping[str, Any] | None
+
+    @property
+    def worth(self) -> tuple[bool, bool]:
+        """Of two lines of a run the one that is worth more counts: with a config before without, done before failed."""
+        return self.old is None, self.record.failed is None
+
+
+@dataclass(frozen=True)
+class Results:
     """What a summary.json has of a grid.
 
     Attributes:
         path: the file.
-        records: of the runs that are done, by their index in the grid, without learning curves and eigenvalues.
-        old: of them those from before lines had a fingerprint, as they are: nobody knows whether the grid is the same.
-        others: how many of its lines are of no run of the grid, or of one with another config.
+        lines: of the runs that have ended, by their index in the grid.
+        others: how many more of its lines are of ended runs: of no run of the grid, or of one with another config.
     """
 
     path: Path
-    records: Mapping[int, Record]
-    old: Mapping[int, Mapping[str, Any]]
+    lines: Mapping[int, Line]
     others: int
 
 
-def fingerprint(run: ExperimentRun) -> str:
-    """A few characters that runs of another config, or judged otherwise, don't have.
+def identity(run: ExperimentRun) -> dict[str, Any]:
+    """What the line of a run says of its config and of how it is judged, as JSON has it."""
+    judged = {
+        "task": run.judged_task or run.config.task,
+        "lengths": [*run.lengths],
+        "winner_lengths": [*run.winner_lengths],
+        "sequences": run.sequences,
+        "whole": run.whole,
+        "chance": run.chance,
+    }
+    return {"name": run.name, "config": to_data(run.config), "judged": judged}
 
-    Fields with their default values have no part in it: those that are added later change nothing.
-    """
-    chosen = [_chosen(run.config), run.judged_task, run.whole]
-    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:12]
 
-
-def read_results(source: Path, runs: Sequence[ExperimentRun], lines: Sequence[Mapping[str, Any]]) -> Merged:
+def read_results(source: Path, experiment: Experiment, lines: Sequence[Mapping[str, Any]]) -> Results:
     """What a directory with a summary.json, or such a file, has of a grid.
 
     Args:
         source: the directory or file.
-        runs: the grid.
+        experiment: the grid.
         lines: for each run of the grid its line of a summary.json.
 
     Raises:
         ValueError: if there is no such file, or it is none that `statetrack reproduce` wrote.
     """
     path = source / "summary.json" if source.is_dir() else source
-    records: dict[int, Record] = {}
-    old: dict[int, Mapping[str, Any]] = {}
+    summary = _read(path)
+    origins = summary.get("origins")
+    whole = {name: value for name, value in summary["provenance"].items() if name != "Command"}
+    found: dict[int, Line] = {}
     others = 0
+    for line in summary["runs"]:
+        if line["state"] == "missing":
+            continue
+        matches = [index for index, run in enumerate(experiment.runs) if _is_of(line, run, lines[index])]
+        if len(matches) != 1 or ("config" not in line and summary["title"] != experiment.title):
+            others += 1
+            continue
+        if origins is None:
+            origin = {**whole, "Note": OF_THE_FILE}
+        else:
+            origin = origins[line["origin"]] if "origin" in line else {}
+        (index,) = matches
+        record = _record(experiment.runs[index], line, origin)
+        found[index] = Line(record, None if "config" in line else line)
+    return Results(path, found, others)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A summary.json of which as much is sure as this file relies on."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        whole = {name: value for name, value in summary["provenance"].items() if name != "Command"}
-        for line in summary["runs"]:
-            if line["state"] == "missing":
-                continue
-            found = [index for index, ours in enumerate(lines) if _is_of(line, ours)]
-            others += not found
-            for index in found:
-                origin = summary["origins"][line["origin"]] if "origin" in line else whole
-                records[index] = _record(runs[index], line, origin)
-                if "config" not in line:
-                    old[index] = line
     except OSError as error:
         raise ValueError(f"{path} can't be read ({error.strerror}); name directories that reproduce wrote") from None
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{path} is no summary.json that reproduce wrote ({type(error).__name__}: {error})") from None
-    return Merged(path, records, old, others)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); name directories that reproduce wrote") from None
+    kinds = {"title": str, "provenance": dict, "runs": list}
+    lacking = [
+        key for key, kind in kinds.items() if not isinstance(summary, dict) or type(summary.get(key)) is not kind
+    ]
+    if lacking:
+        raise ValueError(f"{path} is no summary.json that reproduce wrote: it has no {lacking[0]}")
+    count = len(summary.get("origins") or [])
+    for place, line in enumerate(summary["runs"]):
+        if (
+            not isinstance(line, dict)
+            or line.get("state") not in ("missing", "done", "failed")
+            or not 0 <= line.get("origin", 0) <= max(0, count - 1)
+        ):
+            raise ValueError(f"{path} is no summary.json that reproduce wrote: see line {place} of its runs")
+    return summary
 
 
-def _chosen(config: Any) -> Any:
-    """A config as JSON has it, without the fields that have their default values."""
-    if isinstance(config, (tuple, list)):
-        return [_chosen(value) for value in config]
-    if not is_dataclass(config):
-        return config
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.default is MISSING or _differs(config, f)}
-    return {"is": type(config).__name__} | {name: _chosen(value) for name, value in values.items()}
-
-
-def _differs(config: Any, field: Any) -> bool:
-    return getattr(config, field.name) != field.default
-
-
-def _is_of(line: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    keys = ("name", "config") if "config" in line else _IDENTITY
-    return all(line[key] == ours[key] for key in keys if key in line)
+def _is_of(line: Mapping[str, Any], run: ExperimentRun, ours: Mapping[str, Any]) -> bool:
+    if "config" not in line:
+        return all(key in line and line[key] == ours[key] for key in _OLD_IDENTITY)
+    if line.get("name") != ours["name"] or line.get("judged") != ours["judged"]:
+        return False
+    try:  # a field that was added since has its default value, as the run had
+        return from_data(RunConfig, line["config"]) == run.config
+    except ValueError:
+        return False
 
 
 def _record(run: ExperimentRun, line: Mapping[str, Any], origin: Mapping[str, str]) -> Record:

@@ -17,7 +17,7 @@ from rich.console import Console
 from statetrack.experiments import Experiment, ExperimentRun, Publication, RunEvent, list_experiments, run_experiment
 from statetrack.experiments.runner import finished_records, forget_failures
 from statetrack.files import atomic_write
-from statetrack.merge import fingerprint, read_results
+from statetrack.merge import Line, identity, read_results
 from statetrack.mixers import mixer_configs
 from statetrack.progress import describe
 from statetrack.report import Record, ReportTable, provenance, write_report
@@ -46,7 +46,7 @@ class Outcome:
     Attributes:
         run: the run.
         record: its record; None if it was not reached.
-        old: its line of a summary.json from before lines had fingerprints, where the record is made of that.
+        old: its line of a summary.json from before lines had configs, where the record is made of that.
     """
 
     run: ExperimentRun
@@ -98,8 +98,7 @@ class Outcome:
         mixers = config.model.mixer_pattern
         range_ = getattr(mixers[0], "eigenvalue_range", None)
         line = {
-            "name": self.run.name,
-            "config": fingerprint(self.run),
+            **identity(self.run),
             "task": config.task,
             "mixer": config.model.mixer_name,
             "eigenvalue_range": None if range_ is None else [range_.lo, range_.hi],
@@ -173,10 +172,12 @@ def run_reproduction(
         The outcome of each run, in the experiment's order.
 
     Raises:
-        ValueError: if the experiment reproduces nothing, or `only` chooses nothing.
+        ValueError: if the experiment reproduces nothing, `only` chooses nothing, or `out` has merged results.
     """
     publication_of(experiment)
     chosen = chosen_runs(experiment, only)
+    if _is_merged(out):
+        raise ValueError(f"{out} has merged results, which would be lost; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     if retry_failed:
         forget_failures(experiment, out / "runs")
@@ -209,47 +210,70 @@ def run_reproduction(
     return write_results(experiment, records, out)
 
 
+def _is_merged(out: Path) -> bool:
+    try:
+        return bool(json.loads((out / "summary.json").read_text(encoding="utf-8"))["merged"])
+    except (OSError, ValueError, TypeError, KeyError):  # there is none, or nothing to lose
+        return False
+
+
 def merge_results(experiment: Experiment, out: Path, sources: Sequence[Path]) -> list[Outcome]:
     """Puts together what several directories have of a grid, and writes it as `run_reproduction` does; trains nothing.
 
+    Of a run that several have the last counts, but one that is done before one that failed.
+
     Args:
         experiment: a grid with a `Publication`.
-        out: the directory of the results, which may be one of the sources.
-        sources: directories with a summary.json, or such files. Of a run that several have the last counts.
+        out: a directory for these results alone, or with earlier ones that are among the sources.
+        sources: directories with a summary.json, or such files.
 
     Returns:
         The outcome of each run, in the experiment's order.
 
     Raises:
-        ValueError: if the experiment reproduces nothing, a source can't be read, or none has a run of the grid.
+        ValueError: if the experiment reproduces nothing, a source can't be read, none has a run of the grid, or `out`
+            has other results, or runs.
     """
     publication = publication_of(experiment)
+    own = out / "summary.json"
+    known = {(source / own.name if source.is_dir() else source).resolve() for source in sources}
+    if (out / "runs").exists() or (own.exists() and own.resolve() not in known):
+        raise ValueError(f"{out} has results of its own, which would be lost; choose another --out")
     lines = [Outcome(run, None).data(publication) for run in experiment.runs]
-    records: dict[int, Record] = {}
-    old: dict[int, Mapping[str, Any]] = {}
+    found: dict[int, Line] = {}
     say = partial(Console().print, highlight=False, markup=False, soft_wrap=True)
     for source in sources:
-        merged = read_results(source, experiment.runs, lines)
-        others = f"; {merged.others} of other configs or no run of it are left out" if merged.others else ""
-        say(f"{merged.path}: {len(merged.records)} runs of the grid{others}")
-        old = {index: line for index, line in old.items() if index not in merged.records} | dict(merged.old)
-        records |= merged.records
-    if not records:
-        raise ValueError(f"no run of {experiment.title!r} is done in {', '.join(map(str, sources))}")
+        results = read_results(source, experiment, lines)
+        old = sum(line.old is not None for line in results.lines.values())
+        words = [f"{len(results.lines)} of {len(experiment.runs)} runs"]
+        words += [f"{old} of them without a config, which nobody can compare"] if old else []
+        words += [f"{results.others} are of other configs or none of the grid, and left out"] if results.others else []
+        say(f"{results.path}: {'; '.join(words)}")
+        found |= {index: line for index, line in results.lines.items() if _counts(line, found.get(index))}
+    if not found:
+        raise ValueError(
+            f"no run of {experiment.title!r} has ended in {', '.join(map(str, sources)) or 'no directory'}"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    return write_results(experiment, records, out, old)
+    outcomes = [
+        Outcome(run, found[index].record, found[index].old) if index in found else Outcome(run, None)
+        for index, run in enumerate(experiment.runs)
+    ]
+    _write(experiment, outcomes, out, merged=True)
+    return outcomes
 
 
-def write_results(
-    experiment: Experiment, records: Mapping[int, Record], out: Path, old: Mapping[int, Mapping[str, Any]] | None = None
-) -> list[Outcome]:
+def _counts(line: Line, before: Line | None) -> bool:
+    return before is None or line.worth >= before.worth
+
+
+def write_results(experiment: Experiment, records: Mapping[int, Record], out: Path) -> list[Outcome]:
     """Writes `summary.json`, `table.md` and, once a run has ended, `report.html`.
 
     Args:
         experiment: the grid.
         records: of the runs that are done, by their index in the experiment.
         out: the directory of the results.
-        old: lines that stay as they are, see `Outcome`.
 
     Returns:
         The outcome of each run, in the experiment's order.
@@ -257,20 +281,25 @@ def write_results(
     Raises:
         ValueError: if the experiment reproduces nothing.
     """
+    outcomes = [Outcome(run, records.get(index)) for index, run in enumerate(experiment.runs)]
+    _write(experiment, outcomes, out)
+    return outcomes
+
+
+def _write(experiment: Experiment, outcomes: Sequence[Outcome], out: Path, *, merged: bool = False) -> None:
     title, publication = experiment.title, publication_of(experiment)
-    outcomes = [Outcome(run, records.get(index), (old or {}).get(index)) for index, run in enumerate(experiment.runs)]
-    origin = provenance()
+    origin, origins = provenance(), _origins(outcomes)
     lines = [outcome.data(publication) for outcome in outcomes]
-    origins = _origins(outcomes)
     for outcome, line in zip(outcomes, lines, strict=True):
+        line.pop("origin", None)
         if outcome.record is not None and outcome.record.origin:
             line["origin"] = origins.index(outcome.record.origin)
-    summary = {
-        "title": title, "source": publication.source, "provenance": origin, "origins": origins, "runs": lines,
+    head = {
+        "title": title, "source": publication.source, "merged": merged, "provenance": origin, "origins": origins,
     }  # fmt: skip
-    atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    atomic_write(out / "summary.json", _a_line_each(head, "runs", lines))
     tables = comparison(publication, outcomes)
-    if any(entry.items() - {*origin.items(), ("Date", origin["Date"][:10])} for entry in origins):
+    if merged or len(origins) > 1:
         tables.append(_where_made(origins, outcomes))
     atomic_write(out / "table.md", _markdown(title, tables, origin))
     ended = sum(outcome.record is not None for outcome in outcomes)
@@ -288,7 +317,12 @@ def write_results(
             provenance=origin,
             tables=tables,
         )
-    return outcomes
+
+
+def _a_line_each(head: Mapping[str, Any], name: str, items: Sequence[Mapping[str, Any]]) -> str:
+    """JSON of an object whose last entry is a list, with a line for each item."""
+    start = json.dumps(head, indent=1).removesuffix("\n}")
+    return f'{start},\n "{name}": [\n' + ",\n".join(f"  {json.dumps(item)}" for item in items) + "\n ]\n}\n"
 
 
 def _origins(outcomes: Sequence[Outcome]) -> list[Mapping[str, str]]:
@@ -305,7 +339,9 @@ def _where_made(origins: Sequence[Mapping[str, str]], outcomes: Sequence[Outcome
     header = tuple(dict.fromkeys(name for origin in origins for name in origin))
     made = [outcome.record.origin for outcome in outcomes if outcome.record is not None]
     rows = [(str(made.count(origin)), *(origin.get(name, "") for name in header)) for origin in origins]
-    text = "The machines that trained and judged the runs; below is the one that wrote this."
+    if unknown := made.count({}):
+        rows.append((str(unknown), "not written down", *("",) * (len(header) - 1)))
+    text = "The machines that judged the runs when they were done; below is the one that wrote this."
     return ReportTable("Where the runs were made", text, ("runs", *(name.lower() for name in header)), rows)
 
 

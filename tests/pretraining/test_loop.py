@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from forked import FORKED, run_ranks
 from metrics_of_runs import losses
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import statetrack
@@ -112,6 +113,7 @@ def test_a_run_goes_on_exactly(cut, tables, undisturbed, tmp_path):
     [
         {"micro_batch_size": 1},
         {"parallelism": "fsdp"},
+        {"parallelism": "fsdp", "evaluate_every": 1},  # which leaves weights gathered
         {"parallelism": "fsdp", "reshard_after_forward": True, "micro_batch_size": 2, "activation_checkpointing": 1},
         {"parallelism": "ddp", "micro_batch_size": 2},
         {"num_workers": 1},
@@ -178,6 +180,27 @@ def _sharded_and_not(tables, text_data):
             trained = [p for p in spread.parameters.values() if p.grad is not None]
             assert {p.dtype for p in trained} | {p.grad.dtype for p in trained} == {torch.float32}
             yield logits.detach().float(), norm.detach()
+
+
+@pytest.mark.parametrize("reshard", [False, True])
+def test_gathered_weights_stay_until_the_backward_unless_they_are_to_go(reshard, tables, text_data, monkeypatch):
+    monkeypatch.setattr(parallel, "_SMALL", 1)
+    tables["execution"] |= {"parallelism": "fsdp", "reshard_after_forward": reshard}
+    config = config_of(tables, 257)
+    batch = next(iter(PackedBatches(PackedTokens(text_data), sequence_length=24, batch_size=2)))
+    with processes("cpu") as own:
+        spread = ParallelModel(LanguageModel(config.model), own, config.execution, "bfloat16")
+
+        def parts():
+            return {name for name, p in spread.model.named_parameters() if isinstance(p, DTensor)}
+
+        products = {name for name in spread.parameters if name.startswith("blocks") and "_proj" in name}
+        products -= {name for name in products if name.endswith(("b_proj.weight", "a_proj.weight"))}
+        assert parts() == set(spread.parameters)
+        loss = spread(batch.ids, batch.cu_seqlens).float().square().mean()
+        assert parts() == (products if reshard else set())  # embeddings and the like are wanted at once
+        loss.backward()
+        assert parts() == set(spread.parameters)
 
 
 @pytest.mark.parametrize("gathered", ["by layers", "by blocks"])

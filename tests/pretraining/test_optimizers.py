@@ -11,6 +11,7 @@ from forked import run_ranks
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from statetrack.mixers import mixer_configs
@@ -204,6 +205,12 @@ def _sharded(rank, name, path, results):
 
     model, optimizer = sharded()
     losses = [train_step(model, optimizer, seed) for seed in range(3)]
+    if name == "adamw":  # computes with this process's parts; its states are DTensors, as checkpoints need them
+        lists = [[] for _ in range(6)]
+        optimizer._init_group(optimizer.param_groups[0], *lists)
+        assert lists[0]
+        assert not any(isinstance(tensor, DTensor) for tensors in lists for tensor in tensors)
+        assert all(isinstance(state["exp_avg"], DTensor) for state in optimizer.state.values())
     again, restored = sharded()
     again.load_state_dict(copy.deepcopy(model.state_dict()))
     state = copy.deepcopy(get_optimizer_state_dict(model, optimizer))

@@ -400,7 +400,7 @@ def _evaluate(job: _Job, model: LanguageModel, evaluation_seed: int) -> None:
     if run.winner_lengths and solved({result.length: result.accuracy for result in results}):
         results += judge(run.winner_lengths)
     data = evaluation_data(results, task, evaluation_seed, whole=run.whole)
-    job.directory.write_evaluation(data | {"origin": run_origin()})
+    job.directory.write_evaluation(data | {"origin": run_origin(str(_device))})
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error

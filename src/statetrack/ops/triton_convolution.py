@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import differentiable_once, register_operator
+from statetrack.ops.backend import differentiable_once, register_operator, with_signature
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, contiguous, kernels, power_of_two, sum_parts, unavailable
-from statetrack.ops.vmapped import replicas_first, with_signature
+from statetrack.ops.vmapped import replicas_first
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends."""

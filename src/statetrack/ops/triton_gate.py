@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from statetrack.ops.backend import distinct, register_operator, wants_gradient
+from statetrack.ops.backend import distinct, register_operator, wants_gradient, with_signature
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, kernels, unavailable
-from statetrack.ops.vmapped import is_vmapped, replicas_first, with_signature
+from statetrack.ops.vmapped import is_vmapped, replicas_first
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends; `tests/ops/test_triton_gate.py` is the check."""

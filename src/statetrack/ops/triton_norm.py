@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import distinct, register_operator, wants_gradient
+from statetrack.ops.backend import distinct, register_operator, wants_gradient, with_signature
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, contiguous, kernels, power_of_two, sum_parts, unavailable
-from statetrack.ops.vmapped import is_vmapped, replicas_first, with_signature
+from statetrack.ops.vmapped import is_vmapped, replicas_first
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends; `tests/ops/test_triton_norm.py` is the check."""

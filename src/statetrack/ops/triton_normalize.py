@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.backend import differentiable_once, register_operator
+from statetrack.ops.backend import differentiable_once, register_operator, with_signature
 from statetrack.ops.triton_common import CHECKED_ON_A_CARD, LARGEST_KEY, kernels, power_of_two, unavailable
-from statetrack.ops.vmapped import with_signature
 
 PRIORITY = CHECKED_ON_A_CARD
 """As that of the backends."""

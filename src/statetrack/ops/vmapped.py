@@ -7,10 +7,9 @@ tensor has none because it is a parameter (the rates A of Mamba, the recurrent m
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,23 +17,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from statetrack.ops.backend import with_signature
 from statetrack.precision import product_dtype
 from statetrack.transition import Discretized, Transition
 
 Recurrence = Callable[[Transition, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
-
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def with_signature(forward: Function) -> Function:
-    """Has a function carry its signature, for the `forward` of an `autograd.Function` with a `setup_context`.
-
-    PyTorch asks `inspect.signature` for it at every call, which finds it there, or else makes it anew, which
-    takes 10 us and more.
-    """
-    forward.__signature__ = inspect.signature(forward)  # pyright: ignore[reportFunctionMemberAccess]
-    return forward
 
 
 def is_vmapped() -> bool:
@@ -150,6 +137,7 @@ class _Vmapped(torch.autograd.Function):
     """
 
     @staticmethod
+    @with_signature
     def forward(folded: Any, *inputs: Any) -> Any:
         raise NotImplementedError(
             "of torch.func's transforms the recurrences know vmap alone; use torch.autograd.grad outside of it"

@@ -125,9 +125,9 @@ class ExecutionConfig:
     Attributes:
         parallelism: "fsdp", weights and optimizer sharded over the processes (FSDP2); "ddp", a copy in each; "none" for
             one process; "auto", none or fsdp by the number of processes.
-        reshard_after_forward: with FSDP, free the gathered weights of a block after its forward pass, and gather them
-            once more in the backward. Otherwise they stay, which takes 2 bytes a parameter of the model in bf16, and
-            half as much is gathered.
+        reshard_after_forward: with FSDP, free the gathered weights of each block after its forward pass, and gather
+            them once more in the backward. Otherwise they stay, which takes 2 bytes a parameter of the model in bf16
+            and 4 in float32, and half as much is gathered.
         micro_batch_size: sequences of a forward pass of a process; gradients are accumulated over the rest of its part
             of the batch. None for the whole part at once.
         activation_checkpointing: compute the activations of every so manyth block again in the backward pass: 1 for all

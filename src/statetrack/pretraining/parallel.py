@@ -39,8 +39,8 @@ class ParallelModel:
     """A language model that all processes train together.
 
     Attributes:
-        model: the model of this process; with FSDP its parameters are DTensors, of which it has a part.
-        parameters: its parameters by name, as the optimizer has them.
+        model: the model of this process. With FSDP its own parameters may be gathered: read `parameters`.
+        parameters: its parameters by name, as the optimizer has them; with FSDP DTensors, of which it has a part.
         parallelism: "none", "ddp" or "fsdp".
 
     Args:
@@ -51,7 +51,7 @@ class ParallelModel:
     """
 
     def __init__(self, model: LanguageModel, processes: Processes, execution: ExecutionConfig, precision: str) -> None:
-        self.model, self.device = model.to(processes.device), processes.device
+        self.model, self.device, self._processes = model.to(processes.device), processes.device, processes
         self.parallelism = _parallelism(execution.parallelism, processes.size)
         self.bf16 = precision == "bfloat16"
         if self.bf16:  # the sum over the blocks starts with the embeddings, and has their dtype
@@ -68,7 +68,7 @@ class ParallelModel:
             whole = execution.compile or execution.activation_checkpointing or not self.bf16
             with_options = partial(fully_shard, mesh=mesh, reshard_after_forward=execution.reshard_after_forward)
             _shard(model, with_options, torch.bfloat16 if self.bf16 else None, 0 if whole else GROUP_PARAMETERS)
-        # FSDP puts gathered weights in the place of its parts for the time of a forward and backward pass.
+        # FSDP puts gathered weights in the place of its parts, from a forward pass until the next backward pass.
         self.parameters = dict(model.named_parameters())
         self._module: nn.Module = model
         if self.parallelism == "ddp":
@@ -101,18 +101,13 @@ class ParallelModel:
             return nn.utils.clip_grad_norm_(self.parameters.values(), largest)
         # The same from the parts: for DTensors it would be asked of each how it is spread, which takes the host longer.
         parts = local_parts(p.grad for p in self.parameters.values() if p.grad is not None)
-        squared = nn.utils.get_total_norm(parts).square()
-        torch.distributed.all_reduce(squared)
-        norm = squared.sqrt()
+        norm = self._processes.sum(nn.utils.get_total_norm(parts).square()).sqrt()
         scale = (largest / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(parts, scale)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The weights of the whole model on the CPU, in every process."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
         weights: dict[str, Tensor] = {}
         for name, value in self.model.state_dict().items():
             whole = value.full_tensor() if isinstance(value, DTensor) else value
@@ -143,7 +138,8 @@ def _shard(model: LanguageModel, shard: Callable[..., Any], compute: torch.dtype
     # What is small stays with the embeddings, in one group of the whole model, which must be made before those of its
     # blocks to find it in them.
     gathered_by_block = {p for group in mostly_products for block in group for p in block.parameters()} & of_products
-    shard(model, mp_policy=rest, ignored_params=gathered_by_block)
+    # Their weights are wanted first by the backward pass: freed, they would be gathered again at once.
+    shard(model, mp_policy=rest, ignored_params=gathered_by_block, reshard_after_forward=False)
     for group in filter(None, mostly_products):
         # With the hooks on blocks layers have none, and those of one input stay one product (`joined_product`).
         others = {p for block in group for p in block.parameters()} - of_products

@@ -77,8 +77,8 @@ class Memory:
         parameters: the float32 weights that the optimizer moves, this GPU's shard.
         gradients: theirs, float32.
         optimizer: its states, float32.
-        gathered: whole weights of the blocks that are being computed, and their gradients before they are reduced;
-            without shards, the weights in the precision of the computation.
+        gathered: whole weights, of all blocks or with `reshard_after_forward` of those that are being computed, and
+            gradients before they are reduced; without shards, the weights in the precision of the computation.
         activations: what the blocks save for the backward pass.
         loss: what the final norm saves, and the output layer and the loss need at once (`cross_entropy.peak_bytes`).
         backward: gradients of activations on their way, of one block.

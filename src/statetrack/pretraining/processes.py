@@ -162,7 +162,8 @@ def message_of(error: BaseException) -> str:
         amount = re.search(r"ried to allocate (.+?(?:B|bytes))\b", str(error))
         return (
             f"there is not enough memory{f' for another {amount[1]}' if amount else ''}; a smaller "
-            "execution.micro_batch_size takes less, and execution.activation_checkpointing = 1 does too"
+            "execution.micro_batch_size takes less, and so do execution.activation_checkpointing = 1 and, on several "
+            "processes, execution.reshard_after_forward = true"
         )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror.lower()}: {error.filename}" if error.filename else error.strerror.lower()

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -15,20 +16,22 @@ import torch
 from statetrack.machine import available_cores
 
 
-def provenance(command: str | None = None) -> dict[str, str]:
+def provenance(command: str | None = None, *, device: str = "cuda") -> dict[str, str]:
     """What a reader needs to repeat a result: `{"Command": ..., "Machine": ..., "Commit": ..., ...}`.
 
     Args:
         command: the command that made the result; None for the command line of this process.
+        device: what computed it; no accelerator is named for "cpu".
     """
     from statetrack import __version__  # here, so that the package itself may import this file
 
     versions = [f"{package} {metadata.version(package)}" for package in ("torch", "numpy")]
     cores = available_cores()
+    accelerated = torch.device(device).type == "cuda" and torch.cuda.is_available()
     entries = {
         "Command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "Machine": f"{_processor()}, {cores} core{'s' * (cores != 1)}",
-        "Accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "Accelerator": torch.cuda.get_device_name(device) if accelerated else "none",
         "System": f"{platform.system()} {platform.release()}",
         "Versions": ", ".join([f"statetrack {__version__}", f"Python {platform.python_version()}", *versions]),
         "Commit": _commit(),
@@ -37,9 +40,10 @@ def provenance(command: str | None = None) -> dict[str, str]:
     return {name: value for name, value in entries.items() if value}
 
 
-def run_origin() -> dict[str, str]:
-    """The provenance of a run that this process makes: what several of one day and place have alike."""
-    origin = provenance("")
+@cache
+def run_origin(device: str) -> dict[str, str]:
+    """The provenance of all runs that this process makes on a device, with the day of the first."""
+    origin = provenance(device=device)
     return {name: value for name, value in origin.items() if name != "Command"} | {"Date": origin["Date"][:10]}
 
 
