@@ -10,6 +10,7 @@ from reproduction_examples import SMALL
 
 from statetrack import reproduce
 from statetrack.cli import main
+from statetrack.cluster import Cluster, reproduce_on_cluster
 from statetrack.experiments.experiment import read_experiment
 from statetrack.merge import OF_THE_FILE
 from statetrack.reproduce import merge_results, run_reproduction
@@ -207,6 +208,8 @@ def test_results_are_not_written_over(experiment, parts, tmp_path):
         merge_results(experiment, out, [second])
     with pytest.raises(ValueError, match=lost):
         run_reproduction(experiment, out, workers=1)
+    with pytest.raises(ValueError, match=lost):
+        reproduce_on_cluster(experiment, out, Cluster())
     assert summary_of(out) == before
 
 

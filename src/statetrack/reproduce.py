@@ -176,8 +176,7 @@ def run_reproduction(
     """
     publication_of(experiment)
     chosen = chosen_runs(experiment, only)
-    if _is_merged(out):
-        raise ValueError(f"{out} has merged results, which would be lost; choose another --out")
+    refuse_merged(out)
     out.mkdir(parents=True, exist_ok=True)
     if retry_failed:
         forget_failures(experiment, out / "runs")
@@ -210,11 +209,14 @@ def run_reproduction(
     return write_results(experiment, records, out)
 
 
-def _is_merged(out: Path) -> bool:
+def refuse_merged(out: Path) -> None:
+    """Raises ValueError if a directory has results of `merge_results`, which runs would write over."""
     try:
-        return bool(json.loads((out / "summary.json").read_text(encoding="utf-8"))["merged"])
+        merged = json.loads((out / "summary.json").read_text(encoding="utf-8"))["merged"]
     except (OSError, ValueError, TypeError, KeyError):  # there is none, or nothing to lose
-        return False
+        return
+    if merged:
+        raise ValueError(f"{out} has merged results, which would be lost; choose another --out")
 
 
 def merge_results(experiment: Experiment, out: Path, sources: Sequence[Path]) -> list[Outcome]:

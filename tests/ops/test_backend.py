@@ -15,10 +15,10 @@ def test_functions_with_a_context_of_their_own_carry_their_signature():
     ]
     assert len(functions) >= 7
     for function in functions:
-        signature = vars(function.forward)["__signature__"]
-        assert inspect.signature(function.forward) is signature
-        del function.forward.__signature__
+        kept = vars(function.forward)
+        signature = kept.pop("__signature__")
         try:
             assert inspect.signature(function.forward) == signature, function
         finally:
-            function.forward.__signature__ = signature
+            kept["__signature__"] = signature
+        assert inspect.signature(function.forward) is signature
