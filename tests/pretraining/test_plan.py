@@ -1,7 +1,9 @@
 """The planner's memory against what autograd and PyTorch's memory tracker measure on real models."""
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +174,26 @@ def test_small_blocks_are_gathered_several_at_a_time_unless_they_are_computed_ag
     largest = max(map(sum, sizes))
     assert kept == outside + 2 * sum(map(sum, sizes)) + max(outside, 6 * largest)
     assert gathered_together(model.blocks, 0) == [[block] for block in model.blocks]
+
+
+MEASURED = json.loads((Path(__file__).parents[2] / "results" / "scaling" / "h100-x2.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "row",
+    MEASURED["sections"]["throughput"]["rows"],
+    ids=lambda row: f"{row['preset']}, {row['processes']}, {row['parallelism']}",
+)
+def test_memory_is_what_was_measured_on_h100s(row):
+    memory = only(
+        preset(row["preset"], vocab_size=32_000),
+        sequence_length=2048,
+        micro_batch_size=row["micro_batch_size"],
+        parallelism=row["parallelism"],
+        precision="bfloat16",
+        world_sizes=(row["processes"],),
+    ).memory
+    assert 1 < memory.tensors / (1e9 * row["peak_memory_gb"]) < 1.08
 
 
 def test_the_largest_batch_is_the_last_that_fits():
