@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from statetrack.mixers.attention import Attention
 from statetrack.mixers.mixer import Mixer, State
 from statetrack.model import Block, LanguageModel
 from statetrack.transition import accumulation_dtype
@@ -64,7 +63,7 @@ def split_in_time(model: LanguageModel, group: dist.ProcessGroup | None = None) 
     """
     blocks = [block for block in model.blocks if isinstance(block, Block)]
     for block in blocks:
-        if isinstance(block.mixer, Attention):
+        if block.mixer.growing:
             raise ValueError(
                 "a sequence with attention can't be split in time: its state is all tokens; use mixers whose state has "
                 "a constant size"

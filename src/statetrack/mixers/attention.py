@@ -87,6 +87,8 @@ class Attention(Mixer):
         config: an `AttentionConfig`; or leave it out and give its fields as keyword options.
     """
 
+    growing = True
+
     def __init__(self, d_model: int, config: AttentionConfig | None = None, **options: Any) -> None:
         super().__init__()
         self.config = config = with_options(AttentionConfig, config, options)
@@ -123,6 +125,10 @@ class Attention(Mixer):
 
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> None:
         return None
+
+    def recurrence_flops(self, length: int) -> float:
+        seen = min((length + 1) / 2, self.config.window or length)  # tokens, on average
+        return 4.0 * self.config.num_heads * self.head_dim * seen
 
     def _packed(self, heads: list[Tensor], state: State | None, cu_seqlens: Tensor) -> tuple[Tensor, State]:
         """Outputs [1, T, H, K] of packed queries, keys and values, and the state."""

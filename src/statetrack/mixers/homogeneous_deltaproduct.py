@@ -148,6 +148,9 @@ class HomogeneousDeltaProduct(Mixer):
     def eigenvalue_parameters(self) -> list[Tensor]:
         return [self.b_proj.weight, self.beta_bias, *self.widening.parameters()]
 
+    def initial_state_parameters(self) -> list[Tensor]:
+        return [self.initial_state]
+
     def factor_bounds(self, scale: Tensor) -> FactorBounds:
         gain, heads = self.config.beta_gain, self.config.num_heads
         beta = largest_beta(self.b_proj.weight, gain, self.beta_bias, self.widening, scale, heads)

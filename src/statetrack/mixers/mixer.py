@@ -144,6 +144,8 @@ class Mixer(nn.Module, ABC):
     own_start: ClassVar[tuple[str, ...]] = ()
     """Names of the layers whose initial weights are part of the mixer's definition, which `initializer_range` of the
     model leaves as they are."""
+    growing: ClassVar[bool] = False
+    """Whether the state grows with the tokens."""
 
     @abstractmethod
     def init_state(self, batch_size: int) -> State:
@@ -166,6 +168,15 @@ class Mixer(nn.Module, ABC):
     def eigenvalue_parameters(self) -> list[Tensor]:
         """The parameters that decide on the eigenvalues alone; weight decay leaves them out."""
         return []
+
+    def initial_state_parameters(self) -> list[Tensor]:
+        """The parameters that are the state before the first token: no token is multiplied by them."""
+        return []
+
+    def recurrence_flops(self, length: int) -> float | None:
+        """Operations of the forward pass for a token, on average over a sequence of `length`, beside those of the
+        parameters; None for those of its transition (`statetrack.pretraining.flops`)."""
+        return None
 
     def starting_state(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> State:
         """What `scan` starts from: the state given, or the one before the first token, for each row or packed sequence.

@@ -11,8 +11,6 @@ import re
 import torch
 
 from statetrack.mixers import Mixer
-from statetrack.mixers.attention import Attention
-from statetrack.mixers.homogeneous_deltaproduct import HomogeneousDeltaProduct
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.transition import Discretized, Householder, LowRank
 
@@ -80,7 +78,8 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
 def parameters_per_token(model: LanguageModel) -> int:
     """N, the parameters that meet every token: without embeddings and learned initial states, with the output layer."""
     embeddings = 0 if model.head is None else model.embedding.weight.numel()
-    states = sum(m.initial_state.numel() for m in model.modules() if isinstance(m, HomogeneousDeltaProduct))
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    states = sum(p.numel() for mixer in mixers for p in mixer.initial_state_parameters())
     return model.num_parameters() - embeddings - states
 
 
@@ -97,9 +96,8 @@ def card_peak_flops(name: str) -> float | None:
 
 def _recurrence(mixer: Mixer, config: ModelConfig, length: int) -> float:
     """R of a mixer: operations of the forward pass for a token."""
-    if isinstance(mixer, Attention):
-        seen = min((length + 1) / 2, mixer.config.window or length)
-        return 4.0 * mixer.config.num_heads * mixer.head_dim * seen
+    if (own := mixer.recurrence_flops(length)) is not None:
+        return own
     state = mixer.init_state(1).get("recurrence")
     if state is None:
         return 0.0
