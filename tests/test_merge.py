@@ -225,6 +225,7 @@ LINE = '{"title": "", "provenance": {}, "runs": [%s]}'
         ('{"title": "", "runs": []}', "it has no provenance"),
         (LINE % '{"state": "missing"}, {}', "see line 1 of its runs"),
         (LINE % '{"state": "done", "origin": 3}', "see line 0 of its runs"),
+        (LINE % '{"state": "done", "origin": "x"}', "see line 0 of its runs"),
         (LINE % "", "has ended in"),
     ],
 )

@@ -126,7 +126,7 @@ def _read(path: Path) -> dict[str, Any]:
         if (
             not isinstance(line, dict)
             or line.get("state") not in ("missing", "done", "failed")
-            or not 0 <= line.get("origin", 0) <= max(0, count - 1)
+            or ("origin" in line and line["origin"] not in range(count))
         ):
             raise ValueError(f"{path} is no summary.json that reproduce wrote: see line {place} of its runs")
     return summary
