@@ -113,6 +113,7 @@ def test_a_run_goes_on_exactly(cut, tables, undisturbed, tmp_path):
     [
         {"micro_batch_size": 1},
         {"parallelism": "fsdp"},
+        {"parallelism": "fsdp", "micro_batch_size": 1, "reduce_every_micro_batch": True},
         {"parallelism": "fsdp", "evaluate_every": 1},  # which leaves weights gathered
         {"parallelism": "fsdp", "reshard_after_forward": True, "micro_batch_size": 2, "activation_checkpointing": 1},
         {"parallelism": "ddp", "micro_batch_size": 2},
@@ -201,6 +202,20 @@ def test_gathered_weights_stay_until_the_backward_unless_they_are_to_go(reshard,
         assert parts() == (products if reshard else set())  # embeddings and the like are wanted at once
         loss.backward()
         assert parts() == set(spread.parameters)
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_accumulated_gradients_are_whole_until_they_are_reduced(every, tables, text_data):
+    tables["execution"] |= {"parallelism": "fsdp", "reduce_every_micro_batch": every}
+    config = config_of(tables, 257)
+    batch = next(iter(PackedBatches(PackedTokens(text_data), sequence_length=24, batch_size=2)))
+    with processes("cpu") as own:
+        spread = ParallelModel(LanguageModel(config.model), own, config.execution, "bfloat16")
+        for last in (False, False, True):
+            with spread.accumulating(last):
+                spread(batch.ids, batch.cu_seqlens).float().square().mean().backward()
+            reduced = {p.grad is not None for p in spread.parameters.values()}
+            assert reduced == {every or last}
 
 
 @pytest.mark.parametrize("gathered", ["by layers", "by blocks"])

@@ -174,6 +174,18 @@ def test_small_blocks_are_gathered_several_at_a_time_unless_they_are_computed_ag
     largest = max(map(sum, sizes))
     assert kept == outside + 2 * sum(map(sum, sizes)) + max(outside, 6 * largest)
     assert gathered_together(model.blocks, 0) == [[block] for block in model.blocks]
+    # More sequences than the two cards take at once: float32 gradients of the whole model, unless they are reduced.
+    for batch_size, always, extra in ((2, False, False), (4, True, False), (4, False, True)):
+        memory = only(
+            config,
+            checkpointing=0,
+            world_sizes=(2,),
+            batch_size=batch_size,
+            reduce_every_micro_batch=always,
+            **options,
+        ).memory
+        whole = 4 * model.num_parameters() + 2 * largest - max(outside, 6 * largest)
+        assert memory.gathered == kept + whole * extra
 
 
 MEASURED = json.loads((Path(__file__).parents[2] / "results" / "scaling" / "h100-x2.json").read_text())

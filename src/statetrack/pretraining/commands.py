@@ -179,6 +179,8 @@ def _plan(config: PretrainConfig) -> int:
             checkpointing=config.execution.activation_checkpointing,
             parallelism=config.execution.parallelism,
             reshard_after_forward=config.execution.reshard_after_forward,
+            batch_size=config.data.batch_size,
+            reduce_every_micro_batch=config.execution.reduce_every_micro_batch,
         )
     )
     return 0

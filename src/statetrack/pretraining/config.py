@@ -130,6 +130,8 @@ class ExecutionConfig:
             and 4 in float32, and half as much is gathered.
         micro_batch_size: sequences of a forward pass of a process; gradients are accumulated over the rest of its part
             of the batch. None for the whole part at once.
+        reduce_every_micro_batch: with FSDP, sum the gradients over the processes after every micro-batch, of which each
+            then keeps its part. Otherwise that is done once a step, until which each keeps all: 4 bytes a parameter.
         activation_checkpointing: compute the activations of every so manyth block again in the backward pass: 1 for all
             blocks, 0 for none.
         compile: compile each block by `torch.compile`.
@@ -145,6 +147,7 @@ class ExecutionConfig:
     parallelism: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     reshard_after_forward: bool = False
     micro_batch_size: int | None = None
+    reduce_every_micro_batch: bool = False
     activation_checkpointing: int = 0
     compile: bool = False
     num_workers: int = 0

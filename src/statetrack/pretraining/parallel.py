@@ -53,7 +53,7 @@ class ParallelModel:
     def __init__(self, model: LanguageModel, processes: Processes, execution: ExecutionConfig, precision: str) -> None:
         self.model, self.device, self._processes = model.to(processes.device), processes.device, processes
         self.parallelism = _parallelism(execution.parallelism, processes.size)
-        self.bf16 = precision == "bfloat16"
+        self.bf16, self._reduces_always = precision == "bfloat16", execution.reduce_every_micro_batch
         if self.bf16:  # the sum over the blocks starts with the embeddings, and has their dtype
             model.embedding.register_forward_hook(lambda module, inputs, output: output.bfloat16())
         if execution.activation_checkpointing:
@@ -84,13 +84,14 @@ class ParallelModel:
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """The forward and backward pass of a micro-batch; gradients are summed over the processes with the last one."""
+        """The forward and backward pass of a micro-batch; gradients are summed over the processes with the last one, or
+        with each (`ExecutionConfig.reduce_every_micro_batch`)."""
         if isinstance(self._module, DistributedDataParallel) and not last:
             with self._module.no_sync():
                 yield
             return
         if isinstance(self._module, FSDPModule):
-            self._module.set_requires_gradient_sync(last)
+            self._module.set_requires_gradient_sync(last or self._reduces_always)
         yield
 
     def clip_gradients(self, largest: float) -> Tensor:

@@ -179,6 +179,8 @@ def plan(
     checkpointing: int | None = None,
     parallelism: Parallelism = "auto",
     reshard_after_forward: bool = False,
+    batch_size: int | None = None,
+    reduce_every_micro_batch: bool = False,
     world_sizes: Sequence[int] = WORLD_SIZES,
     cards: Sequence[Card] = CARDS,
     mfu: float = ASSUMED_MFU,
@@ -198,6 +200,9 @@ def plan(
             none; None plans both.
         parallelism: "fsdp", shards also on one card; "ddp" or "none", a copy on each card; "auto" shards from two on.
         reshard_after_forward: with FSDP2, as in `ExecutionConfig`.
+        batch_size: sequences of a step, of all cards together; None for one micro batch on each. With FSDP2 gradients
+            that are accumulated are whole on each card.
+        reduce_every_micro_batch: as in `ExecutionConfig`; then they are not.
         world_sizes: numbers of cards.
         cards: kinds of cards.
         mfu: the share of a card's peak that a step reaches. Checkpointing costs another forward pass on top.
@@ -231,12 +236,21 @@ def plan(
         for world_size in world_sizes:
             sharded = parallelism == "fsdp" or (parallelism == "auto" and world_size > 1)
             shards = world_size if sharded else 1
+            accumulated = (batch_size or 0) > micro_batch_size * world_size and not reduce_every_micro_batch
             for every in (0, 1) if checkpointing is None else (checkpointing,):
                 fixed = {
                     "parameters": 4 * parameters / shards,
                     "gradients": 4 * parameters / shards,
                     "optimizer": states / shards,
-                    "gathered": _gathered_bytes(whole, saved, sharded, reshard_after_forward, every, precision),
+                    "gathered": _gathered_bytes(
+                        whole,
+                        saved,
+                        every,
+                        precision,
+                        sharded=sharded,
+                        reshard=reshard_after_forward,
+                        accumulated=accumulated,
+                    ),
                 }
                 memory = partial(_memory, saved, fixed, every)
                 fitting = bisect_right(
@@ -399,14 +413,15 @@ def _optimizer_bytes(model: nn.Module, config: OptimizerConfig) -> int:
 
 
 def _gathered_bytes(
-    model: LanguageModel, saved: SavedActivations, sharded: bool, reshard: bool, every: int, precision: Precision
-) -> float:
+    model: LanguageModel, saved: SavedActivations, every: int, precision: Precision,
+    *, sharded: bool, reshard: bool, accumulated: bool,
+) -> float:  # fmt: skip
     """Weights beside the shards, and gradients before they are reduced.
 
     Without shards these are autocast's copies. With shards the weights of all blocks, or with `reshard` those of the
     current group of blocks and of the next one, are whole, in the precision of the computation, and what is outside
     the blocks is whole in float32 from the forward pass on; the gradients of one such group are whole before they are
-    reduced in float32.
+    reduced in float32, and those that are `accumulated` until the last micro batch.
     """
     if not sharded:
         return float(sum(saved.block_weights))
@@ -418,6 +433,8 @@ def _gathered_bytes(
     # Without autocast there are no copies: the gathered weights are float32.
     itemsize = 2 if precision == "bfloat16" else 4
     gradients = max(4 * outside, (itemsize + 4) * largest)
+    if accumulated:
+        gradients = 4 * model.num_parameters() + itemsize * largest
     blocks = min(2 * largest, sum(sizes)) if reshard else sum(sizes)
     return float(4 * outside + itemsize * blocks + gradients)
 
