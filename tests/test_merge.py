@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 
@@ -13,7 +14,9 @@ from statetrack.cli import main
 from statetrack.cluster import Cluster, reproduce_on_cluster
 from statetrack.experiments.experiment import read_experiment
 from statetrack.merge import OF_THE_FILE
+from statetrack.report import provenance, run_origin
 from statetrack.reproduce import merge_results, run_reproduction
+from statetrack.runs import RunDirectory
 
 HERE = {"Machine": "one", "Commit": "a"}
 
@@ -57,7 +60,7 @@ def old(summary):
     for line in summary["runs"]:
         for key in ("name", "config", "judged", "origin", "accuracy"):
             line.pop(key, None)
-    del summary["origins"], summary["merged"]
+    del summary["origins"]
 
 
 def failed(summary):
@@ -110,6 +113,51 @@ def test_a_done_run_and_one_with_a_config_come_before_others(experiment, parts, 
     assert merge_results(experiment, tmp_path / "alone", [tmp_path / "other"])[0].failed == (other is failed)
 
 
+def test_a_done_run_without_a_config_comes_before_a_failed_one_with_it(experiment, parts, tmp_path):
+    (first, _), expected = parts
+    sources = [changed(first, tmp_path / "old", old), changed(first, tmp_path / "failed", failed)]
+    for name, order in (("1", 1), ("2", -1)):
+        outcome = merge_results(experiment, tmp_path / name, sources[::order])[0]
+        assert (outcome.failed, outcome.scaled_accuracy()) == (False, expected[0].scaled_accuracy())
+
+
+def test_of_two_lines_in_one_file_the_better_counts_and_the_other_is_counted(experiment, parts, tmp_path, capsys):
+    def twice(summary):
+        again = deepcopy(summary["runs"][0]) | {"state": "failed", "failed": "why"}
+        summary["runs"].append(again)
+
+    (first, _), expected = parts
+    outcome = merge_results(experiment, tmp_path / "out", [changed(first, tmp_path / "twice", twice)])[0]
+    assert outcome.record.accuracy == expected[0].record.accuracy
+    assert "1 of 2 runs; 1 are left out" in capsys.readouterr().out
+
+
+def test_where_no_run_has_an_origin_there_is_no_table_of_them(experiment, parts, tmp_path):
+    def unknown(summary):
+        del summary["runs"][0]["origin"]
+
+    merge_results(experiment, tmp_path / "out", [changed(parts[0][0], tmp_path / "a", unknown)])
+    assert "Where the runs were made" not in (tmp_path / "out" / "table.md").read_text()
+    merge_results(experiment, tmp_path / "both", [tmp_path / "a", parts[0][1]])
+    assert "| 1 | not written down |" in (tmp_path / "both" / "table.md").read_text()
+
+
+def test_a_failed_run_and_an_evaluation_say_where_they_were_made(experiment, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"the card {device}")
+    assert provenance(device="cuda:1")["Accelerator"] == "the card cuda:1"
+    assert provenance(device="cpu")["Accelerator"] == "none"
+    directory = RunDirectory(tmp_path)
+    assert directory.failure_origin() == {}
+    directory.write_failure("why", origin=HERE)
+    assert (directory.read_failure(), directory.failure_origin()) == ("why", HERE)
+    (run,) = (parts[0][0] / "runs").glob("mod*")
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "evaluation.json").write_text("{")  # what is damaged is replaced
+    assert main(["evaluate", str(copy), "--lengths", "4", "--sequences", "2", "--device", "cpu"]) == 0
+    assert RunDirectory(copy).read_evaluation()["origin"] == run_origin("cpu")
+
+
 def test_of_two_that_are_worth_as_much_the_last_counts(experiment, parts, tmp_path):
     def worse(summary):
         summary["runs"][0]["accuracy"] = {"4": 0.0, "8": 0.0}
@@ -145,7 +193,7 @@ def test_runs_of_another_config_or_judged_otherwise_are_left_out(change, experim
     (first, second), _ = parts
     outcomes = merge_results(other, tmp_path / "out", [first, second])
     assert [outcome.record is None for outcome in outcomes] == [True, False]
-    assert "0 of 2 runs; 1 are of other configs or none of the grid, and left out" in capsys.readouterr().out
+    assert "0 of 2 runs; 1 are left out: of other configs, or none of the grid" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no run of 'small' has ended in"):
         merge_results(other, tmp_path / "none", [first])
     assert not (tmp_path / "none").exists()
@@ -198,7 +246,7 @@ def test_what_a_run_has_not_written_down_is_not_made_up(experiment, parts, tmp_p
 
 def test_results_are_not_written_over(experiment, parts, tmp_path):
     (first, second), _ = parts
-    lost = "has (results of its own|merged results), which would be lost; choose another --out"
+    lost = "has results (of its own|without their runs|that are left out), which would be lost; choose another --out"
     with pytest.raises(ValueError, match=lost):
         merge_results(experiment, first, [first, second])
     out = tmp_path / "out"
@@ -210,6 +258,8 @@ def test_results_are_not_written_over(experiment, parts, tmp_path):
         run_reproduction(experiment, out, workers=1)
     with pytest.raises(ValueError, match=lost):
         reproduce_on_cluster(experiment, out, Cluster())
+    with pytest.raises(ValueError, match=lost):  # one of its lines is of no run of this grid
+        merge_results(replace(experiment, runs=experiment.runs[1:]), out, [out, second])
     assert summary_of(out) == before
 
 
@@ -226,6 +276,13 @@ LINE = '{"title": "", "provenance": {}, "runs": [%s]}'
         (LINE % '{"state": "missing"}, {}', "see line 1 of its runs"),
         (LINE % '{"state": "done", "origin": 3}', "see line 0 of its runs"),
         (LINE % '{"state": "done", "origin": "x"}', "see line 0 of its runs"),
+        (LINE % '{"state": "done", "origin": 0.0}', "see line 0 of its runs"),
+        (LINE % '{"state": "done", "config": null}', "see line 0 of its runs"),
+        (LINE % '{"state": "done", "accuracy": null}', "see line 0 of its runs"),
+        (LINE % '{"state": "done", "accuracy": {"4": "x"}}', "see line 0 of its runs"),
+        (LINE % '{"state": "done", "accuracy": {"x": 1}}', "see line 0 of its runs"),
+        ('{"title": "", "provenance": {}, "origins": 5, "runs": []}', "see where it was made"),
+        ('{"title": "", "provenance": {}, "origins": [{"a": 1}], "runs": []}', "see where it was made"),
         (LINE % "", "has ended in"),
     ],
 )

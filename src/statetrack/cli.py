@@ -103,7 +103,7 @@ class Reproduce:
         budget_minutes: stop after so many minutes, with checkpoints and with what is done on the page.
         retry_failed: let runs that have failed go on from their last checkpoints; else they stay failed.
         merge: train nothing, but put together what these directories, or files summary.json, have of the grid, such as
-            the parts that several machines did. Of a run that several have the last counts.
+            the parts that several machines did. Of a run that several have the last counts, but done before failed.
         slurm: run the grid as jobs of a SLURM cluster, from a machine that can submit to it, and wait for them; the
             other options of this name say what each job asks for.
         slurm_partition: the partition; the cluster's own choice if left out.
@@ -327,6 +327,7 @@ class Evaluate:
         from statetrack.evaluation import evaluate, evaluation_data
         from statetrack.files import atomic_write
         from statetrack.progress import evaluation_progress
+        from statetrack.report import run_origin
 
         lengths = _integers("40,256,1000,10000" if self.lengths is None else self.lengths, "lengths", minimum=1)
         directory, device = RunDirectory(self.run), _device(self.device)
@@ -361,8 +362,7 @@ class Evaluate:
             data["stabilized"] = corrections
             print("stabilized: {states} states, corrected every {interval} tokens".format(**corrections))
         if self.task is None and self.dtype is None and self.stabilize is None:
-            origin = directory.read_evaluation().get("origin")  # of the process that finished the run
-            directory.write_evaluation(data if origin is None else data | {"origin": origin})
+            directory.write_evaluation(data | {"origin": run_origin(str(device))})
         if self.json is not None:
             atomic_write(self.json, json.dumps(data | {"run": str(self.run)}, indent=2) + "\n")
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,9 @@ class Line:
 
     @property
     def worth(self) -> tuple[bool, bool]:
-        """Of two lines of a run the one that is worth more counts: with a config before without, done before failed."""
-        return self.old is None, self.record.failed is None
+        """Of two lines of a run the one that is worth more counts: done before failed, then with a config before
+        without."""
+        return self.record.failed is None, self.old is None
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Results:
     Attributes:
         path: the file.
         lines: of the runs that have ended, by their index in the grid.
-        others: how many more of its lines are of ended runs: of no run of the grid, or of one with another config.
+        others: how many more of its lines are of ended runs: of none of the grid, of one with another config, or of one
+            that has a line already.
     """
 
     path: Path
@@ -102,8 +105,10 @@ def read_results(source: Path, experiment: Experiment, lines: Sequence[Mapping[s
         else:
             origin = origins[line["origin"]] if "origin" in line else {}
         (index,) = matches
-        record = _record(experiment.runs[index], line, origin)
-        found[index] = Line(record, None if "config" in line else line)
+        read = Line(_record(experiment.runs[index], line, origin), None if "config" in line else line)
+        others += index in found
+        if index not in found or read.worth > found[index].worth:
+            found[index] = read
     return Results(path, found, others)
 
 
@@ -115,21 +120,37 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} can't be read ({error.strerror}); name directories that reproduce wrote") from None
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); name directories that reproduce wrote") from None
-    kinds = {"title": str, "provenance": dict, "runs": list}
-    lacking = [
-        key for key, kind in kinds.items() if not isinstance(summary, dict) or type(summary.get(key)) is not kind
-    ]
-    if lacking:
-        raise ValueError(f"{path} is no summary.json that reproduce wrote: it has no {lacking[0]}")
-    count = len(summary.get("origins") or [])
+    for key, kind in {"title": str, "provenance": dict, "runs": list}.items():
+        if not isinstance(summary, dict) or type(summary.get(key)) is not kind:
+            raise ValueError(f"{path} is no summary.json that reproduce wrote: it has no {key}")
+    origins = summary.get("origins", [])
+    if type(origins) is not list or not all(map(_is_origin, [*origins, summary["provenance"]])):
+        raise ValueError(f"{path} is no summary.json that reproduce wrote: see where it was made")
     for place, line in enumerate(summary["runs"]):
-        if (
-            not isinstance(line, dict)
-            or line.get("state") not in ("missing", "done", "failed")
-            or ("origin" in line and line["origin"] not in range(count))
-        ):
+        if not _is_line(line, len(origins)):
             raise ValueError(f"{path} is no summary.json that reproduce wrote: see line {place} of its runs")
-    return summary
+    return summary  # type: ignore[no-any-return]
+
+
+def _is_origin(origin: Any) -> bool:
+    return isinstance(origin, dict) and all(isinstance(value, str) for value in origin.values())
+
+
+def _is_line(line: Any, origins: int) -> bool:
+    if not isinstance(line, dict) or line.get("state") not in ("missing", "done", "failed"):
+        return False
+    if "origin" in line and (type(line["origin"]) is not int or not 0 <= line["origin"] < origins):
+        return False
+    if not isinstance(line.get("config", {}), dict) or not isinstance(line.get("failed"), str | None):
+        return False
+    shares = line.get("sequence_accuracy", line.get("accuracy", {}))
+    numbers = [
+        line.get("seconds"),
+        line.get("scaled_accuracy"),
+        *(shares.values() if isinstance(shares, dict) else [""]),
+    ]
+    lengths = shares if isinstance(shares, dict) else ()
+    return all(isinstance(x, float | int | None) for x in numbers) and all(re.fullmatch(r"\d+", x) for x in lengths)
 
 
 def _is_of(line: Mapping[str, Any], run: ExperimentRun, ours: Mapping[str, Any]) -> bool:

@@ -55,6 +55,7 @@ def record_of_failure(directory: RunDirectory, reason: str, *, explanation: str 
         failed=reason,
         explanation=explanation,
         history=_history(directory),
+        origin=directory.failure_origin(),
     )
 
 

@@ -210,19 +210,21 @@ def run_reproduction(
 
 
 def refuse_merged(out: Path) -> None:
-    """Raises ValueError if a directory has results of `merge_results`, which runs would write over."""
+    """Raises ValueError if a directory has results without their runs, merged ones or a copy: they would be lost."""
     try:
-        merged = json.loads((out / "summary.json").read_text(encoding="utf-8"))["merged"]
-    except (OSError, ValueError, TypeError, KeyError):  # there is none, or nothing to lose
+        lines = json.loads((out / "summary.json").read_text(encoding="utf-8"))["runs"]
+        ended = any(line["state"] != "missing" for line in lines)
+    except (OSError, ValueError, TypeError, KeyError):  # there are none, or nothing to lose
         return
-    if merged:
-        raise ValueError(f"{out} has merged results, which would be lost; choose another --out")
+    if ended and not (out / "runs").exists():
+        raise ValueError(f"{out} has results without their runs, which would be lost; choose another --out")
 
 
 def merge_results(experiment: Experiment, out: Path, sources: Sequence[Path]) -> list[Outcome]:
     """Puts together what several directories have of a grid, and writes it as `run_reproduction` does; trains nothing.
 
-    Of a run that several have the last counts, but one that is done before one that failed.
+    Of a run that several have the last counts, but one that is done before one that failed, and of those one whose line
+    has a config before one without.
 
     Args:
         experiment: a grid with a `Publication`.
@@ -234,7 +236,7 @@ def merge_results(experiment: Experiment, out: Path, sources: Sequence[Path]) ->
 
     Raises:
         ValueError: if the experiment reproduces nothing, a source can't be read, none has a run of the grid, or `out`
-            has other results, or runs.
+            has runs, or other results than those put together.
     """
     publication = publication_of(experiment)
     own = out / "summary.json"
@@ -249,8 +251,10 @@ def merge_results(experiment: Experiment, out: Path, sources: Sequence[Path]) ->
         old = sum(line.old is not None for line in results.lines.values())
         words = [f"{len(results.lines)} of {len(experiment.runs)} runs"]
         words += [f"{old} of them without a config, which nobody can compare"] if old else []
-        words += [f"{results.others} are of other configs or none of the grid, and left out"] if results.others else []
+        words += [f"{results.others} are left out: of other configs, or none of the grid"] if results.others else []
         say(f"{results.path}: {'; '.join(words)}")
+        if results.others and results.path.resolve() == own.resolve():
+            raise ValueError(f"{out} has results that are left out, which would be lost; choose another --out")
         found |= {index: line for index, line in results.lines.items() if _counts(line, found.get(index))}
     if not found:
         raise ValueError(
@@ -297,11 +301,11 @@ def _write(experiment: Experiment, outcomes: Sequence[Outcome], out: Path, *, me
         if outcome.record is not None and outcome.record.origin:
             line["origin"] = origins.index(outcome.record.origin)
     head = {
-        "title": title, "source": publication.source, "merged": merged, "provenance": origin, "origins": origins,
+        "title": title, "source": publication.source, "provenance": origin, "origins": origins,
     }  # fmt: skip
     atomic_write(out / "summary.json", _a_line_each(head, "runs", lines))
     tables = comparison(publication, outcomes)
-    if merged or len(origins) > 1:
+    if origins and (merged or len(origins) > 1):
         tables.append(_where_made(origins, outcomes))
     atomic_write(out / "table.md", _markdown(title, tables, origin))
     ended = sum(outcome.record is not None for outcome in outcomes)

@@ -215,9 +215,10 @@ class RunDirectory:
         # Files of before the step was written down are of a finished run.
         return evaluation if evaluation.get("step", self.weights_step()) == self.weights_step() else {}
 
-    def write_failure(self, reason: str, traceback: str = "") -> None:
+    def write_failure(self, reason: str, traceback: str = "", origin: Mapping[str, str] | None = None) -> None:
         """Gives the run up: whoever does what is left of a grid leaves it alone until `forget_failure`."""
-        atomic_write(self.failure_file, json.dumps({"reason": reason, "traceback": traceback}, indent=2) + "\n")
+        data = {"reason": reason, "traceback": traceback, "origin": dict(origin or {})}
+        atomic_write(self.failure_file, json.dumps(data, indent=2) + "\n")
 
     def read_failure(self) -> str | None:
         """Why the run was given up; None if it wasn't. A damaged file says as much."""
@@ -227,6 +228,13 @@ class RunDirectory:
             return str(json.loads(self.failure_file.read_text(encoding="utf-8"))["reason"])
         except (ValueError, TypeError, KeyError):
             return f"it was given up, but {self.failure_file} is damaged and does not say why"
+
+    def failure_origin(self) -> dict[str, str]:
+        """Where the run was given up, as `write_failure` wrote it; empty if it did not, or its file is damaged."""
+        try:
+            return dict(json.loads(self.failure_file.read_text(encoding="utf-8"))["origin"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return {}
 
     def forget_failure(self) -> None:
         """The run may go on, from its last checkpoint."""

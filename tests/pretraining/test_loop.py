@@ -483,20 +483,28 @@ def losses_of_two(rank, path, tables, batch, expected):
             found = loss_and_norm(tables, batch.split(2)[rank], *case)
             assert found[0] == pytest.approx(loss, rel=1e-3 if case[2] == "bfloat16" else 1e-6), case
             assert found[1] == pytest.approx(norm, rel=1e-2 if case[2] == "bfloat16" else 1e-4), case
+        for every in (False, True):  # sequences one by one, of which all are as long
+            found = loss_and_norm(tables, batch.split(2)[rank], "fsdp", False, "float32", 2, every)
+            assert found == pytest.approx(expected["fsdp", False, "float32"], rel=1e-4), every
     finally:
         dist.destroy_process_group()
 
 
-def loss_and_norm(tables, batch, parallelism, tied, precision):
+def loss_and_norm(tables, batch, parallelism, tied, precision, micro_batches=1, every=False):
     """Of a batch that all processes have a part of."""
-    tables = {**tables, "model": {**tables["model"], "tie_embeddings": tied}, "execution": {"parallelism": parallelism}}
+    execution = {"parallelism": parallelism, "reduce_every_micro_batch": every}
+    tables = {**tables, "model": {**tables["model"], "tie_embeddings": tied}, "execution": execution}
     config = config_of(tables, 257)
     torch.manual_seed(0)
     with processes("cpu") as own:
         parallel = ParallelModel(LanguageModel(config.model), own, config.execution, precision)
-        loss = batch_loss(parallel, batch, config, z_loss=0.1)
-        loss.backward()
-        return own.mean(loss.detach()).item(), parallel.clip_gradients(0).item()
+        total = torch.zeros(())
+        for index, part in enumerate(batch.split(micro_batches)):
+            with parallel.accumulating(last=index + 1 == micro_batches):
+                loss = batch_loss(parallel, part, config, z_loss=0.1) / micro_batches
+                loss.backward()
+            total += loss.detach()
+        return own.mean(total).item(), parallel.clip_gradients(0).item()
 
 
 def test_the_loss_of_two_processes_is_that_of_one(tables, text_data, tmp_path, monkeypatch):

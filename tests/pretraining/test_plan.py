@@ -219,6 +219,17 @@ def test_the_largest_batch_is_the_last_that_fits():
     assert (tiny.fits, tiny.largest_micro_batch) == (False, 0)
 
 
+def test_the_largest_batch_keeps_whole_gradients_only_where_it_is_one_of_several():
+    config = preset("deltanet-340m", vocab_size=32_000)
+    options = {"sequence_length": 2048, "precision": "bfloat16", "micro_batch_size": 1, "world_sizes": (2,)}
+    alone = only(config, **options).largest_micro_batch
+    several = only(config, batch_size=200, **options).largest_micro_batch
+    assert several < alone
+    assert only(config, batch_size=2 * alone, **options).largest_micro_batch == alone
+    assert only(config, batch_size=2 * alone + 2, **options).largest_micro_batch == several
+    assert only(config, batch_size=200, reduce_every_micro_batch=True, **options).largest_micro_batch == alone
+
+
 def test_speed_is_the_assumed_share_of_the_peak():
     config = preset("deltanet-340m", vocab_size=32_000)
     planned = plan(config, sequence_length=2048, micro_batch_size=8, mfu=0.5, cards=CARDS[2:3], world_sizes=(2,))
@@ -248,6 +259,7 @@ def test_the_table():
     [
         ({"sequence_length": 0}, "sequence_length must be at least 1, got 0"),
         ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"world_sizes": (0,)}, "world_sizes must be at least 1"),
         ({"mfu": 1.5}, "mfu must lie in"),
         ({"parallelism": "tp"}, "parallelism must be auto, none, ddp or fsdp, got 'tp'"),

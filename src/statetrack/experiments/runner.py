@@ -299,7 +299,8 @@ class _Job:
         if not isinstance(error, (TrainingError, RunError)):
             reason = f"{type(error).__name__}: {' '.join(reason.split())}"
         if not isinstance(error, RunError):  # of damaged files, which are seen each time until they are restored
-            self.directory.write_failure(reason, "".join(traceback.format_exception(error)))
+            text = "".join(traceback.format_exception(error))
+            self.directory.write_failure(reason, text, run_origin(str(_device)))
         return record_of_failure(self.directory, reason, explanation=self.run.explanation)
 
 

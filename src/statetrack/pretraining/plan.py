@@ -213,6 +213,8 @@ def plan(
     for name, value in (("sequence_length", sequence_length), ("micro_batch_size", micro_batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if any(size < 1 for size in world_sizes):
         raise ValueError(f"world_sizes must be at least 1, got {list(world_sizes)}")
     if not 0 < mfu <= 1:
@@ -236,26 +238,25 @@ def plan(
         for world_size in world_sizes:
             sharded = parallelism == "fsdp" or (parallelism == "auto" and world_size > 1)
             shards = world_size if sharded else 1
-            accumulated = (batch_size or 0) > micro_batch_size * world_size and not reduce_every_micro_batch
             for every in (0, 1) if checkpointing is None else (checkpointing,):
                 fixed = {
                     "parameters": 4 * parameters / shards,
                     "gradients": 4 * parameters / shards,
                     "optimizer": states / shards,
-                    "gathered": _gathered_bytes(
-                        whole,
-                        saved,
-                        every,
-                        precision,
-                        sharded=sharded,
-                        reshard=reshard_after_forward,
-                        accumulated=accumulated,
-                    ),
                 }
-                memory = partial(_memory, saved, fixed, every)
-                fitting = bisect_right(
-                    range(1, MOST_SEQUENCES), card.memory, key=lambda size, memory=memory: memory(size).total
+                gathered = partial(
+                    _gathered_bytes, whole, saved, every, precision, sharded=sharded, reshard=reshard_after_forward
                 )
+                alone, after_others = (
+                    partial(_memory, saved, {**fixed, "gathered": gathered(accumulated=accumulated)}, every)
+                    for accumulated in (False, True)
+                )
+                # Of several micro batches the gradients are accumulated, which may be kept whole.
+                once = -(-batch_size // world_size) if batch_size and not reduce_every_micro_batch else 1
+                fitting = _largest(alone, card)
+                if fitting < once:
+                    fitting = _largest(after_others, card)
+                memory = alone if micro_batch_size >= once else after_others
                 again = -(-model.num_layers // every) / model.num_layers if every else 0.0
                 rate = card.peak_flops * mfu / flops * world_size
                 placements.append(
@@ -279,6 +280,10 @@ def plan(
         mfu=mfu,
         placements=tuple(placements),
     )
+
+
+def _largest(memory: Callable[[int], Memory], card: Card) -> int:
+    return bisect_right(range(1, MOST_SEQUENCES), card.memory, key=lambda size: memory(size).total)
 
 
 def _memory(saved: SavedActivations, fixed: dict[str, float], every: int, size: int) -> Memory:
