@@ -181,27 +181,22 @@ def joined_or_not(monkeypatch, join, results):
         return results(), len(calls)
 
 
-def loss_and_gradients(model, run, ids, cu_seqlens=None, autocast=True):
+def loss_and_gradients(model, run, ids, cu_seqlens=None):
     model.zero_grad()
-    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cuda", torch.bfloat16):
         logits = run(ids[:, :-1], cu_seqlens)
     loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def check_alike(found, expected, exact):
-    """Both are bfloat16's, whose rounding differs by where sums are rounded: by less than either is off.
-
-    That is far for a gradient whose terms cancel, such as that of a decay's rate, and 0.02 for others.
-    """
+def check_alike(found, expected):
+    """Both are bfloat16's, whose rounding differs by where sums are rounded."""
     assert relative_error(found[0], expected[0]) < 1e-3
     assert found[1].keys() == expected[1].keys()
     for name, gradient in found[1].items():
         assert gradient.isfinite().all(), name
-        rounding = relative_error(expected[1][name], exact[1][name])
-        assert rounding < 0.3, name
-        assert relative_error(gradient, expected[1][name]) < max(0.02, rounding), name
+        assert relative_error(gradient, expected[1][name]) < 0.05, name
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
@@ -212,7 +207,7 @@ def test_models_train_as_they_do_with_layers_one_by_one(mixer, packed, monkeypat
     found, joined = joined_or_not(monkeypatch, True, lambda: loss_and_gradients(model, model, ids, cu_seqlens))
     expected, alone = joined_or_not(monkeypatch, False, lambda: loss_and_gradients(model, model, ids, cu_seqlens))
     assert (joined, alone) == (2 * len(model.blocks), 0)
-    check_alike(found, expected, loss_and_gradients(model, model, ids, cu_seqlens, autocast=False))
+    check_alike(found, expected)
 
 
 @pytest.mark.parametrize("mixer", JOINED.values(), ids=JOINED)
@@ -233,8 +228,7 @@ def test_joined_layers_compile_in_one_graph(mixer, monkeypatch):
     model, ids = small_model(mixer)
     ids = ids.repeat(1, 3)
     expected, _ = joined_or_not(monkeypatch, False, lambda: loss_and_gradients(model, model, ids))
-    exact = loss_and_gradients(model, model, ids, autocast=False)
-    check_alike(loss_and_gradients(model, torch.compile(model, fullgraph=True), ids), expected, exact)
+    check_alike(loss_and_gradients(model, torch.compile(model, fullgraph=True), ids), expected)
 
 
 def test_joined_layers_are_captured_in_a_graph():
