@@ -190,7 +190,7 @@ class Reproduce:
                     should_stop=stopping,
                 )
             interrupted = stopping()
-        print(f"the numbers: {out / 'summary.json'}, {out / 'table.md'}    the page: {out / 'report.html'}")
+        _show_files(out)
         missing = [outcome.run.name for outcome in outcomes if outcome.record is None]
         if missing:
             asked = any(re.search(self.only or "", name) for name in missing)
@@ -211,12 +211,16 @@ class Reproduce:
         if not self.merge:
             raise ValueError("--merge needs directories with results, or files summary.json; none was given")
         outcomes = merge_results(experiment, out, self.merge)
-        print(f"the numbers: {out / 'summary.json'}, {out / 'table.md'}    the page: {out / 'report.html'}")
+        _show_files(out)
         missing = sum(outcome.record is None for outcome in outcomes)
         failed = sum(outcome.failed for outcome in outcomes)
         if missing or failed:
             print(f"of {len(outcomes)} runs {missing} are missing and {failed} failed", file=sys.stderr)
         return 0
+
+
+def _show_files(out: Path) -> None:
+    print(f"the numbers: {out / 'summary.json'}, {out / 'table.md'}    the page: {out / 'report.html'}")
 
 
 def _show_experiments(known: dict[str, dict[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from statetrack.experiments import Experiment
 from statetrack.experiments.runner import RunEvent, finished_records, forget_failures, run_experiment
 from statetrack.machine import available_devices
 from statetrack.report import Record
-from statetrack.reproduce import Outcome, chosen_runs, publication_of, refuse_merged, write_results
+from statetrack.reproduce import Outcome, chosen_runs, publication_of, refuse_results_without_runs, write_results
 
 _POLL_SECONDS = 1.0
 
@@ -78,12 +78,12 @@ def reproduce_on_cluster(
 
     Raises:
         ModuleNotFoundError: if submitit is not installed.
-        ValueError: if the experiment reproduces nothing, `only` chooses nothing, or `out` has merged results.
+        ValueError: if the experiment reproduces nothing, `only` chooses nothing, or `out` has results without runs.
         RuntimeError: if there is no SLURM here; or if jobs failed, after the results of the others are written.
     """
     publication_of(experiment)
     chosen = chosen_runs(experiment, only)
-    refuse_merged(out)
+    refuse_results_without_runs(out)
     executor = _executor(out / "jobs", cluster, workers)
     if retry_failed:
         forget_failures(experiment, out / "runs")

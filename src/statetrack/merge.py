@@ -143,14 +143,16 @@ def _is_line(line: Any, origins: int) -> bool:
         return False
     if not isinstance(line.get("config", {}), dict) or not isinstance(line.get("failed"), str | None):
         return False
-    shares = line.get("sequence_accuracy", line.get("accuracy", {}))
-    numbers = [
-        line.get("seconds"),
-        line.get("scaled_accuracy"),
-        *(shares.values() if isinstance(shares, dict) else [""]),
-    ]
-    lengths = shares if isinstance(shares, dict) else ()
-    return all(isinstance(x, float | int | None) for x in numbers) and all(re.fullmatch(r"\d+", x) for x in lengths)
+    shares = _shares(line)
+    if not isinstance(shares, dict) or not all(re.fullmatch(r"\d+", length) for length in shares):
+        return False
+    numbers = (line.get("seconds"), line.get("scaled_accuracy"), *shares.values())
+    return all(isinstance(x, float | int | None) for x in numbers)
+
+
+def _shares(line: Mapping[str, Any]) -> Any:
+    """Accuracies by length, under the name of whichever measure the grid has."""
+    return line.get("sequence_accuracy", line.get("accuracy", {}))
 
 
 def _is_of(line: Mapping[str, Any], run: ExperimentRun, ours: Mapping[str, Any]) -> bool:
@@ -167,8 +169,7 @@ def _is_of(line: Mapping[str, Any], run: ExperimentRun, ours: Mapping[str, Any])
 def _record(run: ExperimentRun, line: Mapping[str, Any], origin: Mapping[str, str]) -> Record:
     with torch.device("meta"):
         num_parameters = LanguageModel(run.config.model).num_parameters()
-    shares = line.get("sequence_accuracy", line.get("accuracy", {}))
-    accuracy = {int(length): share for length, share in shares.items()}
+    accuracy = {int(length): share for length, share in _shares(line).items()}
     seconds = line.get("seconds")
     return Record(
         **facts(run.config, get_task(run.judged_task or run.config.task).chance),

@@ -172,11 +172,11 @@ def run_reproduction(
         The outcome of each run, in the experiment's order.
 
     Raises:
-        ValueError: if the experiment reproduces nothing, `only` chooses nothing, or `out` has merged results.
+        ValueError: if the experiment reproduces nothing, `only` chooses nothing, or `out` has results without runs.
     """
     publication_of(experiment)
     chosen = chosen_runs(experiment, only)
-    refuse_merged(out)
+    refuse_results_without_runs(out)
     out.mkdir(parents=True, exist_ok=True)
     if retry_failed:
         forget_failures(experiment, out / "runs")
@@ -209,7 +209,7 @@ def run_reproduction(
     return write_results(experiment, records, out)
 
 
-def refuse_merged(out: Path) -> None:
+def refuse_results_without_runs(out: Path) -> None:
     """Raises ValueError if a directory has results without their runs, merged ones or a copy: they would be lost."""
     try:
         lines = json.loads((out / "summary.json").read_text(encoding="utf-8"))["runs"]

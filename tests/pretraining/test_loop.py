@@ -161,18 +161,22 @@ class _Dtypes:
         self.of_eigenvalues |= {p.dtype for p in found}
 
 
+@contextmanager
+def _spread(tables, text_data, **execution):
+    """The same model each time, spread over this process alone, in bf16; and a batch."""
+    config = config_of({**tables, "execution": execution}, 257)
+    torch.manual_seed(0)
+    with processes("cpu") as own:
+        spread = ParallelModel(LanguageModel(config.model), own, config.execution, "bfloat16")
+        yield spread, next(iter(PackedBatches(PackedTokens(text_data), sequence_length=24, batch_size=2)))
+
+
 def _sharded_and_not(tables, text_data):
     """Logits and the gradient's norm of the same model, not sharded and sharded, in bf16."""
-    config = config_of(tables, 257)
-    batch = next(iter(PackedBatches(PackedTokens(text_data), sequence_length=24, batch_size=2)))
     for parallelism in ("none", "fsdp"):
-        execution = config_of({**tables, "execution": {"parallelism": parallelism}}, 257).execution
-        torch.manual_seed(0)
-        model = LanguageModel(config.model)
-        with processes("cpu") as own:
-            spread = ParallelModel(model, own, execution, "bfloat16")
-            dtypes = _Dtypes(model)
-            model.norm.register_forward_pre_hook(dtypes)
+        with _spread(tables, text_data, parallelism=parallelism) as (spread, batch):
+            dtypes = _Dtypes(spread.model)
+            spread.model.norm.register_forward_pre_hook(dtypes)
             logits = spread(batch.ids, batch.cu_seqlens)
             logits.float().square().mean().backward()
             norm = spread.clip_gradients(0)
@@ -186,11 +190,7 @@ def _sharded_and_not(tables, text_data):
 @pytest.mark.parametrize("reshard", [False, True])
 def test_gathered_weights_stay_until_the_backward_unless_they_are_to_go(reshard, tables, text_data, monkeypatch):
     monkeypatch.setattr(parallel, "_SMALL", 1)
-    tables["execution"] |= {"parallelism": "fsdp", "reshard_after_forward": reshard}
-    config = config_of(tables, 257)
-    batch = next(iter(PackedBatches(PackedTokens(text_data), sequence_length=24, batch_size=2)))
-    with processes("cpu") as own:
-        spread = ParallelModel(LanguageModel(config.model), own, config.execution, "bfloat16")
+    with _spread(tables, text_data, parallelism="fsdp", reshard_after_forward=reshard) as (spread, batch):
 
         def parts():
             return {name for name, p in spread.model.named_parameters() if isinstance(p, DTensor)}
@@ -206,11 +206,7 @@ def test_gathered_weights_stay_until_the_backward_unless_they_are_to_go(reshard,
 
 @pytest.mark.parametrize("every", [False, True])
 def test_accumulated_gradients_are_whole_until_they_are_reduced(every, tables, text_data):
-    tables["execution"] |= {"parallelism": "fsdp", "reduce_every_micro_batch": every}
-    config = config_of(tables, 257)
-    batch = next(iter(PackedBatches(PackedTokens(text_data), sequence_length=24, batch_size=2)))
-    with processes("cpu") as own:
-        spread = ParallelModel(LanguageModel(config.model), own, config.execution, "bfloat16")
+    with _spread(tables, text_data, parallelism="fsdp", reduce_every_micro_batch=every) as (spread, batch):
         for last in (False, False, True):
             with spread.accumulating(last):
                 spread(batch.ids, batch.cu_seqlens).float().square().mean().backward()

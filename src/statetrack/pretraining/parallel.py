@@ -66,8 +66,8 @@ class ParallelModel:
             mesh = init_device_mesh(processes.device.type, (processes.size,))
             # Blocks that are computed again, or compiled, come one at a time, and so they do in float32.
             whole = execution.compile or execution.activation_checkpointing or not self.bf16
-            with_options = partial(fully_shard, mesh=mesh, reshard_after_forward=execution.reshard_after_forward)
-            _shard(model, with_options, torch.bfloat16 if self.bf16 else None, 0 if whole else GROUP_PARAMETERS)
+            shard = partial(fully_shard, mesh=mesh, reshard_after_forward=execution.reshard_after_forward)
+            _shard(model, shard, torch.bfloat16 if self.bf16 else None, 0 if whole else GROUP_PARAMETERS)
         # FSDP puts gathered weights in the place of its parts, from a forward pass until the next backward pass.
         self.parameters = dict(model.named_parameters())
         self._module: nn.Module = model
