@@ -2,11 +2,13 @@
 
 Triton compiles for a card that isn't there, with the assembler in its wheel. Every kernel of an op's forward and
 backward is compiled with the launch options that the op itself would use, and nothing is run: this shows that a kernel
-fits on the chip, not that it is right, which `benchmarks.ops accuracy` shows on a card.
+fits on the chip, and that the assembler has made neither of two known mistakes (`benchmarks.machine_code`), not that it
+is right, which `benchmarks.ops accuracy` and `pytest -m gpu tests/ops` show on a card.
 
     python -m benchmarks.kernel_resources --ops diagonal low_rank
+    python -m benchmarks.kernel_resources --ops householder --sizes 16x64 256x128
 
-The exit status is 1 if a kernel does not fit on a multiprocessor.
+The exit status is 1 if a kernel does not fit on a multiprocessor, or if there is such a mistake.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from unittest import mock
 
 import torch
 
+from benchmarks import machine_code
 from statetrack.ops import Precision, triton_common
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
 
@@ -173,15 +176,25 @@ def _run(
     return run(transition, inputs["q"], inputs["v"], inputs.get("write"), None, None)  # type: ignore[no-any-return]
 
 
-def resources(kernel: Any) -> dict[str, int]:
-    """Registers a thread, bytes of its stack (spills), shared memory, and programs that fit on a multiprocessor."""
+def _inspect(kernel: Any, *tool: str) -> str:
+    """What one of the tools in Triton's wheel, given with its options, prints of a kernel."""
     tools = Path(importlib.import_module("triton").__path__[0]) / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [tools / "cuobjdump", "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        command = [tools / tool[0], *tool[1:], file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def mistakes(kernel: Any) -> list[str]:
+    """The assembler's, as sentences."""
+    text = _inspect(kernel, "nvdisasm", "-c")
+    return [*machine_code.unwritten(text), *machine_code.overwritten(text)]
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers a thread, bytes of its stack (spills), shared memory, and programs that fit on a multiprocessor."""
+    text = _inspect(kernel, "cuobjdump", "--dump-resource-usage")
     found = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     shared = kernel.metadata.shared
     by_registers = _REGISTERS // (found["REG"] * kernel.metadata.num_warps * 32)
@@ -190,6 +203,17 @@ def resources(kernel: Any) -> dict[str, int]:
         "registers": found["REG"], "stack": found["STACK"] + found["LOCAL"], "shared": shared,
         "programs": min(by_registers, by_memory),
     }  # fmt: skip
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Channels of keys and of values, of KxV, or of one number for both."""
+    try:
+        numbers = [int(x) for x in text.split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"must be one size or KEYSxVALUES, as in 64 or 16x64, got {text!r}")
+    return numbers[0], numbers[-1]
 
 
 def parse_launch(text: str) -> tuple[str, triton_common.Launch]:
@@ -214,7 +238,8 @@ def replace_launches(op: str, launches: dict[str, triton_common.Launch]) -> None
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="*", default=list(OPS), choices=list(OPS))
-    parser.add_argument("--sizes", nargs="*", type=int, default=[64, 128, 256], help="of keys and values")
+    sizes = [(64, 64), (128, 128), (256, 256)]
+    parser.add_argument("--sizes", nargs="*", type=parse_size, default=sizes, help="of keys and values: 64, or 16x64")
     parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--processors", type=int, default=1, help="of the device: with 132, time is cut into segments")
     parser.add_argument("--precision", default="default", choices=["default", "high"])
@@ -226,26 +251,29 @@ def main() -> int:
         help="KERNEL=BLOCK,WARPS,STAGES in place of the table's",
     )
     options = parser.parse_args()
-    all_fit = True
+    fine = True
     for op in options.ops:
         replace_launches(op, dict(options.launch))
         for make in OPS[op]:
             for dtype in options.dtypes:
-                for size in options.sizes:
-                    case = make(getattr(torch, dtype), size, size)
+                for k, v in options.sizes:
+                    case = make(getattr(torch, dtype), k, v)
                     for name, kernel, seconds in compiled(
                         case, op, processors=options.processors, precision=options.precision
                     ):
-                        found = resources(kernel)
-                        all_fit = all_fit and found["programs"] > 0
+                        found, wrong = resources(kernel), mistakes(kernel)
+                        fine = fine and found["programs"] > 0 and not wrong
                         print(
-                            f"{op} {_label(make):18} {dtype:9} {size:4} {name:20} warps {kernel.metadata.num_warps} "
-                            f"registers {found['registers']:3} stack {found['stack']:5} shared "
-                            f"{found['shared'] / 1024:5.1f} KiB programs {found['programs']} ({seconds:.1f} s)",
+                            f"{op} {_label(make):18} {dtype:9} {f'{k}x{v}':7} {name:20} "
+                            f"warps {kernel.metadata.num_warps} registers {found['registers']:3} "
+                            f"stack {found['stack']:5} shared {found['shared'] / 1024:5.1f} KiB "
+                            f"programs {found['programs']} ({seconds:.1f} s)",
+                            *(f"WRONG: {sentence}" for sentence in wrong),
+                            sep="\n  ",
                             flush=True,
                         )
 
-    return int(not all_fit)
+    return int(not fine)
 
 
 def _label(make: Callable[..., Case]) -> str:

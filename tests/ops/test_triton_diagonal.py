@@ -8,6 +8,7 @@ from cases import check_against_reference, check_neighbours, relative_error, res
 from test_diagonal import KINDS, make_case
 from triton_cases import (
     FLOAT32,
+    SIZES,
     check_compiled,
     check_on_gpu,
     check_operators,
@@ -172,6 +173,13 @@ def test_decays_at_the_edges_of_blocks_on_a_gpu(value, decay, dtype):
 @pytest.mark.parametrize(("k", "v"), [(128, 128), (64, 64), (40, 72), (256, 256), (256, 64)])
 def test_values_and_gradients_on_a_gpu(k, v, decay, dtype):
     check_on_gpu(make_case(2, 150, 2, k, v, decay=decay, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", KINDS)
+@pytest.mark.parametrize(("k", "v"), SIZES)
+def test_sizes_of_all_tiles_on_a_gpu(k, v, decay):
+    check_on_gpu(make_case(2, 150, 2, k, v, decay=decay, dtype=torch.bfloat16))
 
 
 @pytest.mark.gpu

@@ -12,7 +12,16 @@ import pytest
 import torch
 from cases import check_against_reference, check_neighbours, relative_error, results
 from test_householder import SHORT, make_case, one_key, parity_bits, with_short_keys
-from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, interpreted, on_gpu, short_segments
+from triton_cases import (
+    FLOAT32,
+    SIZES,
+    check_compiled,
+    check_on_gpu,
+    check_operators,
+    interpreted,
+    on_gpu,
+    short_segments,
+)
 
 from statetrack.ops import available_backends, linear_recurrence, triton_common, triton_householder
 
@@ -238,6 +247,14 @@ def test_high_precision_rounds_results_alone(n, decay, cut, monkeypatch):
 )
 def test_values_and_gradients_on_a_gpu(n, k, v, decay, dtype):
     check_on_gpu(make_case(2, 150, n, 2, k, v, decay=decay, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(("k", "v"), SIZES)
+def test_sizes_of_all_tiles_on_a_gpu(k, v, n, decay):
+    check_on_gpu(make_case(2, 150, n, 2, k, v, decay=decay, dtype=torch.bfloat16))
 
 
 @pytest.mark.gpu

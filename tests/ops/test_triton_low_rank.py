@@ -7,7 +7,7 @@ import test_householder
 import torch
 from cases import check_against_reference, check_neighbours, relative_error, results
 from test_low_rank import make_case, one_key
-from triton_cases import FLOAT32, check_compiled, check_on_gpu, check_operators, interpreted, short_segments
+from triton_cases import FLOAT32, SIZES, check_compiled, check_on_gpu, check_operators, interpreted, short_segments
 
 from statetrack.ops import available_backends, triton_common, triton_low_rank
 
@@ -135,6 +135,12 @@ def test_compiled_in_one_graph_for_every_length(make, longer):
 @pytest.mark.parametrize(("k", "v"), [(64, 64), (128, 128), (40, 72), (256, 64)])
 def test_values_and_gradients_on_a_gpu(k, v, dtype):
     check_on_gpu(make_case(2, 150, 2, k, v, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("k", "v"), SIZES)
+def test_sizes_of_all_tiles_on_a_gpu(k, v):
+    check_on_gpu(make_case(2, 150, 2, k, v, dtype=torch.bfloat16))
 
 
 @pytest.mark.gpu

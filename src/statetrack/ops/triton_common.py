@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statetrack.ops.triton_assembler import use_newer_assembler
+
 HAS_TRITON = find_spec("triton") is not None
 LARGEST_KEY = 256
 """The most key channels of a state whose tiles fit a multiprocessor; value channels are cut."""
 
 # "auto" takes kernels that have been checked and timed on a card, before the chunked backends (priority 10), and leaves
-# others to those who ask for them. What passes in Triton's interpreter need not be what the compiler makes of it, and
-# Triton 3.4 to 3.7 is known to miscompile kernels like these on Hopper: `python -m benchmarks.ops accuracy` and
-# `pytest -m gpu tests/ops` are the checks.
+# others to those who ask for them. What passes in Triton's interpreter need not be what the compiler and the assembler
+# make of it: `python -m benchmarks.ops accuracy` and `pytest -m gpu tests/ops` are the checks.
 ON_REQUEST = 5
 CHECKED_ON_A_CARD = 20
 
@@ -84,6 +85,8 @@ def kernels(*modules: str) -> Any:
     found: dict[str, Any] = {}
     for module in modules:
         found |= vars(import_module(f"statetrack.ops.kernels.{module}"))
+    for kernel in found.values():
+        use_newer_assembler(kernel)
     return SimpleNamespace(**found)
 
 

@@ -234,7 +234,10 @@ def gradients(
     # How micro-steps and queries act on each other. Only one large accumulator at a time, or registers run out.
     between_keys = tl.zeros([BM, BM], tl.float32)
     to_queries = tl.zeros([BC, BM], tl.float32)
-    for start in range(0, V, BV):
+    # Products of fewer than 64 rows take u from registers. Its tile in shared memory then has one place, which the
+    # pipeline of Triton 3.6 fills for the next trip while the last product of this one may still read it.
+    STAGES: tl.constexpr = 1 if BC < 64 else None
+    for start in tl.range(0, V, BV, num_stages=STAGES):
         u = _load_rows(u_high + values_at, rows_ok, H * V, start, V, BM, BV)
         d_error = _load_rows(d_error_high + values_at, rows_ok, H * V, start, V, BM, BV)
         d_out = _load_rows(d_o + outs_at, tokens_ok, H * V, start, V, BC, BV)
@@ -318,10 +321,12 @@ def gradients(
     # It is 0, which the compiler does not know: else it keeps the addresses of the loop above in registers until they
     # are used again below, and with decays what is loaded again for the sums.
     nothing = 16 * tl.minimum(tokens_left, 0)
+    # With one tile of keys and of values d_q is stored later: up to there the states are loaded once for d_k too.
+    AT_ONCE: tl.constexpr = BD < BK or V > BV
+    d_queries = tl.zeros([BC, BD], tl.float32)
     for start_key in range(0, K, BD):
         if BD < BK:
             keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
-            queries = _load_rows(q + queries_at, tokens_ok, H * K, start_key, K, BC, BD)
         if DECAY:
             # What products take from shared memory would else stay in registers for the sums as well.
             again = _load_rows(q + queries_at + nothing, tokens_ok, H * K, start_key, K, BC, BD)
@@ -339,9 +344,15 @@ def gradients(
         if SPLIT:
             d_queries = tl.dot(query_low, keys, d_queries, input_precision=PRECISION)
         d_queries = tl.dot(query_high, keys, d_queries, input_precision=PRECISION)
-        if V > BV:  # else later: between here and there the states are loaded once for both
+        if AT_ONCE:
             store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
 
+    # A loop of its own: in one with d_q the assemblers of CUDA 12.8 and 12.9 let the first trip overwrite registers
+    # with which the second one multiplies.
+    for start_key in range(0, K, BD):
+        if BD < BK:
+            keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
+            queries = _load_rows(q + queries_at, tokens_ok, H * K, start_key, K, BC, BD)
         if DECAY:
             again = _load_rows(k + keys_at + nothing, rows_ok, H * K, start_key, K, BM, BD)
         d_keys = tl.zeros([BM, BD], tl.float32)
@@ -354,7 +365,7 @@ def gradients(
                 d_keys = tl.dot(low, state, d_keys, input_precision=PRECISION)
                 low = _load_state(starts_low + state_at, start, start_key, K, V, BD, BV)
                 d_keys = tl.dot(d_error, low, d_keys, input_precision=PRECISION)
-        if V <= BV:
+        if not AT_ONCE:
             store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
         if DECAY:
             d_keys *= -d_into[:, None]
