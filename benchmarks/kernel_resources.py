@@ -2,13 +2,13 @@
 
 Triton compiles for a card that isn't there, with the assembler in its wheel. Every kernel of an op's forward and
 backward is compiled with the launch options that the op itself would use, and nothing is run: this shows that a kernel
-fits on the chip, and that the assembler has made neither of two known mistakes (`benchmarks.machine_code`), not that it
-is right, which `benchmarks.ops accuracy` and `pytest -m gpu tests/ops` show on a card.
+fits on the chip, and looks for traces of two mistakes that assemblers have made (`benchmarks.machine_code`). It doesn't
+show that a kernel is right, which `benchmarks.ops accuracy` and `pytest -m gpu tests/ops` do on a card.
 
     python -m benchmarks.kernel_resources --ops diagonal low_rank
     python -m benchmarks.kernel_resources --ops householder --sizes 16x64 256x128
 
-The exit status is 1 if a kernel does not fit on a multiprocessor, or if there is such a mistake.
+The exit status is 1 if a kernel does not fit on a multiprocessor, or if there is such a trace.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _inspect(kernel: Any, *tool: str) -> str:
 
 
 def mistakes(kernel: Any) -> list[str]:
-    """The assembler's, as sentences."""
+    """Traces of the assembler's mistakes in a kernel's machine code, as sentences."""
     text = _inspect(kernel, "nvdisasm", "-c")
     return [*machine_code.unwritten(text), *machine_code.overwritten(text)]
 

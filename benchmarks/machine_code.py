@@ -1,8 +1,9 @@
-"""Mistakes of an assembler that show in its machine code: what `benchmarks.kernel_resources` looks for in every kernel.
+"""Traces of an assembler's mistakes in its machine code: what `benchmarks.kernel_resources` looks for in every kernel.
 
 NVIDIA's `ptxas` has been seen to make two of them on Hopper, both in products by tensor cores (`HGMMA`), whose operands
 lie in shared memory, at an address in uniform registers, or in registers. On a card the first gave addresses that are
-not the matrix's, the second another matrix. Both searches read the code from its top to its end, as text.
+not the matrix's, the second another matrix. Both searches read the code from its top to its end, as text: they find no
+register that holds an older value in place of the one it should have, and a kernel without a trace need not be right.
 """
 
 from __future__ import annotations
@@ -13,9 +14,22 @@ from dataclasses import dataclass, field
 _LINE = re.compile(r"\s*/\*(?P<address>[0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>\S+)\s*(?P<operands>[^;]*);")
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
 _PRODUCT = "HGMMA"
-# Of a product with its left operand in registers: so many, from the one that is named.
+# Registers of a product's left operand, from the one that is named.
 _OPERAND = 4
-_WITHOUT_RESULT = ("ST", "RED", "BAR", "BRA")
+_WITHOUT_RESULT = ("ST", "RED.", "REDG", "BAR", "BRA")
+# Registers of a result, by a part of the opcode; one for others.
+_WIDTHS = {
+    ".128": 4,
+    "MT88.4": 4,
+    "M88.4": 4,
+    "HMMA": 4,
+    "CS2R.32": 1,
+    "CS2R": 2,
+    ".64": 2,
+    "WIDE": 2,
+    "MT88.2": 2,
+    "M88.2": 2,
+}
 
 
 @dataclass(frozen=True)
@@ -29,9 +43,7 @@ class _Instruction:
         """Registers of a result."""
         if self.opcode.startswith(_PRODUCT):
             return int(self.opcode.split(".")[1].split("x")[1]) // 2
-        if ".128" in self.opcode or (self.opcode.startswith("LDSM") and self.opcode.endswith(".4")):
-            return 4
-        return 2 if any(x in self.opcode for x in (".64", "WIDE", "CS2R")) else 1
+        return next((width for part, width in _WIDTHS.items() if part in self.opcode), 1)
 
     def results(self, kind: str) -> set[int]:
         """The registers, of `kind` R or UR, that it writes; results stand first, a predicate perhaps before them."""
@@ -53,9 +65,12 @@ class _Instruction:
             # Two addresses of 64 bits, of which the first is not used if the left operand is in registers.
             found = re.search(r"gdesc\[UR(\d+)\]", " ".join(self.operands))
             return set(range(int(found[1]) + (2 if self.multiplied else 0), int(found[1]) + 4)) if found else set()
-        sources = self.operands[1:] if self.results("UR") else self.operands
-        found = {int(x) for x in re.findall(r"\bUR(\d+)\b", " ".join(sources))}
-        return found | {x + 1 for x in found} if self.opcode.startswith("UIADD3.64") else found
+        sources = " ".join(self.operands[1:] if self.results("UR") else self.operands)
+        found = {int(x) for x in re.findall(r"\bUR(\d+)\b", sources)}
+        pairs = (
+            found if self.opcode.startswith("UIADD3.64") else {int(x) for x in re.findall(r"desc\[UR(\d+)\]", sources)}
+        )
+        return found | {x + 1 for x in pairs}
 
 
 @dataclass
@@ -79,7 +94,7 @@ def unwritten(text: str) -> list[str]:
     """Where a uniform register is read that nothing above has written, as sentences.
 
     Args:
-        text: of one kernel, as `nvdisasm` or `cuobjdump --dump-sass` print it.
+        text: of one kernel, as `nvdisasm -c` prints it.
     """
     written: set[int] = set()
     found = []
@@ -92,7 +107,11 @@ def unwritten(text: str) -> list[str]:
 def overwritten(text: str) -> list[str]:
     """Where a loop's product multiplies with registers that the loop writes after it and not before, as sentences.
 
-    What is multiplied is then right on the first trip alone.
+    What is multiplied is then right on the first trip alone, unless it is meant to change from trip to trip, as in a
+    loop that loads ahead: none of the kernels here has such an operand in registers.
+
+    Args:
+        text: of one kernel, as `nvdisasm -c` prints it.
     """
     code = _parse(text)
     found = []

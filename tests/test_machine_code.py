@@ -31,11 +31,28 @@ def test_addresses_that_are_written_first_are_fine():
         # With its left operand in registers the address of the right one is all.
         ("HGMMA.64x16x16.F32.BF16 R60, R104, gdesc[UR2].tnspB, R60", []),
         ("STS.128 [R158+UR20+0x4000], R28", [20]),
+        ("LDG.E.128 R12, desc[UR20][R2.64]", [20, 21]),
+        ("REDUX.SUM UR20, R2", []),
+        ("UIMAD.WIDE.U32 UR20, UR4, UR5, URZ", []),
     ],
 )
 def test_a_uniform_register_read_before_it_is_written_is_found(line, registers):
     first = listing(*WRITES[:2], line)
     assert unwritten(first) == [f"UR{n} is read at 0020 before it is written" for n in registers]
+
+
+@pytest.mark.parametrize(
+    ("write", "registers"),
+    [
+        ("REDUX.SUM UR20, R2", [21]),
+        ("UIMAD.WIDE.U32 UR20, UR4, UR5, URZ", []),
+        ("@UP0 ULDC.64 UR20, c[0x0][0x230]", []),
+        ("STS.64 [R2+UR4], R20", [20, 21]),
+    ],
+)
+def test_results_have_their_width(write, registers):
+    found = unwritten(listing(*WRITES[:2], write, "UIADD3.64 UR6, UR20, 0x40, URZ"))
+    assert found == [f"UR{n} is read at 0030 before it is written" for n in registers]
 
 
 PRODUCT = "HGMMA.64x128x16.F32.BF16 R24, R140, gdesc[UR24].tnspB, R24"
@@ -48,6 +65,11 @@ JUMP = "@P6 BRA `(.L_x_4)"
     [
         ([".L_x_4:", PRODUCT, LOAD, JUMP], [140, 141, 142, 143]),
         ([".L_x_4:", PRODUCT, "CS2R R142, SRZ", JUMP], [142, 143]),
+        ([".L_x_4:", PRODUCT, "CS2R.32 R142, SRZ", JUMP], [142]),
+        ([".L_x_4:", PRODUCT, "LDS.128 R136, [R20]", JUMP], []),
+        ([".L_x_4:", PRODUCT, "LDS.128 R138, [R20]", JUMP], [140, 141]),
+        ([".L_x_4:", PRODUCT, "LDSM.16.M88.2 R140, [R20]", JUMP], [140, 141]),
+        ([".L_x_4:", PRODUCT, "STS.128 [R20], R140", JUMP], []),
         # Written before it, or after the loop, or not at all, or read by another product from shared memory.
         ([".L_x_4:", LOAD, PRODUCT, LOAD, JUMP], []),
         ([".L_x_4:", PRODUCT, JUMP, LOAD], []),

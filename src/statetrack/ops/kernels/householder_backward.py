@@ -321,7 +321,8 @@ def gradients(
     # It is 0, which the compiler does not know: else it keeps the addresses of the loop above in registers until they
     # are used again below, and with decays what is loaded again for the sums.
     nothing = 16 * tl.minimum(tokens_left, 0)
-    # With one tile of keys and of values d_q is stored later: up to there the states are loaded once for d_k too.
+    # With one tile of keys and of values d_q is stored later, in the loop of d_k (which has to know the name): up to
+    # there the states are loaded once for both.
     AT_ONCE: tl.constexpr = BD < BK or V > BV
     d_queries = tl.zeros([BC, BD], tl.float32)
     for start_key in range(0, K, BD):
@@ -347,8 +348,8 @@ def gradients(
         if AT_ONCE:
             store_tile(d_q + queries_at, d_queries, tokens_ok, H * K, start_key, K, BC, BD)
 
-    # A loop of its own: in one with d_q the assemblers of CUDA 12.8 and 12.9 let the first trip overwrite registers
-    # with which the second one multiplies.
+    # A loop of its own: in one with d_q the assemblers of CUDA 12.8 to 13.1 let the first trip overwrite registers with
+    # which the second one multiplies.
     for start_key in range(0, K, BD):
         if BD < BK:
             keys = _load_rows(k + keys_at, rows_ok, H * K, start_key, K, BM, BD)
