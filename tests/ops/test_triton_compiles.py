@@ -20,9 +20,11 @@ def test_every_kernel_compiles_and_fits(op, options, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("op", ["householder", "diagonal"])
-def test_nothing_is_wrong_with_tiles_that_the_assembler_was_wrong_about(op, tmp_path):
-    check(op, ["16x32", "16x64", "32x64", "16x128", "160x128", "256x128"], [], tmp_path)
+@pytest.mark.parametrize(
+    ("op", "sizes"), [("householder", ["32x64", "160x128"]), ("diagonal", ["16x32", "32x64", "16x128"])]
+)
+def test_nothing_is_wrong_with_tiles_that_an_assembler_was_wrong_about(op, sizes, tmp_path):
+    check(op, sizes, [], tmp_path)
 
 
 def check(op, sizes, options, tmp_path):
