@@ -80,6 +80,16 @@ def test_what_the_user_has_chosen_stays(on, monkeypatch):
         assert on(HOPPER) == "12.8"
 
 
+def test_what_torch_has_chosen_does_not(on, monkeypatch, tmp_path):
+    """As torch.compile does with a wheel that has an assembler in it."""
+    older = Path(pytest.importorskip("triton.knobs").nvidia.ptxas.path)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    (tmp_path / "torch" / "bin").mkdir(parents=True)
+    (tmp_path / "torch" / "bin" / "ptxas").symlink_to(older)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "torch" / "bin" / "ptxas"))
+    assert on(HOPPER) == "12.9"
+
+
 @pytest.mark.parametrize("reason", ["it is missing", "the driver may be older"])
 def test_without_one_that_serves_there_is_a_warning_and_tritons_choice(reason, on, monkeypatch):
     knobs = pytest.importorskip("triton.knobs")

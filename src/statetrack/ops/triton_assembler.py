@@ -16,13 +16,14 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache, wraps
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 
 _HOPPER = 90
 _FIRST_RIGHT = (12, 9)
-_CHOSEN_BY_THE_USER = "TRITON_PTXAS_PATH"
+_PATH = "TRITON_PTXAS_PATH"
 
 
 def use_newer_assembler(kernel: Any) -> None:
@@ -68,8 +69,7 @@ def _newer() -> Any:
     """The assembler to take in the place of Triton's own, or None."""
     target = import_module("triton").runtime.driver.active.get_current_target()
     nvidia = import_module("triton.knobs").nvidia
-    chosen = _CHOSEN_BY_THE_USER in os.environ or "ptxas" in vars(nvidia)
-    if target.backend != "cuda" or target.arch != _HOPPER or chosen:
+    if target.backend != "cuda" or target.arch != _HOPPER or _chosen_by_the_user(nvidia):
         return None
     compiler = import_module("triton.backends.nvidia.compiler")
     own = compiler.get_ptxas(target.arch)
@@ -88,6 +88,12 @@ def _newer() -> Any:
     return newer
 
 
+def _chosen_by_the_user(nvidia: Any) -> bool:
+    # torch.compile sets the variable by itself where torch brings an assembler along.
+    path, torchs = os.environ.get(_PATH), Path(torch.__file__).parent
+    return "ptxas" in vars(nvidia) or (path is not None and torchs not in Path(path).parents)
+
+
 def _version(tool: Any) -> tuple[int, ...]:
     return tuple(map(int, tool.version.split(".")))
 
@@ -96,7 +102,7 @@ def _version(tool: Any) -> tuple[int, ...]:
 def _warn(version: str) -> None:
     warnings.warn(
         f"ptxas {version}, with which Triton assembles kernels for this GPU, makes gradients of narrow heads wrong; "
-        f"let {_CHOSEN_BY_THE_USER} name one of CUDA 12.9 or later that the driver supports",
+        f"let {_PATH} name one of CUDA 12.9 or later that the driver supports",
         stacklevel=2,
     )
 
