@@ -132,11 +132,6 @@ def launches(case: Case, op: str, visit: Visit, *, processors: int = 1, precisio
         processors: of the device that isn't there; with many, time is cut into segments.
         precision: as in `linear_recurrence`.
     """
-    triton = importlib.import_module("triton")
-    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-    driver = SimpleNamespace(
-        get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
-    )
     backend = importlib.import_module(f"statetrack.ops.triton_{op}")
     load = triton_common.kernels
     modules = (triton_common, backend, *([backend.triton_discretized] if op == "selective" else []))
@@ -158,12 +153,22 @@ def launches(case: Case, op: str, visit: Visit, *, processors: int = 1, precisio
             stack.enter_context(mock.patch.object(module, "kernels", recorder))
             if hasattr(module, "processors"):
                 stack.enter_context(mock.patch.object(module, "processors", return_value=processors))
-        triton.runtime.driver.set_active(driver)
+        stand_in_for_hopper()
         inputs = {name: x.requires_grad_() for name, x in inputs.items()}
         for save in (False, True):
             with torch.set_grad_enabled(save):
                 o, state = _run(backend, transition, inputs, precision)
         (o.float().sum() + state.sum()).backward()
+
+
+def stand_in_for_hopper() -> None:
+    """Lets Triton, in the rest of this process, compile for a Hopper GPU that isn't there."""
+    target = importlib.import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    importlib.import_module("triton").runtime.driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
+        )
+    )
 
 
 def _run(

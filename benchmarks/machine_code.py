@@ -9,7 +9,7 @@ register that holds an older value in place of the one it should have, and a ker
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _LINE = re.compile(r"\s*/\*(?P<address>[0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>\S+)\s*(?P<operands>[^;]*);")
 _LABEL = re.compile(r"\s*(\.L_x_\d+):")
@@ -19,17 +19,8 @@ _OPERAND = 4
 _WITHOUT_RESULT = ("ST", "RED.", "REDG", "BAR", "BRA")
 # Registers of a result, by a part of the opcode; one for others.
 _WIDTHS = {
-    ".128": 4,
-    "MT88.4": 4,
-    "M88.4": 4,
-    "HMMA": 4,
-    "CS2R.32": 1,
-    "CS2R": 2,
-    ".64": 2,
-    "WIDE": 2,
-    "MT88.2": 2,
-    "M88.2": 2,
-}
+    ".128": 4, "88.4": 4, "HMMA": 4, "CS2R.32": 1, "CS2R": 2, ".64": 2, "WIDE": 2, "88.2": 2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,27 +58,21 @@ class _Instruction:
             return set(range(int(found[1]) + (2 if self.multiplied else 0), int(found[1]) + 4)) if found else set()
         sources = " ".join(self.operands[1:] if self.results("UR") else self.operands)
         found = {int(x) for x in re.findall(r"\bUR(\d+)\b", sources)}
-        pairs = (
-            found if self.opcode.startswith("UIADD3.64") else {int(x) for x in re.findall(r"desc\[UR(\d+)\]", sources)}
-        )
-        return found | {x + 1 for x in pairs}
+        of_64_bits = r"\bUR(\d+)\b" if self.opcode.startswith("UIADD3.64") else r"desc\[UR(\d+)\]"
+        return found | {int(x) + 1 for x in re.findall(of_64_bits, sources)}
 
 
-@dataclass
-class _Code:
-    instructions: list[_Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)
-
-
-def _parse(text: str) -> _Code:
-    code = _Code()
+def _parse(text: str) -> tuple[list[_Instruction], dict[str, int]]:
+    """The instructions, and for every label the place of the one that it stands before."""
+    instructions: list[_Instruction] = []
+    labels = {}
     for line in text.splitlines():
         if label := _LABEL.match(line):
-            code.labels[label[1]] = len(code.instructions)
+            labels[label[1]] = len(instructions)
         elif found := _LINE.match(line):
             operands = [x.strip() for x in found["operands"].split(",")]
-            code.instructions.append(_Instruction(found["address"], found["opcode"], operands))
-    return code
+            instructions.append(_Instruction(found["address"], found["opcode"], operands))
+    return instructions, labels
 
 
 def unwritten(text: str) -> list[str]:
@@ -98,7 +83,7 @@ def unwritten(text: str) -> list[str]:
     """
     written: set[int] = set()
     found = []
-    for x in _parse(text).instructions:
+    for x in _parse(text)[0]:
         found += [f"UR{n} is read at {x.address} before it is written" for n in sorted(x.uniform_sources - written)]
         written |= x.results("UR")
     return found
@@ -113,12 +98,12 @@ def overwritten(text: str) -> list[str]:
     Args:
         text: of one kernel, as `nvdisasm -c` prints it.
     """
-    code = _parse(text)
+    instructions, labels = _parse(text)
     found = []
-    for end, jump in enumerate(code.instructions):
+    for end, jump in enumerate(instructions):
         target = re.search(r"\.L_x_\d+", " ".join(jump.operands)) if jump.opcode.startswith("BRA") else None
-        start = code.labels.get(target[0], end) if target else end
-        body = code.instructions[start:end]
+        start = labels.get(target[0], end) if target else end
+        body = instructions[start:end]
         results = [x.results("R") for x in body]
         for at, x in enumerate(body):
             if not x.multiplied:

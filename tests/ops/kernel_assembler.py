@@ -8,10 +8,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from importlib import import_module
-from types import SimpleNamespace
 
 import torch
 
+from benchmarks.kernel_resources import stand_in_for_hopper
 from statetrack.ops.triton_common import kernels
 
 triton = import_module("triton")
@@ -25,11 +25,7 @@ def note(*arguments, **options):
 
 
 triton.compiler.compiler.get_cache_key = note
-target = import_module("triton.backends.compiler").GPUTarget("cuda", 90, 32)
-active = SimpleNamespace(
-    get_current_target=lambda: target, get_current_device=lambda: 0, get_current_stream=lambda device: 0
-)
-triton.runtime.driver.set_active(active)
+stand_in_for_hopper()
 
 
 @triton.jit

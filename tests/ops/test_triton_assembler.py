@@ -1,10 +1,6 @@
 """The assembler of kernels on Hopper."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -12,30 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from triton_cases import needs_triton, run_compiler
 
 from statetrack.ops import triton_assembler
 from statetrack.ops.triton_assembler import use_newer_assembler
 
 HOPPER, AMPERE = 90, 80
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
 @needs_triton
 @pytest.mark.parametrize("background", [[], ["background"]], ids=["at once", "background"])
-def test_a_kernel_is_assembled_by_the_newer_one_and_another_is_not(background, tmp_path):
-    folder = Path(__file__).parent
-    left_out = ("TRITON_INTERPRET", "TRITON_PTXAS_PATH")
-    environment = {name: x for name, x in os.environ.items() if name not in left_out}
-    done = subprocess.run(
-        [sys.executable, str(folder / "kernel_assembler.py"), *background],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+def test_a_kernel_is_assembled_by_the_newer_one_and_another_is_not(background, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    printed = run_compiler("tests/ops/kernel_assembler.py", *background, TRITON_CACHE_DIR=str(tmp_path))
     # PTX 8.8 is that of CUDA 12.9, which is also in the key that compiled kernels are kept by.
-    assert json.loads(done.stdout) == {
+    assert json.loads(printed) == {
         "ours": ["8.8", "12.9"], "another's": ["8.7", "12.8"], "left as it was": "12.8",
     }  # fmt: skip
 

@@ -4,9 +4,11 @@ Under Triton's interpreter, which needs TRITON_INTERPRET=1 before triton is impo
 run on any machine (`make test-kernels`). That shows that the algorithm is right, in float32, not that the compiler is.
 """
 
-import importlib.util
 import itertools
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +17,33 @@ from torch.utils._pytree import tree_map_only
 
 from statetrack.ops import triton_common
 
-INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+needs_triton = pytest.mark.skipif(not triton_common.HAS_TRITON, reason="needs triton")
+INTERPRETED = triton_common.HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs triton and TRITON_INTERPRET=1: `make test-kernels`")
 FLOAT32 = {"dtype": torch.float32}
 # (K, V) for a GPU, where tiles of keys are narrower than those of values, or the reverse, or neither: compilers and
 # assemblers have been wrong about some of these and right about all others. 100 is no power of two.
 SIZES = [*itertools.product((16, 32, 64, 128, 256), repeat=2), (160, 100), (24, 100)]
+
+
+def run_compiler(*arguments, **environment):
+    """What Python, given these arguments at the root of the repository, prints. Fails if its status is not 0.
+
+    A process of its own, for a stand-in that takes the place of triton's driver, and with the interpreter off.
+    """
+    root = str(Path(__file__).parents[2])
+    inherited = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=root,
+        env=inherited | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def short_segments(monkeypatch):

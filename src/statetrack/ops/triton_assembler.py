@@ -42,10 +42,10 @@ def use_newer_assembler(kernel: Any) -> None:
 
     @wraps(prepare)
     def prepare_kernel(*arguments: Any, **options: Any) -> Any:
-        # What Triton calls from another thread if it compiles in the background, and sets anew for every device.
-        if hasattr(kernel, "compile") and not hasattr(kernel.compile, "__wrapped__"):
+        # What this calls, or a thread in the background. Triton sets it anew for every device, before it comes here.
+        if not hasattr(kernel.compile, "__wrapped__"):
             kernel.compile = _assembled(kernel.compile)
-        return _assembled(prepare)(*arguments, **options)
+        return prepare(*arguments, **options)
 
     kernel._do_compile = prepare_kernel
 
@@ -56,7 +56,7 @@ _in_place: ContextVar[Any] = ContextVar("the assembler in the place of Triton's"
 def _assembled(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(compile_kernel)
     def compile_with(*arguments: Any, **options: Any) -> Any:
-        token = _in_place.set(_in_place.get() or _newer())
+        token = _in_place.set(_newer())
         try:
             return compile_kernel(*arguments, **options)
         finally:
