@@ -76,15 +76,16 @@ def test_gates_that_overflow_an_exponential_are_stabilized():
 
 def test_gradients_of_the_operator_agree_with_finite_differences():
     torch.manual_seed(0)
-    gates, recurrent = torch.randn(4, 2, 1, 8, dtype=torch.float64), torch.randn(2, 2, 8, dtype=torch.float64)
-    state = [torch.randn(2, 1, 2, dtype=torch.float64) for _ in range(4)]
+    parts = [torch.randn(1, 4, 2, 2, dtype=torch.float64) for _ in range(4)]
+    bias, recurrent = torch.randn(2, 8, dtype=torch.float64), torch.randn(2, 2, 8, dtype=torch.float64)
+    state = [torch.randn(1, 2, 2, dtype=torch.float64) for _ in range(4)]
     state[2] = state[2].exp()
 
-    def function(gates, recurrent, h, c, n):
-        h, c, n, _ = slstm(gates, recurrent, (h, c, n, state[3]))
+    def function(*tensors):
+        h, c, n, _ = slstm(tensors[:4], *tensors[4:6], (*tensors[6:], state[3]))
         return h, c / n  # what does not depend on the stabilizer
 
-    inputs = [x.requires_grad_() for x in (gates, recurrent, *state[:3])]
+    inputs = [x.requires_grad_() for x in (*parts, bias, recurrent, *state[:3])]
     assert torch.autograd.gradcheck(function, inputs)
 
 
@@ -104,12 +105,12 @@ LENGTHS = [300, 2, 31, 5, 120, 9, 14, 77, 1, 40]  # as rows of the longest they 
 def test_slstm_goes_through_documents_side_by_side(monkeypatch):
     shapes = []
 
-    def counted(gates, *args):
-        shapes.append((gates.shape[0], gates.shape[2]))
-        return slstm(gates, *args)
+    def counted(inputs, *others):
+        shapes.append(inputs[0].shape[:2])
+        return slstm(inputs, *others)
 
     monkeypatch.setattr("statetrack.mixers.slstm.slstm", counted)
     mixer = SLSTM(8, num_heads=2)
     mixer(torch.randn(1, sum(LENGTHS), 8), torch.tensor([0, *LENGTHS]).cumsum(0))
-    assert sum(steps for steps, _ in shapes) == max(LENGTHS)
-    assert sum(LENGTHS) <= sum(steps * rows for steps, rows in shapes) <= 1.2 * sum(LENGTHS)
+    assert sum(steps for _, steps in shapes) == max(LENGTHS)
+    assert sum(LENGTHS) <= sum(rows * steps for rows, steps in shapes) <= 1.2 * sum(LENGTHS)

@@ -72,12 +72,13 @@ def test_replicas_of_a_recurrence_are_one_recurrence(kind, backend):
 
 
 def test_replicas_of_slstm_have_recurrent_matrices_of_their_own():
-    state = [randn(H, B, K) for _ in range(2)] + [1 + randn(H, B, K).square(), randn(H, B, K)]
+    state = [randn(B, H, K) for _ in range(2)] + [1 + randn(B, H, K).square(), randn(B, H, K)]
 
-    def function(gates, recurrent):
-        return slstm(gates, recurrent, tuple(state))[:3]
+    def function(z, i, f, o, bias, recurrent):
+        return slstm((z, i, f, o), bias, recurrent, state)[:3]
 
-    assert_vmaps(function, [randn(R, T, H, B, 4 * K), randn(R, H, K, 4 * K)], (0, 0))
+    inputs = [randn(R, B, T, H, K) for _ in range(4)]
+    assert_vmaps(function, [*inputs, randn(R, H, 4 * K), randn(R, H, K, 4 * K)], (0,) * 6)
 
 
 def test_what_vmap_can_not_do_is_said():

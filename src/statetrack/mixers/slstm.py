@@ -100,15 +100,18 @@ class SLSTM(Mixer):
 
     def scan(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> tuple[Tensor, State]:
         state = self.starting_state(x, state, cu_seqlens)
-        gates, after = self._gates(x, state, cu_seqlens)
-        recurrent = self.recurrent.to(gates.dtype)
-        before = [state[name].to(gates.dtype) for name in _STATES]
+        seen, after = x, {}
+        if self.conv is not None:
+            seen, after["conv"] = self.conv(x, state["conv"], cu_seqlens, activation="silu")
+        inputs = [self.z_proj(x), self.i_proj(seen), self.f_proj(seen), self.g_proj(x)]
+        inputs = [part.unflatten(-1, (self.num_heads, self.head_dim)) for part in inputs]
+        parameters = accumulated(self.bias), accumulated(self.recurrent)
+        before = [accumulated(state[name]) for name in _STATES]
         if cu_seqlens is None:
-            tokens = gates.permute(1, 2, 0, 3)  # [B, T, H, 4 N] -> [T, H, B, 4 N]
-            states = slstm(tokens, recurrent, tuple(start.transpose(0, 1) for start in before))
-            h, ends = states[0].permute(2, 0, 1, 3), [values[-1].transpose(0, 1) for values in states]
+            states = slstm(inputs, *parameters, before)
+            h, ends = states[0], [values[:, -1] for values in states]
         else:
-            h, ends = _packed(gates, recurrent, before, cu_seqlens)
+            h, ends = _packed(inputs, parameters, before, cu_seqlens)
         after |= dict(zip(_STATES, ends, strict=True))
         h = h.flatten(2) if self.o_norm is None else self.o_norm(h)
         return self.o_proj(h.to(x.dtype)), after
@@ -116,27 +119,20 @@ class SLSTM(Mixer):
     def transition(self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None) -> None:
         return None
 
-    def _gates(self, x: Tensor, state: State, cu_seqlens: Tensor | None) -> tuple[Tensor, State]:
-        """What the inputs say of z, i, f, o: [B, T, H, 4 N], float32 or better; and the state of the convolution."""
-        seen, after = x, {}
-        if self.conv is not None:
-            seen, after["conv"] = self.conv(x, state["conv"], cu_seqlens, activation="silu")
-        parts = (self.z_proj(x), self.i_proj(seen), self.f_proj(seen), self.g_proj(x))
-        heads = torch.cat([accumulated(part).unflatten(-1, (self.num_heads, self.head_dim)) for part in parts], -1)
-        return heads + accumulated(self.bias), after
 
-
-def _packed(gates: Tensor, recurrent: Tensor, before: list[Tensor], cu_seqlens: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _packed(
+    inputs: list[Tensor], parameters: tuple[Tensor, Tensor], before: list[Tensor], cu_seqlens: Tensor
+) -> tuple[Tensor, list[Tensor]]:
     """h [1, T, H, N] of packed sequences and the states [S, H, N] after them, from those before them."""
-    segments = segments_of(cu_seqlens, gates)
-    going_on = [start.index_select(0, segments.order).transpose(0, 1) for start in before]
+    segments = segments_of(cu_seqlens, inputs[0])
+    going_on = [start.index_select(0, segments.order) for start in before]
     h, ends = [], []
     for take, (steps, rows) in zip(segments.groups, segments.ends, strict=True):
-        tokens = take(gates).transpose(1, 2)  # [L, R, H, 4 N] -> [L, H, R, 4 N]
-        states = slstm(tokens, recurrent, tuple(values[:, : tokens.shape[2]] for values in going_on))
-        h.append(states[0].transpose(1, 2))
-        ends.append([values[steps, :, rows] for values in states])
-        going_on = [values[-1] for values in states]
+        tokens = [take(part).transpose(0, 1) for part in inputs]  # [L, R, H, N] -> [R, L, H, N]
+        states = slstm(tokens, *parameters, [values[: len(tokens[0])] for values in going_on])
+        h.append(states[0].transpose(0, 1))
+        ends.append([values[rows, steps] for values in states])
+        going_on = [values[:, -1] for values in states]
     after = [
         segments.join_states(list(parts), start) for parts, start in zip(zip(*ends, strict=True), before, strict=True)
     ]

@@ -1,74 +1,94 @@
 """sLSTM's recurrence on a GPU: one Triton kernel goes through all tokens forwards, and one backwards.
 
 In PyTorch a token is a dozen launches each way; here all of T is one, and R and the states never leave the chip.
-`kernels/slstm.py` has the kernels. Arguments and results are those of the operators in `statetrack.ops.slstm`.
+`kernels/slstm.py` has the kernels. Arguments and results are those of the operators in `statetrack.ops.slstm`, but that
+`gates` are [4, G B, T, H, N] and have what h adds to them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from statetrack.ops.triton_common import kernels, power_of_two, unavailable
+from statetrack.ops.triton_common import kernels, power_of_two, sum_parts, unavailable
 
 _LARGEST_HEAD = 64
 """The most channels of a head: R is 16 N^2 bytes, which a multiprocessor must hold."""
 _ROWS = 16  # of a program: as many as a tensor core takes at least, for as many programs as possible
 
 
-def supports(gates: Tensor, recurrent: Tensor) -> str | None:
+def supports(inputs: Sequence[Tensor], recurrent: Tensor) -> str | None:
     """Why the kernels can't take these tensors, or None where they can."""
-    if reason := unavailable(gates, recurrent):
+    if reason := unavailable(*inputs, recurrent):
         return reason
-    if gates.dtype != torch.float32 or recurrent.dtype != torch.float32:
-        return f"the kernels of sLSTM compute in float32, not {gates.dtype}"
-    if recurrent.shape[1] > _LARGEST_HEAD:
-        return f"the kernels of sLSTM serve heads of up to {_LARGEST_HEAD} channels, not {recurrent.shape[1]}"
+    if recurrent.dtype != torch.float32:
+        return f"the kernels of sLSTM compute in float32, not {recurrent.dtype}"
+    if recurrent.shape[-2] > _LARGEST_HEAD:
+        return f"the kernels of sLSTM serve heads of up to {_LARGEST_HEAD} channels, not {recurrent.shape[-2]}"
     return None
 
 
 def forward(
-    gates: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    states = [gates.new_empty(gates.shape[0], *h.shape) for _ in range(4)]
-    _launch("forward", gates, recurrent, h, c, n, m, *states)
-    return states[0], states[1], states[2], states[3]
+    z: Tensor, i: Tensor, f: Tensor, o: Tensor,
+    bias: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    states = [recurrent.new_empty(z.shape) for _ in range(4)]
+    gates = recurrent.new_empty(4, *z.shape) if save else None
+    _launch("forward", recurrent, z, i, f, o, bias, recurrent, h, c, n, m, *states, gates, SAVE=save)
+    return states[0], states[1], states[2], states[3], [] if gates is None else [gates]
+
+
+def empty_states(
+    z: Tensor, i: Tensor, f: Tensor, o: Tensor,
+    bias: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor, save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
+    states = [recurrent.new_empty(z.shape) for _ in range(4)]
+    return states[0], states[1], states[2], states[3], [recurrent.new_empty(4, *z.shape)] if save else []
 
 
 def backward(
-    gates: Tensor,
-    recurrent: Tensor,
-    h_start: Tensor,
-    c_start: Tensor,
-    n_start: Tensor,
-    m_start: Tensor,
-    h: Tensor,
-    c: Tensor,
-    n: Tensor,
-    m: Tensor,
-    d_h: Tensor,
-    d_c: Tensor,
-    d_n: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_gates = gates.new_empty(gates.shape)
-    d_starts = [gates.new_empty(x.shape) for x in (h_start, c_start, n_start)]
-    h_before = torch.cat([h_start.unsqueeze(0), h[:-1]])
-    seen = gates + h_before @ recurrent
-    _launch("backward", seen, recurrent, c_start, n_start, m_start, h, c, n, m, d_h, d_c, d_n, d_gates, *d_starts)
-    d_recurrent = torch.einsum("thbn,thbm->hnm", h_before, d_gates)
-    return d_gates, d_recurrent, d_starts[0], d_starts[1], d_starts[2]
+    gates: Tensor, recurrent: Tensor, h_start: Tensor, c_start: Tensor, n_start: Tensor, m_start: Tensor,
+    h: Tensor, c: Tensor, n: Tensor, m: Tensor, d_h: Tensor, d_c: Tensor | None, d_n: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    groups, heads, size, width = recurrent.shape
+    d_inputs = [h.new_empty(h.shape, dtype=dtype) for _ in range(4)]
+    d_starts = [h_start.new_empty(h_start.shape) for _ in range(3)]
+    programs = _programs(h.shape[0] // groups)
+    # A program's part of the gradients of R and, as one row more, of the biases.
+    parts = h.new_empty(groups * heads, programs, size + 1, width)
+    _launch(
+        "backward", recurrent, gates, recurrent, h_start, c_start, n_start, m_start, h, c, n, m, d_h, d_c, d_n,
+        *d_inputs, parts, *d_starts, C=d_c is not None, NORMALIZER=d_n is not None,
+    )  # fmt: skip
+    sums = sum_parts(parts, h.new_empty(groups, heads, size + 1, width))
+    d_recurrent, d_bias = sums[:, :, :size].contiguous(), sums[:, :, size].contiguous()
+    return (
+        *(d_inputs[0], d_inputs[1], d_inputs[2], d_inputs[3]),
+        *(d_bias, d_recurrent),
+        *(d_starts[0], d_starts[1], d_starts[2]),
+    )
 
 
-def _kernels() -> Any:
-    return kernels("slstm")
+def _programs(rows: int) -> int:
+    """Of one head, for the rows of one group."""
+    return -(-rows // _ROWS)
 
 
-def _launch(kernel: str, gates: Tensor, *tensors: Tensor) -> None:
-    length, heads, batch, width = gates.shape
-    with torch.cuda.device_of(gates):
-        getattr(_kernels(), kernel)[(heads, -(-batch // _ROWS))](
-            gates.contiguous(), *(x.contiguous() for x in tensors), length, heads, batch,
-            N=width // 4, BN=power_of_two(width // 4), BB=_ROWS, PRECISION="tf32x3", num_warps=4, num_stages=1,
+def _launch(kernel: str, recurrent: Tensor, *tensors: Tensor | None, **constants: bool) -> None:
+    groups, heads, size, _ = recurrent.shape
+    start = next(x for x in tensors if x is not None)
+    rows, length = start.shape[-4], start.shape[-3]
+    with torch.cuda.device_of(recurrent):
+        _function(kernel)[(groups * heads, _programs(rows // groups))](
+            *(None if x is None else x.contiguous() for x in tensors), length, heads, rows // groups, rows,
+            N=size, BN=power_of_two(size), BB=_ROWS, PRECISION="tf32x3", **constants,
+            num_warps=4 if size <= 32 else 8, num_stages=1,
         )  # fmt: skip
+
+
+def _function(kernel: str) -> Any:
+    return getattr(kernels("slstm"), kernel)

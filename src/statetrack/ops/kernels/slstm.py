@@ -1,10 +1,11 @@
-"""Triton kernels for sLSTM's recurrence: a program goes through all tokens of BB sequences of one head.
+"""Triton kernels for sLSTM's recurrence: a program goes through all tokens of BB rows of one head.
 
-    (z, i, f, o)_t = gates_t + h_{t-1} R,     R [N, 4 N]
+    (z, i, f, o)_t = inputs_t + bias + h_{t-1} R,     R [N, 4 N]
 
 The four matrices [N, N] of R stay on the chip for all tokens, tiles of BN x BN with N in the first so many, and so do
 the states [BB, BN]. All is float32; products with R are in PRECISION, tf32x3 or full float32, as what they give is fed
-back. Tensors are contiguous: gates [T, H, B, 4 N], states [T, H, B, N], starts [H, B, N].
+back. Tensors are contiguous: inputs and states [G B, T, H, N], starts [G B, H, N], and the parameters of each of the G
+groups of B rows, bias [G, H, 4 N] and R [G, H, N, 4 N].
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import triton.language as tl
 
 
 @triton.jit
-def _matrix(recurrent, head, gate: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
+def _matrix(recurrent, which, gate: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
     """The part of R that makes one gate: [BN, BN], rows for h, zero outside."""
     row, column = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
-    places = (head * N + row) * (4 * N) + gate * N + column
+    places = (which * N + row) * (4 * N) + gate * N + column
     return tl.load(recurrent + places, mask=(row < N) & (column < N), other=0.0)
+
+
+@triton.jit
+def _bias(bias, which, gate: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
+    channel = tl.arange(0, BN)
+    return tl.load(bias + which * (4 * N) + gate * N + channel, mask=channel < N, other=0.0)[None, :]
 
 
 @triton.jit
@@ -34,26 +41,40 @@ def _tanh(x):
     return tl.where(x < 0, -y, y)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "B", "R"])
 def forward(
-    gates, recurrent, h_start, c_start, n_start, m_start, h_all, c_all, n_all, m_all,
-    T, H, B,
-    N: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, PRECISION: tl.constexpr,
+    z_all, i_all, f_all, o_all, bias, recurrent, h_start, c_start, n_start, m_start,
+    h_all, c_all, n_all, m_all, gates,
+    T, H, B, R,
+    N: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, PRECISION: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0).to(tl.int64)
+    which = tl.program_id(0).to(tl.int64)  # of the G H heads
+    group, head = which // H, which % H
     row, channel = tl.program_id(1) * BB + tl.arange(0, BB), tl.arange(0, BN)
     ok = (row < B)[:, None] & (channel < N)[None, :]
-    r_z, r_i = _matrix(recurrent, head, 0, N, BN), _matrix(recurrent, head, 1, N, BN)
-    r_f, r_o = _matrix(recurrent, head, 2, N, BN), _matrix(recurrent, head, 3, N, BN)
-    at = (head * B + row)[:, None] * N + channel[None, :]
-    gate_at = (head * B + row)[:, None] * (4 * N) + channel[None, :]
-    h, c = tl.load(h_start + at, mask=ok, other=0.0), tl.load(c_start + at, mask=ok, other=0.0)
-    n, m = tl.load(n_start + at, mask=ok, other=1.0), tl.load(m_start + at, mask=ok, other=0.0)
+    r_z, r_i = _matrix(recurrent, which, 0, N, BN), _matrix(recurrent, which, 1, N, BN)
+    r_f, r_o = _matrix(recurrent, which, 2, N, BN), _matrix(recurrent, which, 3, N, BN)
+    b_z, b_i = _bias(bias, which, 0, N, BN), _bias(bias, which, 1, N, BN)
+    b_f, b_o = _bias(bias, which, 2, N, BN), _bias(bias, which, 3, N, BN)
+    start_at = ((group * B + row) * H + head)[:, None] * N + channel[None, :]
+    at = ((group * B + row) * T * H + head)[:, None] * N + channel[None, :]
+    plane = R.to(tl.int64) * T * H * N
+    h, c = tl.load(h_start + start_at, mask=ok, other=0.0), tl.load(c_start + start_at, mask=ok, other=0.0)
+    n, m = tl.load(n_start + start_at, mask=ok, other=1.0), tl.load(m_start + start_at, mask=ok, other=0.0)
     for _ in range(T):
-        z = tl.dot(h, r_z, tl.load(gates + gate_at, mask=ok, other=0.0), input_precision=PRECISION)
-        i = tl.dot(h, r_i, tl.load(gates + gate_at + N, mask=ok, other=0.0), input_precision=PRECISION)
-        f = tl.dot(h, r_f, tl.load(gates + gate_at + 2 * N, mask=ok, other=0.0), input_precision=PRECISION)
-        o = tl.dot(h, r_o, tl.load(gates + gate_at + 3 * N, mask=ok, other=0.0), input_precision=PRECISION)
+        z = b_z + tl.load(z_all + at, mask=ok, other=0.0).to(tl.float32)
+        i = b_i + tl.load(i_all + at, mask=ok, other=0.0).to(tl.float32)
+        f = b_f + tl.load(f_all + at, mask=ok, other=0.0).to(tl.float32)
+        o = b_o + tl.load(o_all + at, mask=ok, other=0.0).to(tl.float32)
+        z = tl.dot(h, r_z, z, input_precision=PRECISION)
+        i = tl.dot(h, r_i, i, input_precision=PRECISION)
+        f = tl.dot(h, r_f, f, input_precision=PRECISION)
+        o = tl.dot(h, r_o, o, input_precision=PRECISION)
+        if SAVE:
+            tl.store(gates + at, z, mask=ok)
+            tl.store(gates + plane + at, i, mask=ok)
+            tl.store(gates + 2 * plane + at, f, mask=ok)
+            tl.store(gates + 3 * plane + at, o, mask=ok)
         kept = _log_sigmoid(f) + m
         m = tl.maximum(kept, i)
         forget, write = tl.exp(kept - m), tl.exp(i - m)
@@ -64,63 +85,105 @@ def forward(
         tl.store(c_all + at, c, mask=ok)
         tl.store(n_all + at, n, mask=ok)
         tl.store(m_all + at, m, mask=ok)
-        at += H * B * N
-        gate_at += H * B * 4 * N
+        at += H * N
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
+def _store_part(part, parts, gate: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
+    """A program's gradient [BN, BN] of one of the four matrices of R."""
+    row, column = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
+    tl.store(parts + row * (4 * N) + gate * N + column, part, mask=(row < N) & (column < N))
+
+
+@triton.jit
+def _store_bias(part, parts, gate: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
+    """The sum over rows of [BB, BN], behind the gradient of R."""
+    channel = tl.arange(0, BN)
+    tl.store(parts + N * (4 * N) + gate * N + channel, tl.sum(part, axis=0), mask=channel < N)
+
+
+@triton.jit(do_not_specialize=["T", "B", "R"])
 def backward(
-    seen, recurrent, c_start, n_start, m_start, h_all, c_all, n_all, m_all, d_h, d_c, d_n,
-    d_gates, d_h_start, d_c_start, d_n_start,
-    T, H, B,
+    gates, recurrent, h_start, c_start, n_start, m_start, h_all, c_all, n_all, m_all, d_h, d_c, d_n,
+    d_z_all, d_i_all, d_f_all, d_o_all, parts, d_h_start, d_c_start, d_n_start,
+    T, H, B, R,
     N: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, NORMALIZER: tl.constexpr,
 ):  # fmt: skip
-    """From the last token to the first: the gradients of the gates and of the states before the first token.
+    """From the last token to the first: the gradients of the inputs, of the parameters and of the first states.
 
-    `seen` are gates_t + h_{t-1} R, which one matrix product makes for all tokens outside, as R and its transpose would
-    not both fit on the chip. The gradient of R is such a product too.
+    Args:
+        gates: [4, G B, T, H, N], with the bias and h R.
+        parts: [G H, programs of a head, N + 1, 4 N], each program's part of the gradients of R and, last, of the bias.
+        C, NORMALIZER: whether c and n have gradients of their own.
     """
-    head = tl.program_id(0).to(tl.int64)
+    which = tl.program_id(0).to(tl.int64)
+    group, head = which // H, which % H
     row, channel = tl.program_id(1) * BB + tl.arange(0, BB), tl.arange(0, BN)
     ok = (row < B)[:, None] & (channel < N)[None, :]
-    r_z, r_i = _matrix(recurrent, head, 0, N, BN), _matrix(recurrent, head, 1, N, BN)
-    r_f, r_o = _matrix(recurrent, head, 2, N, BN), _matrix(recurrent, head, 3, N, BN)
-    start_at = (head * B + row)[:, None] * N + channel[None, :]
-    stride = (H * B * N).to(tl.int64)
+    r_z, r_i = _matrix(recurrent, which, 0, N, BN), _matrix(recurrent, which, 1, N, BN)
+    r_f, r_o = _matrix(recurrent, which, 2, N, BN), _matrix(recurrent, which, 3, N, BN)
+    start_at = ((group * B + row) * H + head)[:, None] * N + channel[None, :]
+    step, plane = H * N, R.to(tl.int64) * T * H * N
+    at = ((group * B + row) * T * H + head)[:, None] * N + channel[None, :] + (T - 1).to(tl.int64) * step
     h_later = tl.zeros([BB, BN], tl.float32)
     c_later, n_later = tl.zeros([BB, BN], tl.float32), tl.zeros([BB, BN], tl.float32)
-    for step in range(T):
-        t = T - 1 - step
-        at = start_at + t * stride
-        gate_at = (head * B + row)[:, None] * (4 * N) + channel[None, :] + t * stride * 4
-        earlier, first = ok & (t > 0), ok & (t == 0)
-        before = at - stride
+    sum_z, sum_i = tl.zeros([BB, BN], tl.float32), tl.zeros([BB, BN], tl.float32)
+    sum_f, sum_o = tl.zeros([BB, BN], tl.float32), tl.zeros([BB, BN], tl.float32)
+    of_r_z, of_r_i = tl.zeros([BN, BN], tl.float32), tl.zeros([BN, BN], tl.float32)
+    of_r_f, of_r_o = tl.zeros([BN, BN], tl.float32), tl.zeros([BN, BN], tl.float32)
+    h_now, c_now = tl.load(h_all + at, mask=ok, other=0.0), tl.load(c_all + at, mask=ok, other=0.0)
+    n_now, m_now = tl.load(n_all + at, mask=ok, other=1.0), tl.load(m_all + at, mask=ok, other=0.0)
+    for later in range(T):
         # The states before the token: those after the one before, or the start's.
+        earlier, first = ok & (later < T - 1), ok & (later == T - 1)
+        before = at - step
+        h = tl.load(h_all + before, mask=earlier, other=0.0) + tl.load(h_start + start_at, mask=first, other=0.0)
         c = tl.load(c_all + before, mask=earlier, other=0.0) + tl.load(c_start + start_at, mask=first, other=0.0)
         n = tl.load(n_all + before, mask=earlier, other=0.0) + tl.load(n_start + start_at, mask=first, other=0.0)
+        n = tl.where(ok, n, 1.0)  # which the token before divides by
         m = tl.load(m_all + before, mask=earlier, other=0.0) + tl.load(m_start + start_at, mask=first, other=0.0)
-        h_now, n_now = tl.load(h_all + at, mask=ok, other=0.0), tl.load(n_all + at, mask=ok, other=1.0)
-        c_now, m_now = tl.load(c_all + at, mask=ok, other=0.0), tl.load(m_all + at, mask=ok, other=0.0)
-        z, i = tl.load(seen + gate_at, mask=ok, other=0.0), tl.load(seen + gate_at + N, mask=ok, other=0.0)
-        f, o = tl.load(seen + gate_at + 2 * N, mask=ok, other=0.0), tl.load(seen + gate_at + 3 * N, mask=ok, other=0.0)
+        z, i = tl.load(gates + at, mask=ok, other=0.0), tl.load(gates + plane + at, mask=ok, other=0.0)
+        f = tl.load(gates + 2 * plane + at, mask=ok, other=0.0)
+        o = tl.load(gates + 3 * plane + at, mask=ok, other=0.0)
         z, o = _tanh(z), tl.sigmoid(o)
         forget, write = tl.exp(_log_sigmoid(f) + m - m_now), tl.exp(i - m_now)
-        dh = tl.load(d_h + at, mask=ok, other=0.0) + h_later
-        dc = tl.load(d_c + at, mask=ok, other=0.0) + c_later + dh * o / n_now
-        dn = tl.load(d_n + at, mask=ok, other=0.0) + n_later - dh * h_now / n_now
+        dh = tl.load(d_h + at, mask=ok, other=0.0).to(tl.float32) + h_later
+        dc, dn = c_later + dh * o / n_now, n_later - dh * h_now / n_now
+        if C:
+            dc += tl.load(d_c + at, mask=ok, other=0.0)
+        if NORMALIZER:
+            dn += tl.load(d_n + at, mask=ok, other=0.0)
         d_z = tl.where(ok, dc * write * (1.0 - z * z), 0.0)
         d_i = tl.where(ok, (dn + dc * z) * write, 0.0)
         d_f = tl.where(ok, (dn * n + dc * c) * forget * tl.sigmoid(-f), 0.0)
         d_o = tl.where(ok, dh * c_now / n_now * o * (1.0 - o), 0.0)
-        tl.store(d_gates + gate_at, d_z, mask=ok)
-        tl.store(d_gates + gate_at + N, d_i, mask=ok)
-        tl.store(d_gates + gate_at + 2 * N, d_f, mask=ok)
-        tl.store(d_gates + gate_at + 3 * N, d_o, mask=ok)
+        tl.store(d_z_all + at, d_z.to(d_z_all.dtype.element_ty), mask=ok)
+        tl.store(d_i_all + at, d_i.to(d_i_all.dtype.element_ty), mask=ok)
+        tl.store(d_f_all + at, d_f.to(d_f_all.dtype.element_ty), mask=ok)
+        tl.store(d_o_all + at, d_o.to(d_o_all.dtype.element_ty), mask=ok)
         h_later = tl.dot(d_z, tl.trans(r_z), input_precision=PRECISION)
         h_later = tl.dot(d_i, tl.trans(r_i), h_later, input_precision=PRECISION)
         h_later = tl.dot(d_f, tl.trans(r_f), h_later, input_precision=PRECISION)
         h_later = tl.dot(d_o, tl.trans(r_o), h_later, input_precision=PRECISION)
         c_later, n_later = dc * forget, dn * forget
+        sum_z, sum_i, sum_f, sum_o = sum_z + d_z, sum_i + d_i, sum_f + d_f, sum_o + d_o
+        before_t = tl.trans(h)
+        of_r_z = tl.dot(before_t, d_z, of_r_z, input_precision=PRECISION)
+        of_r_i = tl.dot(before_t, d_i, of_r_i, input_precision=PRECISION)
+        of_r_f = tl.dot(before_t, d_f, of_r_f, input_precision=PRECISION)
+        of_r_o = tl.dot(before_t, d_o, of_r_o, input_precision=PRECISION)
+        h_now, c_now, n_now, m_now = h, c, n, m
+        at = before
     tl.store(d_h_start + start_at, h_later, mask=ok)
     tl.store(d_c_start + start_at, c_later, mask=ok)
     tl.store(d_n_start + start_at, n_later, mask=ok)
+    parts += (which * tl.num_programs(1) + tl.program_id(1)) * (N + 1) * (4 * N)
+    _store_part(of_r_z, parts, 0, N, BN)
+    _store_part(of_r_i, parts, 1, N, BN)
+    _store_part(of_r_f, parts, 2, N, BN)
+    _store_part(of_r_o, parts, 3, N, BN)
+    _store_bias(sum_z, parts, 0, N, BN)
+    _store_bias(sum_i, parts, 1, N, BN)
+    _store_bias(sum_f, parts, 2, N, BN)
+    _store_bias(sum_o, parts, 3, N, BN)
