@@ -1,7 +1,7 @@
 """sLSTM's recurrence on one GPU, the Triton kernels beside PyTorch's token by token; to results/ops/h100-slstm.json.
 
-A row is a shape: the median times of a forward and of a forward with its backward, the memory floor (gates and states
-read and written once), and the largest relative error of the states and gradients against the operator in float64.
+A row is a shape: the median times of a forward and of a forward with its backward, the memory floor (inputs and outputs
+read and written once), and the largest relative error of h and the gradients against the operator in float64.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from benchmarks.common import ROOT, environment, write_results
 from benchmarks.decode import copy_bandwidth
 from statetrack.ops.slstm import slstm
 
-# T, H, B, N
-SHAPES = [(40, 4, 256, 32), (256, 4, 256, 32), (256, 4, 64, 64), (2048, 4, 16, 64)]
+# B, T, H, N, dtype of the inputs
+SHAPES = [
+    (256, 40, 4, 32, torch.bfloat16),
+    (256, 40, 4, 32, torch.float32),
+    (256, 256, 4, 32, torch.bfloat16),
+    (64, 256, 4, 64, torch.bfloat16),
+    (16, 2048, 4, 64, torch.bfloat16),
+]
 
 
 def main() -> None:
@@ -42,37 +48,42 @@ def main() -> None:
         write_results(arguments.output, results)
 
 
-def _measure(t: int, h: int, b: int, n: int, bandwidth: float) -> dict[str, Any]:
+def _measure(b: int, t: int, h: int, n: int, dtype: torch.dtype, bandwidth: float) -> dict[str, Any]:
     generator = torch.Generator("cuda").manual_seed(0)
-    gates = torch.randn(t, h, b, 4 * n, generator=generator, device="cuda")
-    recurrent = torch.randn(h, n, 4 * n, generator=generator, device="cuda") / n**0.5
-    zeros = torch.zeros(h, b, n, device="cuda")
-    inputs = [gates, recurrent, zeros, zeros.clone(), zeros.clone(), torch.full_like(zeros, -torch.inf)]
-    exact = _results([x.double() for x in inputs], "torch")
-    row: dict[str, Any] = {"T": t, "H": h, "B": b, "N": n}
-    number = t * h * b * n * 4  # bytes of one number for each channel and token
-    floors = {"fwd": 8 * number, "fwd+bwd": 8 * number + (4 + 4 + 1 + 4) * number}
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    inputs = [randn(b, t, h, n).to(dtype) for _ in range(4)]
+    zeros = torch.zeros(b, h, n, device="cuda")
+    state = [zeros, zeros.clone(), zeros.clone(), torch.full_like(zeros, -torch.inf)]
+    tensors = [*inputs, randn(h, 4 * n), randn(h, n, 4 * n) / n**0.5, *state]
+    exact = _results([x.double() for x in tensors], "torch")
+    row: dict[str, Any] = {"B": b, "T": t, "H": h, "N": n, "dtype": str(dtype).removeprefix("torch.")}
+    numbers, size = b * t * h * n, inputs[0].element_size()
+    # Of every channel and token: four inputs and h; then these, the gradient of h, and those of the inputs.
+    floors = {"fwd": numbers * (4 * size + 4), "fwd+bwd": numbers * (4 * size + 4 + 4 * size + 4 + 4 + 4 * size)}
     for backend in ("triton", "torch"):
-        computed = _results(inputs, backend)
+        computed = _results(tensors, backend)
         row[f"{backend}_error"] = max(
             float((a.double() - e).norm() / e.norm().clamp(min=1e-30)) for a, e in zip(computed, exact, strict=True)
         )
-        row[f"{backend}_fwd_ms"] = _time(lambda backend=backend: _forward(inputs, backend))
-        row[f"{backend}_fwd+bwd_ms"] = _time(lambda backend=backend: _results(inputs, backend))
+        row[f"{backend}_fwd_ms"] = _time(lambda backend=backend: _forward(tensors, backend))
+        row[f"{backend}_fwd+bwd_ms"] = _time(lambda backend=backend: _results(tensors, backend))
     return row | {f"floor_{name}_ms": size / bandwidth * 1e3 for name, size in floors.items()}
 
 
 @torch.no_grad()
-def _forward(inputs: list[Tensor], backend: str) -> Tensor:
-    return slstm(inputs[0], inputs[1], tuple(inputs[2:]), backend)[0]
+def _forward(tensors: list[Tensor], backend: str) -> Tensor:
+    return slstm(tensors[:4], *tensors[4:6], tensors[6:], backend)[0]
 
 
-def _results(inputs: list[Tensor], backend: str) -> list[Tensor]:
-    """The outputs, and the gradients of gates and R for weights that are the same for all."""
-    gates, recurrent = (x.detach().requires_grad_() for x in inputs[:2])
-    h = slstm(gates, recurrent, tuple(inputs[2:]), backend)[0]
+def _results(tensors: list[Tensor], backend: str) -> list[Tensor]:
+    """The outputs, and the gradients of inputs, bias and R for weights that are the same for all."""
+    leaves = [x.detach().requires_grad_() for x in tensors[:6]]
+    h = slstm(leaves[:4], *leaves[4:], tensors[6:], backend)[0]
     weights = torch.linspace(-1, 1, h.numel(), device=h.device, dtype=h.dtype).view_as(h)
-    return [h.detach(), *torch.autograd.grad(h, (gates, recurrent), weights)]
+    return [h.detach(), *torch.autograd.grad(h, leaves, weights)]
 
 
 def _time(call: Callable[[], object]) -> float:

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statetrack.ops.triton_common import kernels, power_of_two, sum_parts, unavailable
+from statetrack.ops.triton_common import contiguous, kernels, power_of_two, sum_parts, unavailable
 
 _LARGEST_HEAD = 64
 """The most channels of a head: R is 16 N^2 bytes, which a multiprocessor must hold."""
+_NARROW_HEAD = 32  # up to which four warps have the registers for it
 _ROWS = 16  # of a program: as many as a tensor core takes at least, for as many programs as possible
+# The gradients of R and of the bias are summed over tiles of so many tokens, in so many parts of a head at most.
+_TOKENS, _MOST_PARTS = 32, 16
 
 
 def supports(inputs: Sequence[Tensor], recurrent: Tensor) -> str | None:
@@ -37,7 +40,12 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
     states = [recurrent.new_empty(z.shape) for _ in range(4)]
     gates = recurrent.new_empty(4, *z.shape) if save else None
-    _launch("forward", recurrent, z, i, f, o, bias, recurrent, h, c, n, m, *states, gates, SAVE=save)
+    with torch.cuda.device_of(recurrent):
+        arguments, constants = _sizes(z, recurrent)
+        _kernels().forward[(recurrent.shape[0] * recurrent.shape[1], _programs(z, recurrent))](
+            *_contiguous(z, i, f, o, bias, recurrent, h, c, n, m), *states, gates, *arguments,
+            **constants, BB=_ROWS, SAVE=save,
+        )  # fmt: skip
     return states[0], states[1], states[2], states[3], [] if gates is None else [gates]
 
 
@@ -57,13 +65,20 @@ def backward(
     groups, heads, size, width = recurrent.shape
     d_inputs = [h.new_empty(h.shape, dtype=dtype) for _ in range(4)]
     d_starts = [h_start.new_empty(h_start.shape) for _ in range(3)]
-    programs = _programs(h.shape[0] // groups)
-    # A program's part of the gradients of R and, as one row more, of the biases.
-    parts = h.new_empty(groups * heads, programs, size + 1, width)
-    _launch(
-        "backward", recurrent, gates, recurrent, h_start, c_start, n_start, m_start, h, c, n, m, d_h, d_c, d_n,
-        *d_inputs, parts, *d_starts, C=d_c is not None, NORMALIZER=d_n is not None,
-    )  # fmt: skip
+    d_gates = torch.empty_like(gates)
+    tokens = h.shape[0] // groups * h.shape[1]
+    count = min(_MOST_PARTS, -(-tokens // _TOKENS))
+    parts = h.new_empty(groups * heads, count, size + 1, width)
+    with torch.cuda.device_of(recurrent):
+        arguments, constants = _sizes(h, recurrent)
+        _kernels().backward[(groups * heads, _programs(h, recurrent))](
+            gates, *_contiguous(recurrent, c_start, n_start, m_start, h, c, n, m, d_h, d_c, d_n),
+            *d_inputs, d_gates, *d_starts, *arguments,
+            **constants, BB=_ROWS, C=d_c is not None, NORMALIZER=d_n is not None,
+        )  # fmt: skip
+        _kernels().parameters[(groups * heads, count, 4)](
+            *_contiguous(h_start, h), d_gates, parts, *arguments, **constants, BP=_TOKENS
+        )
     sums = sum_parts(parts, h.new_empty(groups, heads, size + 1, width))
     d_recurrent, d_bias = sums[:, :, :size].contiguous(), sums[:, :, size].contiguous()
     return (
@@ -73,22 +88,22 @@ def backward(
     )
 
 
-def _programs(rows: int) -> int:
-    """Of one head, for the rows of one group."""
-    return -(-rows // _ROWS)
+def _kernels() -> Any:
+    return kernels("slstm")
 
 
-def _launch(kernel: str, recurrent: Tensor, *tensors: Tensor | None, **constants: bool) -> None:
+def _programs(x: Tensor, recurrent: Tensor) -> int:
+    """Of one head, for the rows of one group of `x` [G B, T, H, N]."""
+    return -(-x.shape[0] // recurrent.shape[0] // _ROWS)
+
+
+def _sizes(x: Tensor, recurrent: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The last arguments of every kernel, and the constants that all have, for `x` [G B, T, H, N]."""
     groups, heads, size, _ = recurrent.shape
-    start = next(x for x in tensors if x is not None)
-    rows, length = start.shape[-4], start.shape[-3]
-    with torch.cuda.device_of(recurrent):
-        _function(kernel)[(groups * heads, _programs(rows // groups))](
-            *(None if x is None else x.contiguous() for x in tensors), length, heads, rows // groups, rows,
-            N=size, BN=power_of_two(size), BB=_ROWS, PRECISION="tf32x3", **constants,
-            num_warps=4 if size <= 32 else 8, num_stages=1,
-        )  # fmt: skip
+    constants = {"N": size, "BN": power_of_two(size), "PRECISION": "tf32x3"}
+    options = {"num_warps": 4 if size <= _NARROW_HEAD else 8, "num_stages": 1}
+    return (x.shape[1], heads, x.shape[0] // groups, x.shape[0]), constants | options
 
 
-def _function(kernel: str) -> Any:
-    return getattr(kernels("slstm"), kernel)
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [contiguous(x) for x in tensors]

@@ -88,33 +88,19 @@ def forward(
         at += H * N
 
 
-@triton.jit
-def _store_part(part, parts, gate: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
-    """A program's gradient [BN, BN] of one of the four matrices of R."""
-    row, column = tl.arange(0, BN)[:, None], tl.arange(0, BN)[None, :]
-    tl.store(parts + row * (4 * N) + gate * N + column, part, mask=(row < N) & (column < N))
-
-
-@triton.jit
-def _store_bias(part, parts, gate: tl.constexpr, N: tl.constexpr, BN: tl.constexpr):
-    """The sum over rows of [BB, BN], behind the gradient of R."""
-    channel = tl.arange(0, BN)
-    tl.store(parts + N * (4 * N) + gate * N + channel, tl.sum(part, axis=0), mask=channel < N)
-
-
 @triton.jit(do_not_specialize=["T", "B", "R"])
 def backward(
-    gates, recurrent, h_start, c_start, n_start, m_start, h_all, c_all, n_all, m_all, d_h, d_c, d_n,
-    d_z_all, d_i_all, d_f_all, d_o_all, parts, d_h_start, d_c_start, d_n_start,
+    gates, recurrent, c_start, n_start, m_start, h_all, c_all, n_all, m_all, d_h, d_c, d_n,
+    d_z_all, d_i_all, d_f_all, d_o_all, d_gates, d_h_start, d_c_start, d_n_start,
     T, H, B, R,
     N: tl.constexpr, BN: tl.constexpr, BB: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr, NORMALIZER: tl.constexpr,
 ):  # fmt: skip
-    """From the last token to the first: the gradients of the inputs, of the parameters and of the first states.
+    """From the last token to the first: the gradients of the inputs and of the first states.
 
     Args:
-        gates: [4, G B, T, H, N], with the bias and h R.
-        parts: [G H, programs of a head, N + 1, 4 N], each program's part of the gradients of R and, last, of the bias.
+        gates: [4, G B, T, H, N], with the bias and what h R adds.
+        d_gates: the gradients of the inputs once more, all in float32, [4, G B, T, H, N], for `parameters`.
         C, NORMALIZER: whether c and n have gradients of their own.
     """
     which = tl.program_id(0).to(tl.int64)
@@ -128,17 +114,12 @@ def backward(
     at = ((group * B + row) * T * H + head)[:, None] * N + channel[None, :] + (T - 1).to(tl.int64) * step
     h_later = tl.zeros([BB, BN], tl.float32)
     c_later, n_later = tl.zeros([BB, BN], tl.float32), tl.zeros([BB, BN], tl.float32)
-    sum_z, sum_i = tl.zeros([BB, BN], tl.float32), tl.zeros([BB, BN], tl.float32)
-    sum_f, sum_o = tl.zeros([BB, BN], tl.float32), tl.zeros([BB, BN], tl.float32)
-    of_r_z, of_r_i = tl.zeros([BN, BN], tl.float32), tl.zeros([BN, BN], tl.float32)
-    of_r_f, of_r_o = tl.zeros([BN, BN], tl.float32), tl.zeros([BN, BN], tl.float32)
-    h_now, c_now = tl.load(h_all + at, mask=ok, other=0.0), tl.load(c_all + at, mask=ok, other=0.0)
-    n_now, m_now = tl.load(n_all + at, mask=ok, other=1.0), tl.load(m_all + at, mask=ok, other=0.0)
+    c_now, n_now = tl.load(c_all + at, mask=ok, other=0.0), tl.load(n_all + at, mask=ok, other=1.0)
+    m_now = tl.load(m_all + at, mask=ok, other=0.0)
     for later in range(T):
         # The states before the token: those after the one before, or the start's.
         earlier, first = ok & (later < T - 1), ok & (later == T - 1)
         before = at - step
-        h = tl.load(h_all + before, mask=earlier, other=0.0) + tl.load(h_start + start_at, mask=first, other=0.0)
         c = tl.load(c_all + before, mask=earlier, other=0.0) + tl.load(c_start + start_at, mask=first, other=0.0)
         n = tl.load(n_all + before, mask=earlier, other=0.0) + tl.load(n_start + start_at, mask=first, other=0.0)
         n = tl.where(ok, n, 1.0)  # which the token before divides by
@@ -148,6 +129,7 @@ def backward(
         o = tl.load(gates + 3 * plane + at, mask=ok, other=0.0)
         z, o = _tanh(z), tl.sigmoid(o)
         forget, write = tl.exp(_log_sigmoid(f) + m - m_now), tl.exp(i - m_now)
+        h_now = tl.load(h_all + at, mask=ok, other=0.0)
         dh = tl.load(d_h + at, mask=ok, other=0.0).to(tl.float32) + h_later
         dc, dn = c_later + dh * o / n_now, n_later - dh * h_now / n_now
         if C:
@@ -162,28 +144,51 @@ def backward(
         tl.store(d_i_all + at, d_i.to(d_i_all.dtype.element_ty), mask=ok)
         tl.store(d_f_all + at, d_f.to(d_f_all.dtype.element_ty), mask=ok)
         tl.store(d_o_all + at, d_o.to(d_o_all.dtype.element_ty), mask=ok)
+        tl.store(d_gates + at, d_z, mask=ok)
+        tl.store(d_gates + plane + at, d_i, mask=ok)
+        tl.store(d_gates + 2 * plane + at, d_f, mask=ok)
+        tl.store(d_gates + 3 * plane + at, d_o, mask=ok)
         h_later = tl.dot(d_z, tl.trans(r_z), input_precision=PRECISION)
         h_later = tl.dot(d_i, tl.trans(r_i), h_later, input_precision=PRECISION)
         h_later = tl.dot(d_f, tl.trans(r_f), h_later, input_precision=PRECISION)
         h_later = tl.dot(d_o, tl.trans(r_o), h_later, input_precision=PRECISION)
         c_later, n_later = dc * forget, dn * forget
-        sum_z, sum_i, sum_f, sum_o = sum_z + d_z, sum_i + d_i, sum_f + d_f, sum_o + d_o
-        before_t = tl.trans(h)
-        of_r_z = tl.dot(before_t, d_z, of_r_z, input_precision=PRECISION)
-        of_r_i = tl.dot(before_t, d_i, of_r_i, input_precision=PRECISION)
-        of_r_f = tl.dot(before_t, d_f, of_r_f, input_precision=PRECISION)
-        of_r_o = tl.dot(before_t, d_o, of_r_o, input_precision=PRECISION)
-        h_now, c_now, n_now, m_now = h, c, n, m
+        c_now, n_now, m_now = c, n, m
         at = before
     tl.store(d_h_start + start_at, h_later, mask=ok)
     tl.store(d_c_start + start_at, c_later, mask=ok)
     tl.store(d_n_start + start_at, n_later, mask=ok)
-    parts += (which * tl.num_programs(1) + tl.program_id(1)) * (N + 1) * (4 * N)
-    _store_part(of_r_z, parts, 0, N, BN)
-    _store_part(of_r_i, parts, 1, N, BN)
-    _store_part(of_r_f, parts, 2, N, BN)
-    _store_part(of_r_o, parts, 3, N, BN)
-    _store_bias(sum_z, parts, 0, N, BN)
-    _store_bias(sum_i, parts, 1, N, BN)
-    _store_bias(sum_f, parts, 2, N, BN)
-    _store_bias(sum_o, parts, 3, N, BN)
+
+
+@triton.jit(do_not_specialize=["T", "B", "R"])
+def parameters(
+    h_start, h_all, d_gates, parts,
+    T, H, B, R,
+    N: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of one gate's part of R and of the bias, of every so manieth tile of BP tokens.
+
+    Writes parts [G H, parts of a head, N + 1, 4 N], with the bias in the last row.
+    """
+    which, gate = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    group, head = which // H, which % H
+    channel = tl.arange(0, BN)
+    inside = (channel < N)[None, :]
+    d_gates += gate * (R.to(tl.int64) * T * H * N)
+    of_r, of_bias = tl.zeros([BN, BN], tl.float32), tl.zeros([BP, BN], tl.float32)
+    for start in range(tl.program_id(1) * BP, B * T, tl.num_programs(1) * BP):
+        token = start + tl.arange(0, BP)
+        ok = (token < B * T)[:, None] & inside
+        first = (token % T == 0)[:, None]
+        at = ((group * B * T + token) * H + head)[:, None] * N + channel[None, :]
+        start_at = ((group * B + token // T) * H + head)[:, None] * N + channel[None, :]
+        # The state before the token.
+        h = tl.load(h_all + at - H * N, mask=ok & ~first, other=0.0)
+        h += tl.load(h_start + start_at, mask=ok & first, other=0.0)
+        d = tl.load(d_gates + at, mask=ok, other=0.0)
+        of_r = tl.dot(tl.trans(h), d, of_r, input_precision=PRECISION)
+        of_bias += d
+    parts += (which * tl.num_programs(1) + tl.program_id(1)) * (N + 1) * (4 * N) + gate * N
+    row = tl.arange(0, BN)[:, None]
+    tl.store(parts + row * (4 * N) + channel[None, :], of_r, mask=(row < N) & inside)
+    tl.store(parts + N * (4 * N) + channel, tl.sum(of_bias, axis=0), mask=channel < N)
