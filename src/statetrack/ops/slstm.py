@@ -146,5 +146,10 @@ def _empty_gradients(
 
 _forward_op = register_operator("slstm", _forward, _empty_states)
 _backward_op = register_operator("slstm_backward", _backward, _empty_gradients)
-_triton_forward_op = register_operator("triton_slstm", triton_slstm.forward, _empty_states)
+_triton_forward_op = register_operator(
+    "triton_slstm",
+    triton_slstm.forward,
+    _empty_states,
+    then=lambda states, *given: triton_slstm.backward(*given, *states, *states[:3]),
+)
 _triton_backward_op = register_operator("triton_slstm_backward", triton_slstm.backward, _empty_gradients)
