@@ -14,7 +14,6 @@ The exit status is 1 if a kernel does not fit on a multiprocessor, or if there i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import importlib
 import re
@@ -30,7 +29,8 @@ from unittest import mock
 import torch
 
 from benchmarks import machine_code
-from statetrack.ops import Precision, triton_common
+from statetrack.ops import Precision, triton_ahead, triton_common
+from statetrack.ops.triton_ahead import Visit
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
 
 SHARED_MEMORY = 227 * 1024
@@ -118,10 +118,6 @@ def keys(case: Case, op: str, *, processors: int = 1) -> set[tuple[str, str]]:
     return found
 
 
-Visit = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], None]
-"""(name, kernel, arguments, options) of a launch."""
-
-
 def launches(case: Case, op: str, visit: Visit, *, processors: int = 1, precision: Precision = "default") -> None:
     """Runs an op without and with a gradient, and visits its launches in place of making them.
 
@@ -133,26 +129,12 @@ def launches(case: Case, op: str, visit: Visit, *, processors: int = 1, precisio
         precision: as in `linear_recurrence`.
     """
     backend = importlib.import_module(f"statetrack.ops.triton_{op}")
-    load = triton_common.kernels
-    modules = (triton_common, backend, *([backend.triton_discretized] if op == "selective" else []))
-
-    def launcher(name: str, function: Any) -> Any:
-        class Launcher:
-            def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-                return lambda *arguments, **options: visit(name, function, arguments, options)
-
-        return Launcher()
-
-    def recorder(*modules: str) -> SimpleNamespace:
-        return SimpleNamespace(**{name: launcher(name, x) for name, x in vars(load(*modules)).items()})
-
     transition, inputs = case
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton_common, "interpreted", return_value=True))
-        for module in modules:
-            stack.enter_context(mock.patch.object(module, "kernels", recorder))
-            if hasattr(module, "processors"):
-                stack.enter_context(mock.patch.object(module, "processors", return_value=processors))
+    with (
+        mock.patch.object(triton_common, "interpreted", return_value=True),
+        mock.patch.object(triton_common, "multiprocessors", return_value=processors),
+        triton_ahead.visited(visit),
+    ):
         stand_in_for_hopper()
         inputs = {name: x.requires_grad_() for name, x in inputs.items()}
         for save in (False, True):

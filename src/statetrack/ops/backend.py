@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from statetrack.ops.triton_ahead import Then, foreseen
 from statetrack.transition import Transition
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
@@ -114,7 +115,12 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def register_operator(
-    name: str, function: Callable[..., Any], fake: Callable[..., Any], *, mutates: tuple[str, ...] = ()
+    name: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    mutates: tuple[str, ...] = (),
+    then: Then | None = None,
 ) -> Callable[..., Any]:
     """Makes an operator of a function, which torch.compile then takes for one opaque call that it traces around.
 
@@ -125,9 +131,12 @@ def register_operator(
         function: computes; its annotations become the operator's schema.
         fake: returns empty tensors with the shapes and dtypes of the results, for the same arguments.
         mutates: names of the arguments that the function overwrites.
+        then: calls the function of the operator's backward, given the results and the arguments; of use to Triton
+            kernels, which are then compiled before they are needed.
     """
     qualified = f"statetrack::{name}"
     torch.library.define(qualified, torch.library.infer_schema(function, mutates_args=mutates))
-    torch.library.impl(qualified, "CompositeExplicitAutograd", function)
+    computes = function if then is None else foreseen(function, then)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", computes)
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.statetrack, name).default

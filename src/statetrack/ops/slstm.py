@@ -62,7 +62,7 @@ def slstm(
 
 
 def _replicas(use_triton: bool, *tensors: Tensor) -> States:
-    """As `_run`, of tensors with the replicas on a first axis, and so are the states: those of rows become more rows."""
+    """As `_run`, of tensors with replicas on a first axis: of what has rows they become more rows."""
     parameters = (_INPUTS, _INPUTS + 1)
     folded = [x if place in parameters else x.flatten(0, 1) for place, x in enumerate(tensors)]
     h, c, n, m = (x.unflatten(0, (len(tensors[0]), -1)) for x in _run(use_triton, *folded))
@@ -215,5 +215,12 @@ def _empty_gradients(
 
 _forward_op = register_operator("slstm", _forward, _empty_states)
 _backward_op = register_operator("slstm_backward", _backward, _empty_gradients)
-_triton_forward_op = register_operator("triton_slstm", triton_slstm.forward, triton_slstm.empty_states)
+_triton_forward_op = register_operator(
+    "triton_slstm",
+    triton_slstm.forward,
+    triton_slstm.empty_states,
+    then=lambda results, z, i, f, o, bias, recurrent, h, c, n, m, save: triton_slstm.backward(
+        results[4][0], recurrent, h, c, n, m, *results[:4], results[0], None, None, z.dtype
+    ),
+)
 _triton_backward_op = register_operator("triton_slstm_backward", triton_slstm.backward, _empty_gradients)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from statetrack.ops import triton_ahead
 from statetrack.ops.triton_assembler import use_newer_assembler
 
 HAS_TRITON = find_spec("triton") is not None
@@ -79,14 +80,20 @@ def check_inputs(q: Tensor, v: Tensor, *others: Tensor | None) -> None:
         raise ValueError(f"backend 'triton' serves keys of up to {LARGEST_KEY} channels, got {q.shape[-1]}")
 
 
-@cache
 def kernels(*modules: str) -> Any:
     """The functions of `kernels/<module>.py`, in one namespace; imports triton."""
+    found = _kernels(*modules)
+    return triton_ahead.visitors(found) if triton_ahead.is_visited() else found
+
+
+@cache
+def _kernels(*modules: str) -> Any:
     found: dict[str, Any] = {}
     for module in modules:
         found |= vars(import_module(f"statetrack.ops.kernels.{module}"))
     for kernel in found.values():
         use_newer_assembler(kernel)
+        triton_ahead.compile_ahead(kernel)
     return SimpleNamespace(**found)
 
 
@@ -119,9 +126,16 @@ def operand_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.bfloat16 if all(x.dtype == torch.bfloat16 for x in tensors) else torch.float32
 
 
-@cache
 def processors(device: torch.device) -> int:
-    """The number of multiprocessors."""
+    """The number of multiprocessors, which also those tensors have that stand for others in `triton_ahead`."""
+    if device.type == "meta" and triton_ahead.is_visited():
+        device = torch.device("cuda", torch.cuda.current_device())
+    return multiprocessors(device)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """The same, of a device that is not "meta"."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

@@ -262,7 +262,12 @@ def _empty_gradients(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), d_bias
 
 
-_forward_op = register_operator("triton_convolution", _forward, _empty_outputs)
+_forward_op = register_operator(
+    "triton_convolution",
+    _forward,
+    _empty_outputs,
+    then=lambda ys, x, weight, bias, reach, sizes, *options: _backward(x, weight, bias, reach, ys, *options),
+)
 _backward_op = register_operator("triton_convolution_backward", _backward, _empty_gradients)
 
 

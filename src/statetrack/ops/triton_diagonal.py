@@ -333,5 +333,10 @@ def _empty_gradients(
     return d_q, d_k, d_v, d_decay, d_initial
 
 
-_forward_op = register_operator("triton_diagonal", _forward, _empty_results)
+_forward_op = register_operator(
+    "triton_diagonal",
+    _forward,
+    _empty_results,
+    then=lambda results, q, k, v, decay, *_: _backward(q, k, v, decay, results[2], *results[:2]),
+)
 _backward_op = register_operator("triton_diagonal_backward", _backward, _empty_gradients)

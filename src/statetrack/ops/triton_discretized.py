@@ -301,5 +301,12 @@ def _empty_gradients(
     return d_dt, d_A, d_lower_end, d_q, d_write, d_v, d_initial
 
 
-_forward_op = register_operator("triton_discretized", _forward, _empty_results)
+_forward_op = register_operator(
+    "triton_discretized",
+    _forward,
+    _empty_results,
+    then=lambda results, dt, A, lower_end, q, write, v, initial_state, lo, hi, save: _backward(
+        dt, A, lower_end, q, write, v, results[2], lo, hi, results[0], None
+    ),
+)
 _backward_op = register_operator("triton_discretized_backward", _backward, _empty_gradients)

@@ -162,9 +162,13 @@ def _empty_both(both: Tensor, d_y: Tensor, silu: bool) -> Tensor:
     return both.new_empty(both.shape)
 
 
-_forward_op = register_operator("triton_gated", _forward, _empty_product)
+_forward_op = register_operator(
+    "triton_gated", _forward, _empty_product, then=lambda y, gate, x, silu: _backward(gate, x, y, silu)
+)
 _backward_op = register_operator("triton_gated_backward", _backward, _empty_gradients)
-_halves_forward_op = register_operator("triton_gated_halves", _halves_forward, _empty_half)
+_halves_forward_op = register_operator(
+    "triton_gated_halves", _halves_forward, _empty_half, then=lambda y, both, silu: _halves_backward(both, y, silu)
+)
 _halves_backward_op = register_operator("triton_gated_halves_backward", _halves_backward, _empty_both)
 
 

@@ -411,5 +411,12 @@ def _parameters(beta: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor | No
     return as_float32(beta), None if decay is None else as_float32(decay)
 
 
-_forward_op = register_operator("triton_householder", _forward, _empty_results)
+_forward_op = register_operator(
+    "triton_householder",
+    _forward,
+    _empty_results,
+    then=lambda results, q, k, v, beta, decay, initial_state, normalize, *_: _backward(
+        q, k, beta, decay, normalize, results[2], results[0], None
+    ),
+)
 _backward_op = register_operator("triton_householder_backward", _backward, _empty_gradients)

@@ -385,5 +385,10 @@ def _empty_gradients(
     return d_q, d_w, d_u, d_p, d_v, d_decay, d_initial
 
 
-_forward_op = register_operator("triton_low_rank", _forward, _empty_results)
+_forward_op = register_operator(
+    "triton_low_rank",
+    _forward,
+    _empty_results,
+    then=lambda results, q, w, u, p, v, decay, *_: _backward(q, w, u, p, v, decay, results[2], *results[:2]),
+)
 _backward_op = register_operator("triton_low_rank_backward", _backward, _empty_gradients)

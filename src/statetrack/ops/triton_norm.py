@@ -176,6 +176,23 @@ def _backward(
     return d_x, d_y, d_weight
 
 
+def _likely_backwards(
+    results: tuple[Tensor, Tensor, Tensor],
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> None:
+    total, normed, inverse_rms = results
+    if y is not None:
+        _backward(total, weight, inverse_rms, normed, total, x.dtype, y.dtype)
+        return
+    # A model's residual stream, [B, T, C], is read again after its first norm and not after its last; heads are not.
+    for d_total in (None, x) if x.ndim <= 3 else (None,):
+        _backward(x, weight, inverse_rms, normed, d_total, x.dtype, None)
+
+
 def _empty_gradients(
     total: Tensor,
     weight: Tensor | None,
@@ -190,7 +207,7 @@ def _empty_gradients(
     return d_x, d_y, total.new_empty(0) if weight is None else weight.new_empty(weight.shape)
 
 
-_forward_op = register_operator("triton_add_and_norm", _forward, _empty_results)
+_forward_op = register_operator("triton_add_and_norm", _forward, _empty_results, then=_likely_backwards)
 _backward_op = register_operator("triton_add_and_norm_backward", _backward, _empty_gradients)
 
 

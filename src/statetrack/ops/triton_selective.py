@@ -230,7 +230,14 @@ def _empty_gradients(
     return d_u, d_raw, d_bias, d_A, d_lower_end, d_write, d_q, d_D, d_z, d_initial
 
 
-_forward_op = register_operator("triton_selective", _forward, _empty_results)
+_forward_op = register_operator(
+    "triton_selective",
+    _forward,
+    _empty_results,
+    then=lambda results, u, raw, bias, A, lower_end, write, q, D, z, initial_state, lo, hi, save: _backward(
+        u, raw, bias, A, lower_end, write, q, D, z, results[2], lo, hi, results[0], None
+    ),
+)
 _backward_op = register_operator("triton_selective_backward", _backward, _empty_gradients)
 
 
