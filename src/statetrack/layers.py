@@ -567,6 +567,30 @@ class LowRankMap(nn.Module):
         return y if self.bias is None else y + accumulated(self.bias)
 
 
+def head_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm of each head in float32 or better, in the dtype of x: [B, T, H, V] -> [B, T, H V].
+
+    Args:
+        x: [B, T, H, V].
+        weight, bias: [H V].
+        eps: added to the variance.
+    """
+    weight, bias = accumulated(weight), accumulated(bias)
+    if triton_norm.serves(x):
+        # PyTorch's group norm has a block of threads for each group, which is long for short heads.
+        y = layer_norm(x, eps, weight.dtype).flatten(2) * weight + bias
+    else:
+        y = F.group_norm(accumulated(x).flatten(0, 1).flatten(1), x.shape[2], weight, bias, eps)
+    return y.view(*x.shape[:2], -1).to(x.dtype)
+
+
+def layer_norm(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`(x - mean) / sqrt(variance + eps)` over the last axis, in a dtype of its own."""
+    if triton_norm.serves(x):
+        return triton_norm.add_and_norm(x, None, None, eps, dtype, center=True)[1]
+    return F.layer_norm(accumulated(x), x.shape[-1:], eps=eps).to(dtype)
+
+
 class HeadNorm(nn.Module):
     """Layer norm of what each head reads, with a weight and a bias for each channel: [B, T, H, V] -> [B, T, H V].
 
@@ -585,6 +609,4 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads * size))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide, weight, bias = accumulated(x).flatten(0, 1).flatten(1), accumulated(self.weight), accumulated(self.bias)
-        y = F.group_norm(wide, self.heads, weight, bias, self.eps)
-        return y.unflatten(0, x.shape[:2]).to(x.dtype)
+        return head_norm(x, self.weight, self.bias, self.eps)

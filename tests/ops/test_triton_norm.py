@@ -5,7 +5,7 @@ import torch
 from torch.func import functional_call, vmap
 from triton_cases import interpreted
 
-from statetrack.layers import RMSNorm
+from statetrack.layers import RMSNorm, head_norm
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import triton_norm
@@ -16,10 +16,12 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 MIXER = DeltaNetConfig(num_heads=2, conv_size=0, backend="chunked")  # quick in the interpreter
 
 
-def formula(x, y, weight, dtype):
+def formula(x, y, weight, dtype, center=False):
     """In float64, with the total and the weight rounded as they are declared to be."""
     total = x if y is None else x + y
     rounded = total + (total.to(dtype).double() - total).detach()
+    if center:
+        rounded = rounded - rounded.mean(-1, keepdim=True)
     normed = rounded * torch.rsqrt(rounded.square().mean(-1, keepdim=True) + EPS)
     return total, normed if weight is None else normed * weight
 
@@ -28,13 +30,15 @@ def close(found, expected, dtype):
     return (found.double() - expected).norm() <= (2e-6 if dtype == FLOAT32 else 1.2e-2) * expected.norm() + 1e-30
 
 
-def check(shape, *, weighted=True, added=None, dtype=FLOAT32, normed_dtype=FLOAT32, device="cpu", onward=True):
+def check(
+    shape, *, weighted=True, added=None, dtype=FLOAT32, normed_dtype=FLOAT32, device="cpu", onward=True, center=False
+):
     """Values and all gradients; `onward` where the total is read too."""
     x = (3 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
     y = None if added is None else torch.randn(shape, device=device).to(added).requires_grad_()
     weight = torch.rand(shape[-1], device=device).add(0.5).requires_grad_() if weighted else None
     inputs = [tensor for tensor in (x, y, weight) if tensor is not None]
-    found = add_and_norm(x, y, weight, EPS, normed_dtype)
+    found = add_and_norm(x, y, weight, EPS, normed_dtype, center=center)
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     rest = iter(wide[1:])
     total_dtype = found[0].dtype
@@ -44,12 +48,13 @@ def check(shape, *, weighted=True, added=None, dtype=FLOAT32, normed_dtype=FLOAT
         None if y is None else next(rest),
         None if weight is None else (last := next(rest)) + (last.to(total_dtype).double() - last).detach(),
         total_dtype,
+        center,
     )
     assert found[1].dtype == normed_dtype
     assert close(found[0], expected[0], total_dtype)
     assert close(found[1], expected[1], normed_dtype)
     with torch.no_grad():
-        for a, b in zip(add_and_norm(x, y, weight, EPS, normed_dtype), found, strict=True):
+        for a, b in zip(add_and_norm(x, y, weight, EPS, normed_dtype, center=center), found, strict=True):
             assert torch.equal(a, b)
     count = slice(None) if onward else slice(1, None)
     weights = [torch.randn_like(tensor) for tensor in found[count]]
@@ -66,11 +71,12 @@ SHAPES = [(1, 7), (3, 5, 16), (2, 9, 3, 24), (130, 100)]
 
 
 @interpreted
+@pytest.mark.parametrize("center", [False, True], ids=["RMS norm", "layer norm"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_kernels_are_the_formula(shape, weighted):
-    check(shape, weighted=weighted)
-    check(shape, weighted=weighted, onward=False)
+def test_the_kernels_are_the_formula(shape, weighted, center):
+    check(shape, weighted=weighted, center=center)
+    check(shape, weighted=weighted, center=center, onward=False)
 
 
 @interpreted
@@ -154,19 +160,36 @@ def test_gradients_of_gradients():
         first = torch.autograd.grad((normed.square() * total).sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
-    expected = penalty(x + y, torch.nn.functional.rms_norm(x + y, (6,), weight, EPS))
-    torch.testing.assert_close(penalty(*add_and_norm(x, y, weight, EPS, FLOAT32)), expected, rtol=1e-4, atol=1e-4)
+    norms = torch.nn.functional.rms_norm(x + y, (6,), weight, EPS), torch.nn.functional.layer_norm(x + y, (6,), weight)
+    for center, normed in enumerate(norms):
+        found = penalty(*add_and_norm(x, y, weight, EPS, FLOAT32, center=bool(center)))
+        torch.testing.assert_close(found, penalty(x + y, normed), rtol=1e-4, atol=1e-4)
 
 
 @interpreted
 def test_the_operators_fakes_tell_the_truth():
     x, y, weight = torch.randn(3, 8), torch.randn(3, 8).bfloat16(), torch.rand(8)
-    total, normed, scale = triton_norm._forward_op(x, y, weight, EPS, BFLOAT16)
+    total, normed, scale = triton_norm._forward_op(x, y, weight, EPS, BFLOAT16, True)
     tests = ("test_schema", "test_faketensor")
     for added in (y, None):
-        torch.library.opcheck(triton_norm._forward_op, (x, added, weight, EPS, BFLOAT16), test_utils=tests)
+        torch.library.opcheck(triton_norm._forward_op, (x, added, weight, EPS, BFLOAT16, True), test_utils=tests)
     for arguments in ((weight, scale, normed, x, FLOAT32, BFLOAT16), (None, scale, normed, None, FLOAT32, None)):
-        torch.library.opcheck(triton_norm._backward_op, (total, *arguments), test_utils=tests)
+        torch.library.opcheck(triton_norm._backward_op, (total, *arguments, True), test_utils=tests)
+
+
+@interpreted
+def test_norms_of_heads_are_pytorchs(monkeypatch):
+    """Rows far from 0, of which a variance as a difference of two means would have nothing left."""
+    x = (torch.randn(2, 3, 4, 10) + 1000).requires_grad_()
+    weight, bias = torch.randn(40, requires_grad=True), torch.randn(40, requires_grad=True)
+    inputs = (x, weight, bias)
+    found = head_norm(*inputs, EPS)
+    monkeypatch.setattr(triton_norm, "PRIORITY", 0)
+    expected = head_norm(*(t.double() for t in inputs), EPS)
+    d = torch.randn_like(found)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+    exact = torch.autograd.grad(expected, inputs, d.double())
+    torch.testing.assert_close(torch.autograd.grad(found, inputs, d), exact, rtol=1e-3, atol=1e-3)
 
 
 def small_model(placement):
@@ -235,6 +258,8 @@ def test_the_kernels_on_a_gpu(shape, weighted):
     check(shape, **options, dtype=BFLOAT16, normed_dtype=BFLOAT16)
     check(shape, **options, added=BFLOAT16, normed_dtype=BFLOAT16)
     check(shape, **options, added=BFLOAT16, dtype=BFLOAT16, normed_dtype=BFLOAT16)
+    check(shape, **options, center=True)
+    check(shape, **options, center=True, dtype=BFLOAT16, normed_dtype=BFLOAT16)
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from statetrack.layers import layer_norm
 from statetrack.mixers.bounds import FactorBounds, diagonal_bounds, gate_interval, linear_interval
 from statetrack.mixers.mixer import (
     Mixer,
@@ -198,7 +199,7 @@ class MultiHeadLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_heads * value_dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * self.weight.to(x.dtype).view(x.shape[-2:])
+        return layer_norm(x, 1e-6, x.dtype) * self.weight.to(x.dtype).view(x.shape[-2:])
 
 
 def _stabilizers(

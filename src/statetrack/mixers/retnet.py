@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from statetrack.layers import head_norm
 from statetrack.mixers.mixer import (
     Mixer,
     MixerConfig,
@@ -133,12 +134,8 @@ class RetNet(Mixer):
             cu_seqlens=cu_seqlens,
             backend=self.config.backend,
         )
-        o = o.flatten(2)
-        if self.g_norm is not None:
-            # A group norm takes all positions of a row together unless each is a row of its own.
-            norm = self.g_norm
-            weight, bias = norm.weight.to(o.dtype), norm.bias.to(o.dtype)
-            o = F.group_norm(o.flatten(0, 1), h, weight, bias, norm.eps).view_as(o)
+        norm = self.g_norm
+        o = o.flatten(2) if norm is None else head_norm(o, norm.weight, norm.bias, norm.eps)
         if self.g_proj is not None:
             o = o * F.silu(self.g_proj(x))
         return self.o_proj(o), after

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 # Triton's own compiler is half Python, which takes turns; assemblers and C compilers run at once.
-_THREADS = min(4, (os.cpu_count() or 1) - 1)
+_THREADS = min(8, (os.cpu_count() or 1) - 1)
 
 Visit = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], None]
 """(name, kernel, arguments, options) of a launch."""

@@ -1,4 +1,4 @@
-"""The RMS norm on a GPU, with the sum before it: one Triton kernel forward, one backward.
+"""The RMS norm or the layer norm on a GPU, with the sum before it: one Triton kernel forward, one backward.
 
 PyTorch's own operations take a pass over memory for each of: the sum, the norm, the cast of its output for the products
 that read it, the cast of their gradient, the gradients of the input and of the weight, and the sum of the gradients of
@@ -39,9 +39,11 @@ def serves(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def add_and_norm(
-    x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+    x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype, *, center: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`total = x + y` (x itself where y is None) and `weight total / sqrt(mean(total^2) + eps)` over the last axis.
+
+    With `center` the norm is that of the total less its mean: a layer norm.
 
     What reads x after the norm should read the total that this returns: its gradient is then added to that of the norm
     in the same pass.
@@ -54,9 +56,9 @@ def add_and_norm(
         dtype: of the norm; the total has the dtype of a sum.
     """
     if is_vmapped() or wants_gradient(x, y, weight):
-        total, normed, _ = _AddAndNorm.apply(*distinct((x, y, weight)), eps, dtype)
+        total, normed, _ = _AddAndNorm.apply(*distinct((x, y, weight)), eps, dtype, center)
         return total, normed
-    total, normed, _ = _forward_op(x, y, weight, eps, dtype)
+    total, normed, _ = _forward_op(x, y, weight, eps, dtype, center)
     return (x if y is None else total), normed
 
 
@@ -66,14 +68,14 @@ class _AddAndNorm(torch.autograd.Function):
     @staticmethod
     @with_signature
     def forward(
-        x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+        x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype, center: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        total, normed, inverse_rms = _forward_op(x, y, weight, eps, dtype)
+        total, normed, inverse_rms = _forward_op(x, y, weight, eps, dtype, center)
         return (x.view_as(x) if y is None else total), normed, inverse_rms
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, y, weight, ctx.eps, ctx.normed_dtype = inputs
+        x, y, weight, ctx.eps, ctx.normed_dtype, ctx.center = inputs
         total, _, inverse_rms = output
         ctx.mark_non_differentiable(inverse_rms)
         ctx.set_materialize_grads(False)
@@ -89,17 +91,18 @@ class _AddAndNorm(torch.autograd.Function):
         if d_normed is None:
             d_x = d_y = d_total
         elif torch.is_grad_enabled():  # gradients of gradients
-            d_x, d_weight = _differentiable(total, weight, ctx.eps, ctx.normed_dtype, d_normed)
+            d_x, d_weight = _differentiable(total, weight, ctx.eps, ctx.normed_dtype, ctx.center, d_normed)
             d_x = d_y = d_x if d_total is None else d_x + d_total
         else:
-            d_x, d_y, d_weight = _backward_op(total, weight, inverse_rms, d_normed, d_total, x_dtype, y_dtype)
+            d_x, d_y, d_weight = _backward_op(
+                total, weight, inverse_rms, d_normed, d_total, x_dtype, y_dtype, ctx.center
+            )
             d_y = d_y if y_dtype != x_dtype else d_x
         return (
             None if d_x is None else d_x.to(x_dtype),
             None if d_y is None or y_dtype is None else d_y.to(y_dtype),
             None if weight is None else d_weight,
-            None,
-            None,
+            *(None, None, None),
         )
 
     @staticmethod
@@ -108,10 +111,12 @@ class _AddAndNorm(torch.autograd.Function):
 
 
 def _differentiable(
-    total: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, d_normed: Tensor
+    total: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype, center: bool, d_normed: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of total and weight from PyTorch's operations."""
     wide = total.float()
+    if center:
+        wide = wide - wide.mean(-1, keepdim=True)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
         normed = normed * weight.float().view(*weight.shape[:-1], *(1,) * (total.ndim - weight.ndim), -1)
@@ -122,10 +127,10 @@ def _differentiable(
 
 
 def _forward(
-    x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+    x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype, center: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The total, of no numbers without y, the norm and the reciprocal root mean squares [...]."""
-    results = _empty_results(x, y, weight, eps, dtype)
+    results = _empty_results(x, y, weight, eps, dtype, center)
     total, normed, inverse_rms = results
     x, y, weight = x.contiguous(), contiguous(y), contiguous(weight)
     rows, sets, tile = _launch(x, weight)
@@ -133,13 +138,13 @@ def _forward(
         with torch.cuda.device_of(x):
             _kernels().forward[(-(-rows // tile["BR"]), sets)](
                 x, y, weight, x if y is None else total, normed, inverse_rms, rows, eps,
-                C=x.shape[-1], **tile, WEIGHT=weight is not None, ADD=y is not None,
+                C=x.shape[-1], **tile, WEIGHT=weight is not None, ADD=y is not None, CENTER=center,
             )  # fmt: skip
     return results
 
 
 def _empty_results(
-    x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype
+    x: Tensor, y: Tensor | None, weight: Tensor | None, eps: float, dtype: torch.dtype, center: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     total = x.new_empty(0) if y is None else x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, y.dtype))
     return total, x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
@@ -153,9 +158,10 @@ def _backward(
     d_total: Tensor | None,
     x_dtype: torch.dtype,
     y_dtype: torch.dtype | None,
+    center: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, of y in a dtype of its own (else of no numbers), and of the weight (of no numbers)."""
-    d_x, d_y, d_weight = _empty_gradients(total, weight, inverse_rms, d_normed, d_total, x_dtype, y_dtype)
+    d_x, d_y, d_weight = _empty_gradients(total, weight, inverse_rms, d_normed, d_total, x_dtype, y_dtype, center)
     total, d_normed = total.contiguous(), d_normed.contiguous()
     d_total, weight = contiguous(d_total), contiguous(weight)
     rows, sets, tile = _launch(total, weight)
@@ -168,6 +174,7 @@ def _backward(
         _kernels().backward[(programs, sets)](
             total, weight, inverse_rms, d_normed, d_total, d_x, d_y, parts, rows, programs,
             C=total.shape[-1], **tile, WEIGHT=weight is not None, ADDED=d_total is not None, TWICE=d_y.numel() > 0,
+            CENTER=center,
         )  # fmt: skip
     if weight is None or parts is None:
         return d_x, d_y, d_weight
@@ -183,14 +190,15 @@ def _likely_backwards(
     weight: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    center: bool,
 ) -> None:
     total, normed, inverse_rms = results
     if y is not None:
-        _backward(total, weight, inverse_rms, normed, total, x.dtype, y.dtype)
+        _backward(total, weight, inverse_rms, normed, total, x.dtype, y.dtype, center)
         return
     # A model's residual stream, [B, T, C], is read again after its first norm and not after its last; heads are not.
     for d_total in (None, x) if x.ndim <= 3 else (None,):
-        _backward(x, weight, inverse_rms, normed, d_total, x.dtype, None)
+        _backward(x, weight, inverse_rms, normed, d_total, x.dtype, None, center)
 
 
 def _empty_gradients(
@@ -201,6 +209,7 @@ def _empty_gradients(
     d_total: Tensor | None,
     x_dtype: torch.dtype,
     y_dtype: torch.dtype | None,
+    center: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_x = total.new_empty(total.shape, dtype=x_dtype)
     d_y = total.new_empty(0) if y_dtype is None or y_dtype == x_dtype else total.new_empty(total.shape, dtype=y_dtype)

@@ -1,4 +1,4 @@
-"""Triton kernels for the RMS norm of rows [C], with a sum before it, forward and backward.
+"""Triton kernels for the RMS norm and the layer norm of rows [C], with a sum before it, forward and backward.
 
 Rows are [R, rows, C], and `rows` rows share one of R weights. A program has whole rows in its registers, several where
 they are short. Sums run in float32 in a fixed order.
@@ -10,13 +10,19 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _centered(value, inside, C: tl.constexpr):
+    return tl.where(inside, value - (tl.sum(value, axis=1) / C)[:, None], 0.0)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def forward(
     x, y, weight, total, normed, inverse_rms,
     rows, eps,
-    C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, WEIGHT: tl.constexpr, ADD: tl.constexpr,
+    C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    WEIGHT: tl.constexpr, ADD: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
-    """normed = weight total inverse_rms, with total = x + y where ADD, else x."""
+    """normed = weight total inverse_rms, with total = x + y where ADD, else x; CENTER: less its mean, before both."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     row_of_all = tl.program_id(1).to(tl.int64) * rows + row
     channel = tl.arange(0, BC)
@@ -27,6 +33,8 @@ def forward(
         rounded = (value + tl.load(y + place, mask=inside, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + place, rounded, mask=inside)
         value = rounded.to(tl.float32)
+    if CENTER:
+        value = _centered(value, inside, C)
     scale = 1 / tl.sqrt(tl.sum(value * value, axis=1) / C + eps)
     tl.store(inverse_rms + row_of_all, scale, mask=row < rows)
     value *= scale[:, None]
@@ -42,9 +50,9 @@ def backward(
     total, weight, inverse_rms, d_normed, d_total, d_x, d_y, parts,
     rows, programs,
     C: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
-    WEIGHT: tl.constexpr, ADDED: tl.constexpr, TWICE: tl.constexpr,
+    WEIGHT: tl.constexpr, ADDED: tl.constexpr, TWICE: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
-    """The gradient d_x of total, with d_total on top where ADDED; TWICE: in the dtype of d_y too.
+    """The gradient d_x of total, with d_total on top where ADDED; TWICE: in the dtype of d_y too; CENTER: as forwards.
 
     parts [R, programs, C]: of every programs-th tile of rows, the sums of d_normed total inverse_rms.
     """
@@ -61,13 +69,18 @@ def backward(
         place = row_of_all[:, None] * C + channel[None, :]
         inside = (row < rows)[:, None] & within[None, :]
         scale = tl.load(inverse_rms + row_of_all, mask=row < rows, other=0.0)
-        unit = tl.load(total + place, mask=inside, other=0.0).to(tl.float32) * scale[:, None]
+        unit = tl.load(total + place, mask=inside, other=0.0).to(tl.float32)
+        if CENTER:
+            unit = _centered(unit, inside, C)
+        unit *= scale[:, None]
         d_unit = tl.load(d_normed + place, mask=inside, other=0.0).to(tl.float32)
         if WEIGHT:
             d_weight += d_unit * unit
             d_unit *= factor[None, :]
         along = tl.sum(d_unit * unit, axis=1) / C
         d = (d_unit - unit * along[:, None]) * scale[:, None]
+        if CENTER:
+            d = _centered(d, inside, C)
         if ADDED:
             d += tl.load(d_total + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_x + place, d.to(d_x.dtype.element_ty), mask=inside)
