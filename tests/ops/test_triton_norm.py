@@ -8,7 +8,7 @@ from triton_cases import interpreted
 from statetrack.layers import RMSNorm, head_norm
 from statetrack.mixers.deltanet import DeltaNetConfig
 from statetrack.model import LanguageModel, ModelConfig
-from statetrack.ops import triton_norm
+from statetrack.ops import triton_ahead, triton_norm
 from statetrack.ops.triton_norm import add_and_norm
 
 EPS = 1e-5
@@ -269,7 +269,8 @@ def test_replicas_on_a_gpu(dtype):
 
 
 @pytest.mark.gpu
-def test_no_other_batch_compiles_a_kernel_again_on_a_gpu():
+def test_no_other_batch_compiles_a_kernel_again_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(triton_ahead, "_work", triton_ahead._Work(0))  # in the background others are compiled too
     kernels = triton_norm._kernels()
     counts = []
     for rows in (1, 5, 16, 1000, 4096):

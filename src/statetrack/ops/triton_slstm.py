@@ -77,7 +77,12 @@ def backward(
             **constants, BB=_ROWS, C=d_c is not None, NORMALIZER=d_n is not None,
         )  # fmt: skip
         _kernels().parameters[(groups * heads, count, 4)](
-            *_contiguous(h_start, h), d_gates, parts, *arguments, **constants, BP=_TOKENS
+            *_contiguous(h_start, h),
+            d_gates,
+            parts,
+            *arguments,
+            BP=_TOKENS,
+            **constants | ({"num_warps": 2} if size <= _NARROW_HEAD else {}),
         )
     sums = sum_parts(parts, h.new_empty(groups, heads, size + 1, width))
     d_recurrent, d_bias = sums[:, :, :size].contiguous(), sums[:, :, size].contiguous()
