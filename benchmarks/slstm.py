@@ -75,13 +75,13 @@ def _measure(b: int, t: int, h: int, n: int, dtype: torch.dtype, bandwidth: floa
 
 @torch.no_grad()
 def _forward(tensors: list[Tensor], backend: str) -> Tensor:
-    return slstm(tensors[:4], *tensors[4:6], tensors[6:], backend)[0]
+    return slstm(tensors[:4], tensors[4], tensors[5], tensors[6:], backend)[0]
 
 
 def _results(tensors: list[Tensor], backend: str) -> list[Tensor]:
     """The outputs, and the gradients of inputs, bias and R for weights that are the same for all."""
     leaves = [x.detach().requires_grad_() for x in tensors[:6]]
-    h = slstm(leaves[:4], *leaves[4:], tensors[6:], backend)[0]
+    h = slstm(leaves[:4], leaves[4], leaves[5], tensors[6:], backend)[0]
     weights = torch.linspace(-1, 1, h.numel(), device=h.device, dtype=h.dtype).view_as(h)
     return [h.detach(), *torch.autograd.grad(h, leaves, weights)]
 

@@ -60,3 +60,16 @@ def test_inputs_and_states_of_other_sizes_are_refused(channels, rows):
     mixer = LSTM(8)
     with pytest.raises(ValueError, match=r"an LSTM with D = 8 takes x \[B, T, 8\] and states \[B, 8\]"):
         mixer.scan(torch.randn(2, 3, channels), mixer.init_state(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_on_a_cpu_asks_for_no_lstm_in_bfloat16(dtype):
+    """Which oneDNN has on some CPUs alone; whatever is not matrix products in a model may come in either dtype."""
+    mixer, x = LSTM(8), torch.randn(2, 5, 8).to(dtype)
+    expected = mixer(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        y, state = mixer.scan(x)
+    assert {y.dtype, state["h"].dtype, state["c"].dtype} == {torch.bfloat16}
+    assert (y.float() - expected).norm() <= 1e-2 * expected.norm()
+    y.float().sum().backward()
+    assert all(p.grad is not None for p in mixer.parameters())

@@ -8,6 +8,7 @@ It has no state-transition matrix and so no eigenvalue range.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from statetrack.mixers.mixer import Mixer, MixerConfig, State, require_positive, with_options
 from statetrack.ops import check_packing
 from statetrack.ops.packing import segments_of
+from statetrack.precision import autocasts, product_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,14 @@ class LSTM(Mixer):
             )
         if torch.compiler.is_compiling():
             return _unrolled(x, h, c, weights)
-        output, h, c = torch.lstm(x, (h.unsqueeze(0), c.unsqueeze(0)), weights, True, 1, 0.0, False, False, True)
+        # Under autocast PyTorch asks oneDNN for an LSTM in bfloat16, which that refuses on many CPUs.
+        widened = x.device.type == "cpu" and autocasts(x)
+        dtype = product_dtype(x)
+        if widened:
+            x, h, c = (y.to(weights[0].dtype) for y in (x, h, c))
+        with torch.autocast("cpu", enabled=False) if widened else nullcontext():
+            output, h, c = torch.lstm(x, (h.unsqueeze(0), c.unsqueeze(0)), weights, True, 1, 0.0, False, False, True)
+        output, h, c = (y.to(dtype) if widened else y for y in (output, h, c))
         return output, {"h": h.squeeze(0), "c": c.squeeze(0)}
 
 

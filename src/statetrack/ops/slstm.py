@@ -213,14 +213,20 @@ def _empty_gradients(
     )
 
 
+def _triton_backward(
+    results: tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]], z: Tensor, i: Tensor, f: Tensor, o: Tensor,
+    bias: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor, save: bool,
+) -> None:  # fmt: skip
+    h_all, c_all, n_all, m_all, (gates,) = results
+    triton_slstm.backward(gates, recurrent, h, c, n, m, h_all, c_all, n_all, m_all, h_all, None, None, z.dtype)
+
+
 _forward_op = register_operator("slstm", _forward, _empty_states)
 _backward_op = register_operator("slstm_backward", _backward, _empty_gradients)
 _triton_forward_op = register_operator(
     "triton_slstm",
     triton_slstm.forward,
     triton_slstm.empty_states,
-    then=lambda results, z, i, f, o, bias, recurrent, h, c, n, m, save: triton_slstm.backward(
-        results[4][0], recurrent, h, c, n, m, *results[:4], results[0], None, None, z.dtype
-    ),
+    then=_triton_backward,
 )
 _triton_backward_op = register_operator("triton_slstm_backward", triton_slstm.backward, _empty_gradients)
