@@ -29,15 +29,16 @@ from unittest import mock
 import torch
 
 from benchmarks import machine_code
-from statetrack.ops import Precision, triton_ahead, triton_common
+from statetrack.ops import Precision, triton_ahead, triton_common, triton_slstm
 from statetrack.ops.triton_ahead import Visit
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
 
 SHARED_MEMORY = 227 * 1024
 """The most that a program may have on Hopper, in bytes."""
 _REGISTERS = 65_536
-Case = tuple[Transition | EigenvalueRange, dict[str, torch.Tensor]]
-"""A transition and the other arguments of the recurrence, or a range and those of `triton_selective.selective_scan`."""
+Case = tuple[Transition | EigenvalueRange | None, dict[str, torch.Tensor]]
+"""A transition and the other arguments of the recurrence, a range and those of `triton_selective.selective_scan`, or
+None and those of `slstm`."""
 
 
 def householder(
@@ -74,6 +75,13 @@ def selective(dtype: torch.dtype, k: int, v: int, *, lower_end: bool = False, b:
     return EigenvalueRange(-1, 1), inputs
 
 
+def slstm(dtype: torch.dtype, k: int, v: int, *, b: int = 1, t: int = 2048) -> Case:
+    n = min(k, triton_slstm.LARGEST_HEAD)
+    inputs = {name: torch.randn(b, t, 2, n).to(dtype) for name in "zifo"}
+    inputs |= {"bias": torch.randn(2, 4 * n), "recurrent": torch.randn(2, n, 4 * n)}
+    return None, inputs | {name: torch.rand(b, 2, n) for name in "hcnm"}
+
+
 def _written(dtype: torch.dtype, k: int, v: int, b: int, t: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(b, t, 2, size).to(dtype) for name, size in (("q", k), ("v", v), ("write", k))}
 
@@ -84,6 +92,7 @@ OPS: dict[str, list[Callable[..., Case]]] = {
     "discretized": [discretized, functools.partial(discretized, lower_end=True)],
     "low_rank": [low_rank],
     "selective": [selective, functools.partial(selective, lower_end=True)],
+    "slstm": [slstm],
 }
 
 
@@ -154,8 +163,14 @@ def stand_in_for_hopper() -> None:
 
 
 def _run(
-    module: Any, transition: Transition | EigenvalueRange, inputs: dict[str, torch.Tensor], precision: Precision
+    module: Any, transition: Transition | EigenvalueRange | None, inputs: dict[str, torch.Tensor], precision: Precision
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if transition is None:
+        parts, states = ([inputs[name] for name in names] for names in ("zifo", "hcnm"))
+        h, c, _, _ = importlib.import_module("statetrack.ops.slstm").slstm(
+            parts, inputs["bias"], inputs["recurrent"], states, "triton"
+        )
+        return h, c
     if isinstance(transition, EigenvalueRange):
         optional = {"lower_end": None, "initial_state": None}
         return module.selective_scan(**optional | inputs, eigenvalue_range=transition)  # type: ignore[no-any-return]
@@ -216,10 +231,12 @@ def parse_launch(text: str) -> tuple[str, triton_common.Launch]:
 def replace_launches(op: str, launches: dict[str, triton_common.Launch]) -> None:
     """Puts launch options into an op's tables, for every size of key."""
     backend = importlib.import_module(f"statetrack.ops.triton_{op}")
-    for table in (getattr(backend, name) for name in ("_TABLE", "_TABLE_FLOAT32") if hasattr(backend, name)):
+    names = ("_TABLE", "_TABLE_FLOAT32", "_TABLE_NARROW")
+    for table in (getattr(backend, name) for name in names if hasattr(backend, name)):
         for kernel, launch in launches.items():
             if kernel in table:
-                table[kernel] = dict.fromkeys(table[kernel], launch)
+                sizes = table[kernel]
+                table[kernel] = dict.fromkeys(sizes, launch) if isinstance(sizes, dict) else launch
 
 
 def main() -> int:

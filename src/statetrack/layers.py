@@ -581,7 +581,7 @@ def head_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         y = layer_norm(x, eps, weight.dtype).flatten(2) * weight + bias
     else:
         y = F.group_norm(accumulated(x).flatten(0, 1).flatten(1), x.shape[2], weight, bias, eps)
-    return y.view(*x.shape[:2], -1).to(x.dtype)
+    return y.view(*x.shape[:2], len(weight)).to(x.dtype)
 
 
 def layer_norm(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

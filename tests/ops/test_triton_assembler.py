@@ -36,12 +36,12 @@ def on(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     triton_assembler._warn.cache_clear()
 
-    def version(arch, backend="cuda"):
+    def version(arch, backend="cuda", current=None):
         target = SimpleNamespace(arch=arch, backend=backend)
-        active = SimpleNamespace(get_current_target=lambda: target)
+        active = SimpleNamespace(get_current_target=lambda: SimpleNamespace(arch=current or arch, backend=backend))
         monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
-        kernel = SimpleNamespace(compile=lambda: compiler.get_ptxas(arch).version)
-        kernel._do_compile = lambda: kernel.compile()
+        kernel = SimpleNamespace(compile=lambda target: compiler.get_ptxas(arch).version)
+        kernel._do_compile = lambda: kernel.compile(target=target)
         use_newer_assembler(kernel)
         return kernel._do_compile()
 
@@ -53,6 +53,12 @@ def on(monkeypatch):
 )
 def test_it_is_the_newer_one_on_hopper_alone(arch, backend, expected, on):
     assert on(arch, backend) == expected
+
+
+def test_what_counts_is_the_gpu_that_a_kernel_is_for(on):
+    """Threads in the background have the first GPU as the current one."""
+    assert on(HOPPER, current=AMPERE) == "12.9"
+    assert on(AMPERE, current=HOPPER) == "12.8"
 
 
 def test_what_the_user_has_chosen_stays(on, monkeypatch):

@@ -8,7 +8,7 @@ from triton_cases import needs_triton, run_compiler
 @needs_triton
 # Whole and with segments, and with what high precision adds.
 @pytest.mark.parametrize("options", [[], ["--processors", "132"], ["--precision", "high"]], ids=" ".join)
-@pytest.mark.parametrize("op", ["householder", "diagonal", "discretized", "low_rank", "selective"])
+@pytest.mark.parametrize("op", ["householder", "diagonal", "discretized", "low_rank", "selective", "slstm"])
 def test_every_kernel_compiles_and_fits(op, options, tmp_path):
     check(op, ["64"], options, tmp_path)
 

@@ -106,7 +106,7 @@ class SLSTM(Mixer):
         inputs = [self.z_proj(x), self.i_proj(seen), self.f_proj(seen), self.g_proj(x)]
         inputs = [part.unflatten(-1, (self.num_heads, self.head_dim)) for part in inputs]
         parameters = accumulated(self.bias), accumulated(self.recurrent)
-        before = [accumulated(state[name]) for name in _STATES]
+        before = [state[name].to(parameters[1].dtype) for name in _STATES]
         if cu_seqlens is None:
             states = slstm(inputs, *parameters, before)
             h, ends = states[0], [values[:, -1] for values in states]

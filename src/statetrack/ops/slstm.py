@@ -41,7 +41,7 @@ def slstm(
     Args:
         inputs: what the inputs say of z, i, f and o: each [B, T, H, N], in any floating dtype.
         bias: [H, 4 N].
-        recurrent: R [H, N, 4 N], float32 or float64, which is what everything is computed in; bias and states are too.
+        recurrent: R [H, N, 4 N], float32 or float64, which is what everything is computed in.
         state: h, c, n, m before the first token, each [B, H, N]. At the start h = c = n = 0 and m = -inf.
         backend: "torch", "triton", or "auto" for the faster that serves these tensors.
 
@@ -56,6 +56,7 @@ def slstm(
         if reason is not None and backend == "triton":
             raise ValueError(f"backend 'triton' can't serve sLSTM: {reason}")
         use_triton = reason is None
+    bias, state = bias.to(recurrent.dtype), [x.to(recurrent.dtype) for x in state]
     if is_vmapped():
         return vmapped(partial(_replicas, use_triton), *inputs, bias, recurrent, *state)  # type: ignore[no-any-return]
     return _run(use_triton, *inputs, bias.unsqueeze(0), recurrent.unsqueeze(0), *state)
@@ -116,7 +117,7 @@ def _forward(
     groups = len(recurrent)
     with torch.autocast(z.device.type, enabled=False):
         gates = torch.cat([x.to(recurrent.dtype) for x in (z, i, f, o)], -1)
-        gates = _by_heads(gates, groups) + bias.flatten(0, 1).unsqueeze(1)
+        gates = (_by_heads(gates, groups) + bias.flatten(0, 1).unsqueeze(1)).contiguous()
         matrix = recurrent.flatten(0, 1)
         h, c, n, m = (_by_heads(start.unsqueeze(1), groups)[0] for start in (h, c, n, m))
         states: list[States] = []

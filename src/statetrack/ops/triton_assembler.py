@@ -56,7 +56,8 @@ _in_place: ContextVar[Any] = ContextVar("the assembler in the place of Triton's"
 def _assembled(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(compile_kernel)
     def compile_with(*arguments: Any, **options: Any) -> Any:
-        token = _in_place.set(_newer())
+        # Triton says what it compiles for; the current device may be another, in a thread of its own for one.
+        token = _in_place.set(_newer(options.get("target")))
         try:
             return compile_kernel(*arguments, **options)
         finally:
@@ -65,9 +66,9 @@ def _assembled(compile_kernel: Callable[..., Any]) -> Callable[..., Any]:
     return compile_with
 
 
-def _newer() -> Any:
-    """The assembler to take in the place of Triton's own, or None."""
-    target = import_module("triton").runtime.driver.active.get_current_target()
+def _newer(target: Any) -> Any:
+    """The assembler to take in the place of Triton's own, or None; a target of None is the current device."""
+    target = target or import_module("triton").runtime.driver.active.get_current_target()
     nvidia = import_module("triton.knobs").nvidia
     if target.backend != "cuda" or target.arch != _HOPPER or _chosen_by_the_user(nvidia):
         return None

@@ -7,6 +7,7 @@ at run time.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,14 +87,18 @@ def kernels(*modules: str) -> Any:
     return triton_ahead.visitors(found) if triton_ahead.is_visited() else found
 
 
+_preparing = threading.Lock()
+
+
 @cache
 def _kernels(*modules: str) -> Any:
     found: dict[str, Any] = {}
     for module in modules:
         found |= vars(import_module(f"statetrack.ops.kernels.{module}"))
-    for kernel in found.values():
-        use_newer_assembler(kernel)
-        triton_ahead.compile_ahead(kernel)
+    with _preparing:  # or two threads that need the same kernels first would wrap them twice
+        for kernel in found.values():
+            use_newer_assembler(kernel)
+            triton_ahead.compile_ahead(kernel)
     return SimpleNamespace(**found)
 
 

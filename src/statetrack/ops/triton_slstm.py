@@ -15,7 +15,7 @@ from torch import Tensor
 
 from statetrack.ops.triton_common import contiguous, kernels, power_of_two, sum_parts, unavailable
 
-_LARGEST_HEAD = 64
+LARGEST_HEAD = 64
 """The most channels of a head: R is 16 N^2 bytes, which a multiprocessor must hold."""
 _NARROW_HEAD = 32  # up to which four warps have the registers for it
 _ROWS = 16  # of a program: as many as a tensor core takes at least, for as many programs as possible
@@ -29,8 +29,8 @@ def supports(inputs: Sequence[Tensor], recurrent: Tensor) -> str | None:
         return reason
     if recurrent.dtype != torch.float32:
         return f"the kernels of sLSTM compute in float32, not {recurrent.dtype}"
-    if recurrent.shape[-2] > _LARGEST_HEAD:
-        return f"the kernels of sLSTM serve heads of up to {_LARGEST_HEAD} channels, not {recurrent.shape[-2]}"
+    if recurrent.shape[-2] > LARGEST_HEAD:
+        return f"the kernels of sLSTM serve heads of up to {LARGEST_HEAD} channels, not {recurrent.shape[-2]}"
     return None
 
 
@@ -85,10 +85,10 @@ def backward(
             **constants | ({"num_warps": 2} if size <= _NARROW_HEAD else {}),
         )
     sums = sum_parts(parts, h.new_empty(groups, heads, size + 1, width))
-    d_recurrent, d_bias = sums[:, :, :size].contiguous(), sums[:, :, size].contiguous()
+    d_recurrent, d_bias = (x.clone(memory_format=torch.contiguous_format) for x in sums.split([size, 1], 2))
     return (
         *(d_inputs[0], d_inputs[1], d_inputs[2], d_inputs[3]),
-        *(d_bias, d_recurrent),
+        *(d_bias.squeeze(2), d_recurrent),
         *(d_starts[0], d_starts[1], d_starts[2]),
     )
 
