@@ -558,6 +558,18 @@ def test_provenance_names_machine_versions_and_command() -> None:
     assert all(entries.values())
 
 
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("/usr/bin/statetrack", "statetrack reproduce parity --out 'a b'"),
+        ("/lib/statetrack/__main__.py", "python -m statetrack reproduce parity --out 'a b'"),
+    ],
+)
+def test_the_command_is_one_that_can_be_given_again(program: str, expected: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [program, "reproduce", "parity", "--out", "a b"])
+    assert provenance()["Command"] == expected
+
+
 def test_records_and_tables_need_no_matplotlib() -> None:
     code = "import sys, statetrack.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -29,7 +29,7 @@ def provenance(command: str | None = None, *, device: str = "cuda") -> dict[str,
     cores = available_cores()
     accelerated = torch.device(device).type == "cuda" and torch.cuda.is_available()
     entries = {
-        "Command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "Command": command or f"{_program()} {shlex.join(sys.argv[1:])}".strip(),
         "Machine": f"{_processor()}, {cores} core{'s' * (cores != 1)}",
         "Accelerator": torch.cuda.get_device_name(device) if accelerated else "none",
         "System": f"{platform.system()} {platform.release()}",
@@ -45,6 +45,11 @@ def run_origin(device: str) -> dict[str, str]:
     """The provenance of all runs that this process makes on a device, with the day of the first."""
     origin = provenance(device=device)
     return {name: value for name, value in origin.items() if name != "Command"} | {"Date": origin["Date"][:10]}
+
+
+def _program() -> str:
+    path = Path(sys.argv[0])
+    return f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name
 
 
 def _processor() -> str:
