@@ -95,7 +95,8 @@ def test_decays_of_one_size_agree_with_the_reference(size, n, path):
 
 
 @interpreted
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # in the half of a tile that is masked
+# In the half of a tile that is masked; on some processors numpy also says so of the product after that.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 def test_decays_whose_product_over_a_chunk_exceeds_2_to_the_63_agree_with_the_reference(path):
     case = make_case(1, 32, 1, 1, 8, 5, decay="head", **FLOAT32)
     decay = torch.full_like(case.transition.decay, 10.0)
@@ -188,7 +189,9 @@ def test_operators_are_what_they_say(path):
     ("t", "beta"), [(1024, 2.0), (256, 1.9), (512, parity_bits)], ids=["beta=2", "beta=1.9", "parity bits"]
 )
 def test_one_key_repeated(t, beta, path):
-    check_against_reference(one_key(t, beta, k=16), "triton", 2e-5)
+    # Up to 2e-5, or up to 3.5e-5 where numpy multiplies by OpenBLAS's kernels for AVX2 (OPENBLAS_CORETYPE=Haswell), which
+    # round the product of two equal keys differently in different places of a tile; tensor cores don't.
+    check_against_reference(one_key(t, beta, k=16), "triton", 5e-5)
 
 
 @interpreted
