@@ -189,8 +189,8 @@ def test_operators_are_what_they_say(path):
     ("t", "beta"), [(1024, 2.0), (256, 1.9), (512, parity_bits)], ids=["beta=2", "beta=1.9", "parity bits"]
 )
 def test_one_key_repeated(t, beta, path):
-    # Up to 2e-5, or up to 3.5e-5 where numpy multiplies by OpenBLAS's kernels for AVX2 (OPENBLAS_CORETYPE=Haswell), which
-    # round the product of two equal keys differently in different places of a tile; tensor cores don't.
+    # Up to 2e-5, or up to 3.5e-5 where numpy multiplies by OpenBLAS's kernels for AVX2 (OPENBLAS_CORETYPE=Haswell),
+    # which round the product of two equal keys differently in different places of a tile; tensor cores don't.
     check_against_reference(one_key(t, beta, k=16), "triton", 5e-5)
 
 
