@@ -30,6 +30,7 @@ import torch
 
 from benchmarks import machine_code
 from statetrack.ops import Precision, triton_ahead, triton_common, triton_slstm
+from statetrack.ops.slstm import slstm as slstm_states
 from statetrack.ops.triton_ahead import Visit
 from statetrack.transition import Diagonal, Discretized, EigenvalueRange, Householder, LowRank, Transition
 
@@ -118,13 +119,15 @@ def keys(case: Case, op: str, *, processors: int = 1) -> set[tuple[str, str]]:
     """
     found: set[tuple[str, str]] = set()
 
-    def note(name: str, function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        *_, bind = function.device_caches[0]
-        _, specialization, others = bind(*arguments, **options)
-        found.add((name, repr((specialization, others))))
-
-    launches(case, op, note, processors=processors)
+    launches(case, op, lambda *launch: found.add(key_of(*launch)), processors=processors)
     return found
+
+
+def key_of(name: str, function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[str, str]:
+    """The same of one launch: its kernel's name, and what triton tells compiled kernels of that apart by."""
+    *_, bind = function.device_caches[0]
+    _, specialization, others = bind(*arguments, **options)
+    return name, repr((specialization, others))
 
 
 def launches(case: Case, op: str, visit: Visit, *, processors: int = 1, precision: Precision = "default") -> None:
@@ -167,9 +170,7 @@ def _run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if transition is None:
         parts, states = ([inputs[name] for name in names] for names in ("zifo", "hcnm"))
-        h, c, _, _ = importlib.import_module("statetrack.ops.slstm").slstm(
-            parts, inputs["bias"], inputs["recurrent"], states, "triton"
-        )
+        h, c, _, _ = slstm_states(parts, inputs["bias"], inputs["recurrent"], states, "triton")
         return h, c
     if isinstance(transition, EigenvalueRange):
         optional = {"lower_end": None, "initial_state": None}
@@ -235,8 +236,7 @@ def replace_launches(op: str, launches: dict[str, triton_common.Launch]) -> None
     for table in (getattr(backend, name) for name in names if hasattr(backend, name)):
         for kernel, launch in launches.items():
             if kernel in table:
-                sizes = table[kernel]
-                table[kernel] = dict.fromkeys(sizes, launch) if isinstance(sizes, dict) else launch
+                table[kernel] = dict.fromkeys(table[kernel], launch)
 
 
 def main() -> int:

@@ -578,7 +578,7 @@ def head_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     weight, bias = accumulated(weight), accumulated(bias)
     if triton_norm.serves(x):
         # PyTorch's group norm has a block of threads for each group, which is long for short heads.
-        y = layer_norm(x, eps, weight.dtype).flatten(2) * weight + bias
+        y = triton_norm.add_and_norm(x, None, None, eps, weight.dtype, center=True)[1].flatten(2) * weight + bias
     else:
         y = F.group_norm(accumulated(x).flatten(0, 1).flatten(1), x.shape[2], weight, bias, eps)
     return y.view(*x.shape[:2], len(weight)).to(x.dtype)
@@ -604,7 +604,7 @@ class HeadNorm(nn.Module):
 
     def __init__(self, heads: int, size: int, eps: float) -> None:
         super().__init__()
-        self.heads, self.eps = heads, eps
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(heads * size))
         self.bias = nn.Parameter(torch.zeros(heads * size))
 

@@ -11,16 +11,10 @@ from unittest import mock
 
 import torch
 
-from benchmarks.kernel_resources import stand_in_for_hopper
+from benchmarks.kernel_resources import key_of, stand_in_for_hopper
 from statetrack.config import from_data
 from statetrack.model import LanguageModel, ModelConfig
 from statetrack.ops import triton_ahead, triton_common
-
-
-def keys_of(name, kernel, arguments, options):
-    *_, bind = kernel.device_caches[0]
-    _, specialization, others = bind(*arguments, **options)
-    return name, repr((specialization, others))
 
 
 def main(mixer: str, processors: int) -> list:
@@ -32,9 +26,9 @@ def main(mixer: str, processors: int) -> list:
 
     def launch(*given):
         call, triton_ahead._here.call = triton_ahead._here.call, None
-        if call and next(x for x in call[2] if isinstance(x, torch.Tensor)).requires_grad:
-            triton_ahead.rehearse(*call, lambda *given: foreseen.add(keys_of(*given)))
-        key = keys_of(*given)
+        if call and any(isinstance(x, torch.Tensor) and x.requires_grad for x in call[2]):
+            triton_ahead.rehearse(*call, lambda *given: foreseen.add(key_of(*given)))
+        key = key_of(*given)
         if key not in foreseen | launched:
             late.append(key)
         launched.add(key)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from triton_cases import needs_triton, run_compiler
+from triton_cases import check_prepared_once, needs_triton, run_compiler
 
 from statetrack.ops import triton_ahead
 from statetrack.ops.triton_ahead import compile_ahead, foreseen
@@ -229,7 +229,7 @@ def test_without_threads_kernels_are_compiled_where_they_are_launched(operator, 
     assert log[-1] == ("launched", "kernel (2,)")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system, as Windows, has no fork")
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 def test_a_forked_process_compiles_by_itself(operator):
     forward, backward, log, kernel = operator()
@@ -260,10 +260,4 @@ def test_tensors_without_memory_are_aligned_as_those_that_they_stand_for(offset)
 
 
 def test_a_kernel_is_prepared_once_and_other_things_not_at_all():
-    kernel, other = SimpleNamespace(_do_compile=lambda: None), SimpleNamespace()
-    compile_ahead(kernel)
-    once = kernel._do_compile
-    compile_ahead(kernel)
-    compile_ahead(other)
-    assert kernel._do_compile is once
-    assert not vars(other)
+    check_prepared_once(compile_ahead)

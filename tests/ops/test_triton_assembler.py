@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from triton_cases import needs_triton, run_compiler
+from triton_cases import check_prepared_once, needs_triton, run_compiler
 
 from statetrack.ops import triton_assembler
 from statetrack.ops.triton_assembler import use_newer_assembler
@@ -132,10 +132,4 @@ def test_a_failed_compilation_leaves_tritons_choice(on):
 
 
 def test_a_kernel_is_prepared_once_and_other_things_not_at_all():
-    kernel, other = SimpleNamespace(_do_compile=lambda: None), SimpleNamespace()
-    use_newer_assembler(kernel)
-    once = kernel._do_compile
-    use_newer_assembler(kernel)
-    use_newer_assembler(other)
-    assert kernel._do_compile is once
-    assert not vars(other)
+    check_prepared_once(use_newer_assembler)

@@ -76,15 +76,16 @@ def test_gates_that_overflow_an_exponential_are_stabilized():
     assert all(relative_error(a, e) < 1e-3 for a, e in zip(computed[:3], expected[:3], strict=True))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
-def test_operators_tell_the_truth_about_themselves(backend):
-    """Two groups of two rows, with parameters of their own."""
+def test_operators_tell_the_truth_about_themselves(backend, groups):
+    """Groups of rows have parameters of their own; of a single group a permuted tensor need not be a copy."""
     forward, backward = {
         "torch": (operators._forward_op, operators._backward_op),
         "triton": (operators._triton_forward_op, operators._triton_backward_op),
     }[backend]
     inputs = make_inputs(4, 3, 2, 5, start=False)
-    inputs[4:6] = torch.randn(2, 2, 20), torch.randn(2, 2, 5, 20)
+    inputs[4:6] = torch.randn(groups, 2, 20), torch.randn(groups, 2, 5, 20)
     for save in (True, False):
         torch.library.opcheck(forward, (*inputs, save), test_utils=("test_schema", "test_faketensor"))
     *states, gates = forward(*inputs, True)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +45,17 @@ def run_compiler(*arguments, **environment):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def check_prepared_once(prepare):
+    """That a kernel given a second time stays as it is, and that what is no kernel does at once."""
+    kernel, other = SimpleNamespace(_do_compile=lambda: None), SimpleNamespace()
+    prepare(kernel)
+    once = kernel._do_compile
+    prepare(kernel)
+    prepare(other)
+    assert kernel._do_compile is once
+    assert not vars(other)
 
 
 def short_segments(monkeypatch):

@@ -8,7 +8,6 @@ It has no state-transition matrix and so no eigenvalue range.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -110,7 +109,7 @@ class LSTM(Mixer):
         dtype = product_dtype(x)
         if widened:
             x, h, c = (y.to(weights[0].dtype) for y in (x, h, c))
-        with torch.autocast("cpu", enabled=False) if widened else nullcontext():
+        with torch.autocast("cpu", enabled=False):  # which is nothing to a GPU
             output, h, c = torch.lstm(x, (h.unsqueeze(0), c.unsqueeze(0)), weights, True, 1, 0.0, False, False, True)
         output, h, c = (y.to(dtype) if widened else y for y in (output, h, c))
         return output, {"h": h.squeeze(0), "c": c.squeeze(0)}

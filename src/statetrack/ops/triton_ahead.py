@@ -30,15 +30,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from statetrack.machine import available_cores
+
 
 def _threads() -> int:
     """How many compile at once, beside the one that needs the kernels: of this process's share of the cores.
 
     Triton's own compiler is half Python, which takes turns; assemblers and C compilers run at once.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # of torchrun, on this host
-    return max(0, min(8, cores // processes - 1))
+    return max(0, min(8, available_cores() // processes - 1))
 
 
 Visit = Callable[[str, Any, tuple[Any, ...], dict[str, Any]], None]
@@ -188,9 +189,8 @@ def _foresee(work: _Work) -> None:
     if call is None or not work.threads:
         return
     function, then, arguments = call
-    tensors = [x for x in arguments if isinstance(x, Tensor)]
-    x = next((x for x in tensors if x.requires_grad), None)
-    if x is None or not _trains(x):
+    x = next((x for x in arguments if isinstance(x, Tensor) and _trains(x)), None)
+    if x is None:
         return
 
     def note(name: str, kernel: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:

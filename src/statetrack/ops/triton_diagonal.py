@@ -107,11 +107,11 @@ _TABLE_FLOAT32: dict[str, dict[int, Launch]] = {
 }
 # float32 with a decay a head, up to 16 keys and 33 to 64 values, as in small models of mLSTM, whose normalizer is one
 # value more: 0.10 ms a scan of 768 rows of 40 tokens in place of 0.24, and 0.15 for the gradients in place of 0.25.
-_TABLE_NARROW: dict[str, Launch] = {
-    "prepare_heads": Launch(32, 2, 1),
-    "scan_forward": Launch(64, 4, 1),
-    "scan_backward": Launch(64, 4, 1),
-    "gradients_heads": Launch(32, 2, 1),
+_TABLE_NARROW: dict[str, dict[int, Launch]] = {
+    "prepare_heads": {16: Launch(32, 2, 1)},
+    "scan_forward": {16: Launch(64, 4, 1)},
+    "scan_backward": {16: Launch(64, 4, 1)},
+    "gradients_heads": {16: Launch(32, 2, 1)},
 }
 # The width of the tiles of values of the kernels that cut keys, by the size of an operand in bytes.
 _VALUES = {2: 64, 4: 32}
@@ -163,7 +163,7 @@ class _Shape:
         if self.operand != torch.float32:
             return _TABLE[kernel][max(64, self.block_k)]
         if self.block_k == 16 and power_of_two(self.value_dim) == 64 and not self.by_channel:
-            return _TABLE_NARROW[kernel]
+            return _TABLE_NARROW[kernel][self.block_k]
         return _TABLE_FLOAT32[kernel][max(64, self.block_k)]
 
     def whole(self, kernel: str) -> dict[str, Any]:

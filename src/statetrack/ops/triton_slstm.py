@@ -38,15 +38,15 @@ def forward(
     z: Tensor, i: Tensor, f: Tensor, o: Tensor,
     bias: Tensor, recurrent: Tensor, h: Tensor, c: Tensor, n: Tensor, m: Tensor, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:  # fmt: skip
-    states = [recurrent.new_empty(z.shape) for _ in range(4)]
-    gates = recurrent.new_empty(4, *z.shape) if save else None
+    results = empty_states(z, i, f, o, bias, recurrent, h, c, n, m, save)
+    *states, tape = results
     with torch.cuda.device_of(recurrent):
         arguments, constants = _sizes(z, recurrent)
         _kernels().forward[(recurrent.shape[0] * recurrent.shape[1], _programs(z, recurrent))](
-            *_contiguous(z, i, f, o, bias, recurrent, h, c, n, m), *states, gates, *arguments,
+            *_contiguous(z, i, f, o, bias, recurrent, h, c, n, m), *states, tape[0] if save else None, *arguments,
             **constants, BB=_ROWS, SAVE=save,
         )  # fmt: skip
-    return states[0], states[1], states[2], states[3], [] if gates is None else [gates]
+    return results
 
 
 def empty_states(
