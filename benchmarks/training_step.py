@@ -3,6 +3,7 @@
     python -m benchmarks.training_step                    # one CPU thread: results/cpu/training.json
     python -m benchmarks.training_step --device cuda      # results/training/<device>.json
     python -m benchmarks.training_step --device cuda --peer   # also flash-linear-attention; autotunes for two minutes
+    python -m benchmarks.training_step --device cuda --in-turn   # the models of `statetrack reproduce formal-languages`
 
 A step is all of it: drawing the batch, forward, backward, clipping, AdamW and its learning rate. Ours is the loop of
 `statetrack train`. The plain loop has the same models (`benchmarks.plain_models`, same weights, and checked here to
@@ -227,6 +228,44 @@ def gpu_row(
             "first_steps_seconds": first}  # fmt: skip
 
 
+TABLE = ("attention", "mlstm", "slstm", "mamba", "mamba", "deltanet", "deltanet")
+"""The models of the formal-language table; those that are there twice have either range, which costs the same."""
+
+TABLE_STEPS = 20_000 + 2 * 100_000
+"""Of each seed under the released protocol: parity, and arithmetic without and with brackets."""
+
+
+def in_turn_rows(shortest: int, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Steps of the table's models, several seeds together in bfloat16, alone and in turn as grids take them."""
+    cases = {case.mixer: case for case in GPU_CASES}
+    groups = [our_steps(cases[mixer].config(shortest, "bfloat16"), seeds, fixed=True, device="cuda") for mixer in TABLE]
+    counts = [iter(range(STEPS)) for _ in groups]
+
+    def in_turn(members: Sequence[int]) -> Steps:
+        def loop(steps: int) -> None:
+            for _ in range(steps):
+                for index in members:
+                    with groups[index].turn():
+                        groups[index](next(counts[index]))
+
+        return loop
+
+    alone = [[index] for index in range(len(groups))]
+    for members in alone:
+        in_turn(members)(400)  # so many that all graphs are there
+    for most, lots in ((1, alone), (2, [[0, 1], [2, 3], [4, 5], [6]]), (4, [[0, 1, 2, 3], [4, 5, 6]])):
+        times = gpu_times({str(members): in_turn(members) for members in lots}, rounds=5, steps=80)
+        total = sum(times.values())
+        yield {
+            "in_turn": most,
+            "lengths": [shortest, cases["deltanet"].length],
+            "seeds": len(seeds),
+            "median_ms": [{"of": [TABLE[i] for i in members], "ms": times[str(members)]} for members in lots],
+            "ms_a_seed": total / len(groups) / len(seeds),
+            "table_minutes": total * TABLE_STEPS * 3 / len(seeds) / 60_000,
+        }
+
+
 def profile(case: Case, seeds: Sequence[int], precision: PrecisionOnTask, device: str) -> str:
     """The operations of five steps that take the device longest, as a table."""
     loop = our_loop(our_steps(case.config(precision=precision), seeds, fixed=False, device=device))
@@ -298,12 +337,26 @@ def main() -> None:
         help="on a GPU: of the captured steps; a profile is of the first one",
     )  # fmt: skip
     parser.add_argument("--profile", type=int, metavar="SEEDS", help="only say where the steps of so many seeds go")
+    parser.add_argument("--in-turn", action="store_true", help="on a GPU: only what grids do, several models in turn")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     on_gpu = options.device == "cuda"
+    if options.in_turn and not on_gpu:
+        parser.error("models take turns on a GPU alone; give --device cuda too")
     if not on_gpu:
         torch.set_num_threads(1)
     rows, console = [], Console()
+    if options.in_turn:
+        for row in in_turn_rows(3, range(3)):
+            rows.append(row)
+            shown = {name: round(row[name], 3) for name in ("ms_a_seed", "table_minutes")}
+            console.print(f"{row['in_turn']} in turn", shown)
+        what = (
+            "wall-clock time of a step of each of some models in turn, 80 steps at once; ms_a_seed is the share of a "
+            f"model and seed, table_minutes what {TABLE_STEPS:,} steps of all 7 models with 3 seeds take"
+        )
+        _write(options.out or ROOT / "results/training/gpu-in-turn.json", what, rows, on_gpu=True)
+        return
     for case in GPU_CASES if on_gpu else CPU_CASES:
         if options.cases not in case.name:
             continue
@@ -326,15 +379,19 @@ def main() -> None:
         if on_gpu
         else "CPU time of a training step of one thread, the loops taking turns"
     )
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
     out = options.out or ROOT / "results" / ("training/gpu.json" if on_gpu else "cpu/training.json")
-    packages = ["statetrack", "fla-core", *(["triton"] if on_gpu else [])]
-    write_results(out, {"what": what, "environment": environment(packages) | {"device": device}, "results": rows})
+    _write(out, what, rows, on_gpu=on_gpu)
     names = list(rows[0]["median_ms"]) if rows else []
     table = Table("case", *(f"{name}, ms" for name in names))
     for row in rows:
         table.add_row(row["case"], *(f"{row['median_ms'].get(name, float('nan')):.2f}" for name in names))
     console.print(table)
+
+
+def _write(out: Path, what: str, rows: Sequence[dict[str, Any]], *, on_gpu: bool) -> None:
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    packages = ["statetrack", "fla-core", *(["triton"] if on_gpu else [])]
+    write_results(out, {"what": what, "environment": environment(packages) | {"device": device}, "results": rows})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Experiments: how their files are read, and that a grid runs on worker processes, stops and goes on."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
 from statetrack import EigenvalueRange
 from statetrack.cli import main
@@ -18,7 +20,7 @@ from statetrack.experiments.experiment import read_experiment
 from statetrack.experiments.runner import finished_records
 from statetrack.report.record import group
 from statetrack.runs import RunDirectory
-from statetrack.training import train, train_together
+from statetrack.training import train, training_steps
 
 SMALL = {
     "title": "small",
@@ -44,15 +46,14 @@ SMALL = {
 HYBRID = [{"name": "deltanet", "num_heads": 2}, {"name": "mamba", "eigenvalue_range": [0, 1]}]
 
 
-def run_here(experiment, out, monkeypatch, together=8):
+def run_here(experiment, out, monkeypatch, together=8, in_turn=1):
     """What a worker of `run_experiment` makes of the runs, seeds together, without seconds for a process to start."""
     monkeypatch.setattr(runner, "_events", queue.Queue(), raising=False)
     monkeypatch.setattr(runner, "_stop", threading.Event(), raising=False)
     monkeypatch.setattr(runner, "_device", "cpu", raising=False)
     records = []
-    for indices in runner._groups(experiment.runs, together):
-        runs = [experiment.runs[index] for index in indices]
-        records += runner._run(indices, runs, [out / run.name for run in runs], 0)
+    for lot in runner._lots(experiment.runs, runner._groups(experiment.runs, together), in_turn):
+        records += runner._run(runner._jobs(experiment, out, lot), 0)
     return records
 
 
@@ -251,12 +252,12 @@ def test_a_run_that_raises_is_given_up_and_the_others_of_its_group_go_on(tmp_pat
     def breaks_for_seed_3(configs, *args, **options):
         seeds = [config.training.seed for config in configs]
         calls.append(seeds)
-        outcomes = train_together(configs, *args, **options)
+        outcomes = yield from training_steps(configs, *args, **options)
         if 3 in seeds:
             raise RuntimeError("out of\nmemory")
         return outcomes
 
-    monkeypatch.setattr(runner, "train_together", breaks_for_seed_3)
+    monkeypatch.setattr(runner, "training_steps", breaks_for_seed_3)
     failed, done = run_here(experiment, tmp_path, monkeypatch)
     assert calls == [[3, 4], [3], [4]]
     assert (failed.failed, failed.seed, done.failed, done.seed) == ("RuntimeError: out of memory", 3, None, 4)
@@ -270,19 +271,84 @@ def test_a_run_that_raises_is_given_up_and_the_others_of_its_group_go_on(tmp_pat
     (damaged, _) = run_here(experiment, tmp_path, monkeypatch)
     assert "is damaged and does not say why" in damaged.failed
     assert calls[3:] == []
-    monkeypatch.setattr(runner, "train_together", train_together)
+    monkeypatch.setattr(runner, "training_steps", training_steps)
     runner.forget_failures(experiment, tmp_path)
     assert [record.failed for record in run_here(experiment, tmp_path, monkeypatch)] == [None, None]
 
 
-def test_a_full_disk_is_no_fault_of_the_run(tmp_path, monkeypatch):
-    def full(*args, **options):
+def test_groups_in_turn_are_trained_as_they_would_be_alone(tmp_path, monkeypatch):
+    longer = {**SMALL["run"][0], "task": "modular_addition:3", "sweep": [{}]}
+    longer["training"] = {**longer["training"], "steps": 7}
+    experiment, steps = read_experiment({**SMALL, "run": [*SMALL["run"], longer]}), []
+
+    def recording(configs, *args, **options):
+        names = [(config.task, str(config.model.mixer.eigenvalue_range)) for config in configs]
+        assert len(set(names)) == 1
+        training = training_steps(configs, *args, **options)
+        while True:
+            steps.append(names[0])
+            try:
+                next(training)
+            except StopIteration as end:
+                return end.value
+            yield
+
+    monkeypatch.setattr(runner, "training_steps", recording)
+    records = run_here(experiment, tmp_path / "grid", monkeypatch, in_turn=2)
+    first, second, third = ("parity", "0,1"), ("parity", "-1,1"), ("modular_addition:3", "-1,1")
+    assert steps == [first, second] * 5 + [third] * 8  # the last says that there are no more
+    steps.clear()
+    run_here(experiment, tmp_path / "three", monkeypatch, in_turn=3)
+    assert steps == [first, second, third] * 5 + [third] * 3
+    for run, record in zip(experiment.runs, records, strict=True):
+        assert (record.seed, record.steps) == (run.config.training.seed, run.config.training.steps)
+        for grid in ("grid", "three"):
+            model = RunDirectory(tmp_path / grid / run.name).load_model()
+            for a, b in zip(model.parameters(), train(run.config).model.parameters(), strict=True):
+                assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_large_models_do_not_take_turns():
+    experiment = read_experiment({**SMALL, "seeds": [0, 1, 2, 3]})
+    groups = runner._groups(experiment.runs, 2)
+    assert groups == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert runner._lots(experiment.runs, groups, 3) == [groups[:3], groups[3:]]
+    assert runner._lots(experiment.runs, groups, 1) == [[group] for group in groups]
+    wide = {**SMALL["run"][0], "model": {"d_model": 512, "num_layers": 8}}
+    wide["training"] = {**wide["training"], "batch_size": 128, "max_length": 64}
+    experiment = read_experiment({**SMALL, "seeds": [0, 1, 2, 3], "run": [wide]})
+    assert runner.MOST_ACTIVATIONS == 128 * 64 * 512 * 8 * 2
+    assert runner._lots(experiment.runs, groups, 3) == [[group] for group in groups]
+    assert runner._lots(experiment.runs, [[0], [1], [2]], 3) == [[[0], [1]], [[2]]]
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_a_full_disk_is_no_fault_of_the_run_and_groups_beside_it_save_what_they_have(tmp_path, monkeypatch, where):
+    def full(configs, *args, **options):
+        training = training_steps(configs, *args, **options)
+        if configs[0].model.mixer.eigenvalue_range == EigenvalueRange(-1, 1):
+            return (yield from training)
+        yield from itertools.islice(training, 2)
+        if where == "training":
+            raise OSError(28, "No space left on device")
+        return (yield from training)
+
+    def full_too(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runner, "train_together", full)
+    table = {**SMALL["run"][0], "training": {**SMALL["run"][0]["training"], "steps": 6}}
+    experiment = read_experiment({**SMALL, "run": [table]}, [3])
+    longer = replace(experiment.runs[1].config, training=replace(experiment.runs[1].config.training, steps=9))
+    experiment = replace(experiment, runs=(experiment.runs[0], replace(experiment.runs[1], config=longer)))
+    monkeypatch.setattr(runner, "training_steps", full)
+    if where == "evaluation":
+        monkeypatch.setattr(runner, "evaluate", full_too)
     with pytest.raises(OSError, match="No space left"):
-        run_here(read_experiment(SMALL), tmp_path, monkeypatch)
+        run_here(experiment, tmp_path, monkeypatch, in_turn=2)
     assert list(tmp_path.glob("*/failure.json")) == []
+    assert RunDirectory(tmp_path / experiment.runs[1].name).weights_step() == {"training": 3, "evaluation": 7}[where]
+    monkeypatch.undo()
+    assert [record.failed for record in run_here(experiment, tmp_path, monkeypatch, in_turn=2)] == [None, None]
 
 
 def test_damaged_files_stop_their_run_alone(tmp_path, monkeypatch):

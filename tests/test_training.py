@@ -11,12 +11,12 @@ import pytest
 import torch
 from forked import FORKED
 
-from statetrack import LanguageModel, mixer_config, seeds
+from statetrack import LanguageModel, mixer_config, seeds, training
 from statetrack.config import TrainingConfig, run_config
 from statetrack.evaluation import evaluate
 from statetrack.runs import RunDirectory, RunError
 from statetrack.tasks import IGNORE, get_task
-from statetrack.training import TrainingError, train
+from statetrack.training import SharedTime, TrainingError, train, training_steps
 from statetrack.training_step import (
     data_generator,
     draw_batch,
@@ -356,3 +356,49 @@ def test_a_backend_that_can_not_compute_the_model_leaves_no_directory(backend, m
 def test_values_of_no_type_or_size_of_training_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TrainingConfig(**options)
+
+
+def test_a_clock_in_common_gives_everybody_a_share(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
+
+    def passes(seconds):
+        now[0] += seconds
+        return shared()
+
+    shared = SharedTime()
+    with shared.in_use():
+        start = shared()
+        assert passes(6) - start == 6
+        with shared.in_use():
+            assert shared.users == 2
+            assert passes(6) - start == 9
+            with shared.stopped():
+                now[0] += 50
+            with shared.in_use():
+                now[0] += 6
+        assert passes(1) - start == 12
+    assert shared.users == 0
+
+
+def test_steps_in_turn_are_those_of_runs_alone_and_share_the_time():
+    configs = [make(seed=seed, steps=steps, log_every=4, checkpoint_every=8) for seed, steps in ((0, 4), (1, 8))]
+    shared, seen = SharedTime(), []
+    began = time.perf_counter()
+    in_turn = [training_steps([c], shared=shared, on_progress=lambda _, p: seen.append(p)) for c in configs]
+    results = {}
+    while len(results) < 2:
+        for index, steps in enumerate(in_turn):
+            try:
+                next(steps)
+            except StopIteration as end:
+                results.setdefault(index, end.value)
+    elapsed = time.perf_counter() - began
+    assert [(progress.step, progress.together) for progress in seen] == [(4, 2), (4, 2), (8, 1)]
+    for index, config in enumerate(configs):
+        (result,), alone = results[index], train(config)
+        assert result.step == config.training.steps
+        assert 0 < result.seconds < elapsed
+        for a, b in zip(result.model.parameters(), alone.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert sum(result.seconds for (result,) in results.values()) <= elapsed

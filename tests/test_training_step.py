@@ -13,7 +13,7 @@ from statetrack.evaluation import evaluate
 from statetrack.ops.vmapped import LinearLayersTogether
 from statetrack.runs import RunDirectory
 from statetrack.tasks import IGNORE, get_task
-from statetrack.training import TrainingError, TrainingResult, train, train_together
+from statetrack.training import TrainingError, TrainingResult, train, train_together, training_steps
 from statetrack.training_step import (
     TrainingStep,
     data_generator,
@@ -283,6 +283,24 @@ def test_runs_trained_together_on_a_gpu_stop_and_go_on(tmp_path):
         assert_alike(result.model.cpu(), directory.load_model(), 0)
         accuracy = evaluate(result.model.to("cuda"), get_task("parity"), [20], sequences=64, device="cuda")
         assert 0 <= accuracy[0].accuracy <= 1
+
+
+@pytest.mark.gpu
+def test_steps_in_turn_on_a_gpu_are_those_of_runs_alone():
+    """Each model has a stream and graphs of its own, and some are captured while others compute."""
+    groups = [seeds_of(make(mixer, steps=60, learning_rate=1e-3), [0, 1]) for mixer in ("deltanet", "mlstm", "mamba")]
+    in_turn = {index: training_steps(group, device="cuda") for index, group in enumerate(groups)}
+    results = {}
+    while in_turn:
+        for index, steps in list(in_turn.items()):
+            try:
+                next(steps)
+            except StopIteration as end:
+                results[index] = end.value
+                del in_turn[index]
+    for index, group in enumerate(groups):
+        for result, alone in zip(results[index], train_together(group, device="cuda"), strict=True):
+            assert_alike(result.model, alone.model, 1e-6)
 
 
 def test_linear_layers_of_replicas_have_the_gradients_of_vmap():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,9 +32,9 @@ class Progress:
         accuracy: share of this step's labels that the model got right.
         learning_rate: of this step.
         tokens_per_second: since training started or went on.
-        seconds: of training so far, those before an interruption included; of runs that are trained together, each has
-            its share of the time.
-        together: how many runs are trained together.
+        seconds: of training so far, those before an interruption included; of runs that are trained together or in
+            turn, each has its share of the time.
+        together: how many runs share the time.
     """
 
     step: int
@@ -57,12 +58,50 @@ class TrainingResult:
     Attributes:
         model: the trained model, in evaluation mode.
         step: optimizer steps done; fewer than the config's if it was told to stop.
-        seconds: of training, those before an interruption included; its share where runs were trained together.
+        seconds: of training, those before an interruption included; its share where several runs shared the time.
     """
 
     model: LanguageModel
     step: int
     seconds: float
+
+
+class SharedTime:
+    """A clock that those who use a device at the same time have in common: it runs slower the more of them there are.
+
+    What passes on it while somebody uses the device is their share of the time.
+    """
+
+    def __init__(self) -> None:
+        self.users = 0
+        self._now, self._read = 0.0, time.perf_counter()
+
+    def __call__(self) -> float:
+        """Seconds since some moment."""
+        read = time.perf_counter()
+        self._now += (read - self._read) / max(self.users, 1)
+        self._read = read
+        return self._now
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """One user more inside."""
+        self()
+        self.users += 1
+        try:
+            yield
+        finally:
+            self()
+            self.users -= 1
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What takes place inside takes no time."""
+        self()
+        try:
+            yield
+        finally:
+            self._read = time.perf_counter()
 
 
 def train(
@@ -132,14 +171,47 @@ def train_together(
         RunError, OSError: as `train`.
         ValueError: as `train`, and for configs that can't be trained together.
     """
+    steps = training_steps(configs, directories, device=device, on_progress=on_progress, should_stop=should_stop)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def training_steps(
+    configs: Sequence[RunConfig],
+    directories: Sequence[RunDirectory | None] | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int, Progress], None] = lambda run, progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    shared: SharedTime | None = None,
+) -> Generator[None, None, list[TrainingResult | TrainingError]]:
+    """`train_together`, which it returns the results of, a step at a time.
+
+    On a GPU a step has been launched when it yields, and the steps of several such generators, advanced in turn, are
+    computed side by side: one of a small model leaves most of a GPU idle.
+
+    Args:
+        configs, directories, device, on_progress, should_stop: as of `train_together`.
+        shared: the clock of those who take turns; None for who has the device alone.
+
+    Raises:
+        RunError, OSError, ValueError: as `train_together`, at the first step or at a later one.
+    """
     if (reason := why_apart(configs)) is not None:
         raise ValueError(reason)
     fitting_lengths(get_task(configs[0].task), configs[0].training)
     directories = directories or [None] * len(configs)
-    runs = [_Run(config, directory, device) for config, directory in zip(configs, directories, strict=True)]
+    shared = shared or SharedTime()
+    runs = [_Run(config, directory, device, shared) for config, directory in zip(configs, directories, strict=True)]
     for start in sorted({run.step for run in runs}):
         members = [index for index, run in enumerate(runs) if run.step == start]
-        _train([runs[i] for i in members], lambda i, progress, of=members: on_progress(of[i], progress), should_stop)
+        with shared.in_use():
+            yield from _steps(
+                [runs[i] for i in members], lambda i, progress, of=members: on_progress(of[i], progress), should_stop
+            )
     return [run.outcome() for run in runs]
 
 
@@ -168,8 +240,10 @@ class _Run:
         failure: why it can't go on; None while it can.
     """
 
-    def __init__(self, config: RunConfig, directory: RunDirectory | None, device: torch.device | str) -> None:
-        self.config, self.directory = config, directory
+    def __init__(
+        self, config: RunConfig, directory: RunDirectory | None, device: torch.device | str, shared: SharedTime
+    ) -> None:
+        self.config, self.directory, self._shared = config, directory, shared
         torch.manual_seed(seeds.number("initial weights", config.training.seed))
         self.model = LanguageModel(config.model).to(device)
         check_device(config.training.precision, self.model.embedding.weight.device)
@@ -191,12 +265,13 @@ class _Run:
         self.begin(1)
 
     def begin(self, together: int) -> None:
-        """Starts the clock, which runs for so many runs at once."""
+        """Starts the clocks, which run for so many runs at once."""
         self.model.train()
-        self._began, self._tokens, self._together = time.perf_counter(), 0, together
+        self._began, self._share_began = time.perf_counter(), self._shared()
+        self._tokens, self._together = 0, together
 
     def seconds(self) -> float:
-        return self._seconds_before + self._elapsed() / self._together
+        return self._seconds_before + (self._shared() - self._share_began) / self._together
 
     def count(self, tokens: int) -> None:
         """One more step is done, on so many tokens."""
@@ -212,16 +287,16 @@ class _Run:
                 f"a learning rate below {options.learning_rate:g} or a stricter gradient clip may help"
             )
             return None
-        rate, learning_rate = self._tokens / self._elapsed(), learning_rate_at(self.step - 1, options)
+        rate = self._tokens / (time.perf_counter() - self._began)
         progress = Progress(
             self.step,
             options.steps,
             loss,
             correct,
-            learning_rate,
+            learning_rate_at(self.step - 1, options),
             round(rate, 1),
             round(self.seconds(), 4),
-            self._together,
+            self._together * max(self._shared.users, 1),
         )
         if self.directory is not None:
             self.directory.append_metrics({k: v for k, v in vars(progress).items() if k != "together"})
@@ -246,12 +321,11 @@ class _Run:
         self.checkpoint()
         self._seconds_before = self.seconds()
 
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._began
 
-
-def _train(runs: Sequence[_Run], on_progress: Callable[[int, Progress], None], should_stop: Callable[[], bool]) -> None:
-    """Trains runs that have got to the same step."""
+def _steps(
+    runs: Sequence[_Run], on_progress: Callable[[int, Progress], None], should_stop: Callable[[], bool]
+) -> Iterator[None]:
+    """Trains runs that have got to the same step; yields after each."""
     options = runs[0].config.training
     on_gpu = runs[0].model.embedding.weight.device.type == "cuda"
     take_step = TrainingStep(
@@ -259,8 +333,8 @@ def _train(runs: Sequence[_Run], on_progress: Callable[[int, Progress], None], s
     )
     for run in runs:
         run.begin(len(runs))
-    with take_step.context():
-        for step in range(runs[0].step, options.steps):
+    for step in range(runs[0].step, options.steps):
+        with take_step.turn():
             losses, correct = take_step(step)
             for run, length in zip(runs, take_step.lengths(step), strict=True):
                 run.count(options.batch_size * length)
@@ -278,6 +352,8 @@ def _train(runs: Sequence[_Run], on_progress: Callable[[int, Progress], None], s
                     run.checkpoint()
             if stopping:
                 break
+        yield
+    with take_step.context():
         for run in runs:
             run.end()
 

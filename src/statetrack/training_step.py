@@ -102,6 +102,13 @@ class TrainingStep:
         """What steps, and everything that reads models or optimizers between them, must happen in."""
         return contextlib.nullcontext() if self._fixed is None else self._fixed.context()
 
+    def turn(self) -> AbstractContextManager[Any]:
+        """As `context`, for one step among those of others: nothing outside waits for what is inside, or is waited for.
+
+        So the steps of several models are computed side by side. Who reads a model afterwards enters `context`.
+        """
+        return contextlib.nullcontext() if self._fixed is None else self._fixed.turn()
+
 
 class Replicas:
     """R models of one config as one.
@@ -237,7 +244,11 @@ class _Fixed:
         self._drawn: int | None = None
         for optimizer in self._optimizers:
             fix_learning_rate(optimizer, replicas.device)
-        self._graphs = Graphs(replicas.device)
+        self._side = Side(replicas.device)
+        self._graphs = Graphs(replicas.device, self._side)
+
+    def turn(self) -> AbstractContextManager[Any]:
+        return self._side.context()
 
     @contextmanager
     def context(self) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """Runs an experiment in worker processes of one thread, as many at once as there are cores or GPUs.
 
-On a GPU, runs that differ in seed and learning rate alone are trained together, as one model (`train_together`), which
-takes less time than one after the other; on a CPU, where arithmetic and not launching it takes the time, one by one.
+On a GPU, runs that differ in seed and learning rate alone are a group that is trained together, as one model
+(`train_together`), and several groups of small models take their steps in turn (`training_steps`), which takes less
+time than one after the other; on a CPU, where arithmetic and not launching it takes the time, one by one.
 
 A run that breaks down is given up: its directory says why, and it is not tried again until `forget_failures`. Several
 processes may work on one directory of runs, since each leaves alone what another is at.
@@ -16,9 +17,10 @@ import shutil
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -35,10 +37,24 @@ from statetrack.records import record_of_failure, record_of_run
 from statetrack.report import Record, run_origin
 from statetrack.runs import RunDirectory, RunError
 from statetrack.tasks import get_task
-from statetrack.training import Progress, TrainingError, TrainingResult, train_together, why_apart
+from statetrack.training import (
+    Progress,
+    SharedTime,
+    TrainingError,
+    TrainingResult,
+    training_steps,
+    why_apart,
+)
 
 MOST_TOGETHER = 8
 """So many runs trained as one keep a GPU busy; more would only need more of its memory."""
+
+MOST_IN_TURN = 4
+"""So many groups in turn keep a GPU busy (`results/training/h100-in-turn.json`)."""
+
+MOST_ACTIVATIONS = 2**26
+"""Groups take turns only while a step of all of them has so many activations at most: sequences x tokens x width x
+layers. Larger ones keep a GPU busy by themselves, and may have no room beside each other."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,7 @@ def run_experiment(
     workers: int | None = None,
     devices: Sequence[str] = ("cpu",),
     together: int | None = None,
+    in_turn: int | None = None,
     evaluation_seed: int = 0,
     on_event: Callable[[RunEvent], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -81,6 +98,8 @@ def run_experiment(
         devices: where they run, such as ("cuda:0", "cuda:1"); the workers are shared out among them.
         together: how many runs that differ in seed and learning rate alone are trained as one, at most; None for
             `MOST_TOGETHER` on GPUs, fewer if some would have nothing to do, and one on CPUs.
+        in_turn: how many such groups take their steps in turn, at most, if they are small; None for `MOST_IN_TURN` on
+            GPUs, fewer if some would have nothing to do, and one on CPUs.
         evaluation_seed: seed of the sequences that the models are judged on.
         on_event: called in this process with news of the runs.
         should_stop: asked a few times a second; on True all runs write a checkpoint and stop.
@@ -106,6 +125,8 @@ def run_experiment(
     if together is None:
         together = 1 if on_cpu else min(MOST_TOGETHER, -(-len(experiment.runs) // workers))
     groups = _groups(experiment.runs, together)
+    if in_turn is None:
+        in_turn = 1 if on_cpu else min(MOST_IN_TURN, -(-len(groups) // workers))
     context = multiprocessing.get_context("spawn")
     events: Queue[RunEvent] = context.Queue()
     stop = context.Event()
@@ -125,9 +146,9 @@ def run_experiment(
     with ProcessPoolExecutor(workers, context, _start_worker, (events, stop, places, os.getpid())) as pool:
         pending: dict[Future[list[Record | None]], list[int]] = {}
         with _signals_kept_from_workers():
-            for group in groups:
-                runs = [experiment.runs[index] for index in group]
-                pending[pool.submit(_run, group, runs, [out / run.name for run in runs], evaluation_seed)] = group
+            for lot in _lots(experiment.runs, groups, in_turn):
+                jobs = _jobs(experiment, out, lot)
+                pending[pool.submit(_run, jobs, evaluation_seed)] = [job.index for group in jobs for job in group]
         try:
             while pending and not should_stop():
                 drain(timeout=0.1)
@@ -261,28 +282,22 @@ def _groups(runs: Sequence[ExperimentRun], most: int) -> list[list[int]]:
     return groups
 
 
-def _run(
-    indices: Sequence[int], runs: Sequence[ExperimentRun], paths: Sequence[Path], evaluation_seed: int
-) -> list[Record | None]:
-    """Trains runs together and judges them one by one; None for those that were stopped or are another process's."""
-    records: dict[int, Record | None] = {}
-    if _stop.is_set():  # it waited in the queue of this worker, where nobody could cancel it
-        return [None] * len(indices)
-    with ExitStack() as claims:
-        group: list[_Job] = []
-        for index, run, path in zip(indices, runs, paths, strict=True):
-            if not claims.enter_context(_claim(path)):
-                continue
-            directory = _directory(run, path)
-            if (reason := directory.read_failure()) is not None:
-                records[index] = record_of_failure(directory, reason, explanation=run.explanation)
-            elif _is_done(directory, run, evaluation_seed):  # what training would go on from may be gone by then
-                records[index] = record_of_run(directory, explanation=run.explanation)
-            else:
-                group.append(_Job(index, run, directory))
-        for job, outcome in zip(group, _train(group), strict=True):
-            records[job.index] = _judge(job, outcome, evaluation_seed)
-    return [records.get(index) for index in indices]
+def _lots(runs: Sequence[ExperimentRun], groups: Sequence[list[int]], most: int) -> list[list[list[int]]]:
+    """The groups, those side by side that are small enough to take turns, at most so many in a lot."""
+
+    def activations(group: list[int]) -> int:
+        config = runs[group[0]].config
+        tokens = config.training.batch_size * config.training.max_length
+        return len(group) * tokens * config.model.d_model * config.model.num_layers
+
+    lots: list[list[list[int]]] = []
+    for group in groups:
+        last = lots[-1] if lots else []
+        if last and len(last) < most and sum(map(activations, [*last, group])) <= MOST_ACTIVATIONS:
+            last.append(group)
+        else:
+            lots.append([group])
+    return lots
 
 
 @dataclass(frozen=True)
@@ -304,6 +319,45 @@ class _Job:
         return record_of_failure(self.directory, reason, explanation=self.run.explanation)
 
 
+def _jobs(experiment: Experiment, out: Path, lot: Sequence[Sequence[int]]) -> list[list[_Job]]:
+    return [
+        [_Job(index, run, RunDirectory(out / run.name)) for index in group for run in [experiment.runs[index]]]
+        for group in lot
+    ]
+
+
+def _run(lot: Sequence[Sequence[_Job]], evaluation_seed: int) -> list[Record | None]:
+    """Trains groups of runs in turn and judges each run; None for those that were stopped or are another process's."""
+    records: dict[int, Record | None] = {job.index: None for group in lot for job in group}
+    if _stop.is_set():  # it waited in the queue of this worker, where nobody could cancel it
+        return list(records.values())
+    with ExitStack() as claims:
+        claimed = [[job for job in group if claims.enter_context(_claim(job.directory.path))] for group in lot]
+        to_do = []
+        for group in claimed:
+            for job in group:
+                records[job.index] = _ended(job, evaluation_seed)
+            to_do.append([job for job in group if records[job.index] is None])
+        for job, outcome in claims.enter_context(closing(_trained([group for group in to_do if group]))):
+            records[job.index] = _judge(job, outcome, evaluation_seed)
+    return list(records.values())
+
+
+def _ended(job: _Job, evaluation_seed: int) -> Record | None:
+    """The record of a run that was trained and judged, or given up; None for one that is to be done.
+
+    What another run has left in its directory is deleted.
+    """
+    run, directory = job.run, job.directory
+    if directory.exists() and not _holds(directory, run):
+        shutil.rmtree(directory.path)
+    if (reason := directory.read_failure()) is not None:
+        return record_of_failure(directory, reason, explanation=run.explanation)
+    if _is_done(directory, run, evaluation_seed):  # what training would go on from may be gone by then
+        return record_of_run(directory, explanation=run.explanation)
+    return None
+
+
 @contextmanager
 def _claim(path: Path) -> Iterator[bool]:
     """Keeps a run to this process; False if it is another's."""
@@ -321,29 +375,57 @@ def _claim(path: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _train(group: Sequence[_Job]) -> Sequence[TrainingResult | Exception]:
-    """Trains runs together: for each its result, or why it broke down.
+_Outcome = TrainingResult | Exception
+
+
+def _trained(groups: Sequence[Sequence[_Job]]) -> Generator[tuple[_Job, _Outcome]]:
+    """Trains groups of runs in turn; yields each run when it is trained, with its result or why it broke down.
 
     Raises:
-        OSError, AcceleratorError: what is no fault of the runs.
+        OSError, AcceleratorError: what is no fault of the runs; those of other groups save what they have.
     """
-    if not group:
-        return []
+    shared, stop = SharedTime(), threading.Event()
+    in_turn = [(group, _steps(group, shared, stop)) for group in groups]
+    alone: list[_Job] = []
     try:
-        return train_together(
-            [job.run.config for job in group],
-            [job.directory for job in group],
-            device=_device,
-            on_progress=lambda run, progress: _events.put(RunEvent(group[run].index, progress=progress)),
-            should_stop=_stop.is_set,
-        )
-    except Exception as error:
-        if _is_nobodys_fault(error) or not all(job.directory.exists() for job in group):
-            raise
-        if len(group) == 1:
-            return [error]
-    # Alone it shows whose fault it is, or that together they only were too many.
-    return [outcome for job in group for outcome in _train([job])]
+        while in_turn:
+            for group, steps in in_turn[:]:
+                try:
+                    next(steps)
+                    continue
+                except StopIteration as end:
+                    outcomes: Sequence[_Outcome] = end.value
+                except Exception as error:
+                    if _is_nobodys_fault(error) or not all(job.directory.exists() for job in group):
+                        raise
+                    outcomes = [error]
+                    if len(group) > 1 or len(groups) > 1:
+                        # Alone it shows whose fault it is, or that together they only were too many.
+                        alone, outcomes = [*alone, *group], []
+                in_turn.remove((group, steps))
+                with shared.stopped():
+                    yield from zip(group, outcomes, strict=False)
+    finally:
+        stop.set()
+        for _, steps in in_turn:
+            with suppress(Exception):  # such as the same full disk
+                deque(steps, maxlen=0)
+    for job in alone:
+        yield from _trained([[job]])
+
+
+def _steps(
+    group: Sequence[_Job], shared: SharedTime, stop: threading.Event
+) -> Generator[None, None, list[TrainingResult | TrainingError]]:
+    """Trains a group, a step at a time."""
+    return training_steps(
+        [job.run.config for job in group],
+        [job.directory for job in group],
+        device=_device,
+        on_progress=lambda run, progress: _events.put(RunEvent(group[run].index, progress=progress)),
+        should_stop=lambda: _stop.is_set() or stop.is_set(),
+        shared=shared,
+    )
 
 
 def _is_nobodys_fault(error: Exception) -> bool:
@@ -351,15 +433,7 @@ def _is_nobodys_fault(error: Exception) -> bool:
     return isinstance(error, (OSError, torch.AcceleratorError))
 
 
-def _directory(run: ExperimentRun, path: Path) -> RunDirectory:
-    """The directory of a run, empty if another run was in it."""
-    directory = RunDirectory(path)
-    if directory.exists() and not _holds(directory, run):
-        shutil.rmtree(path)
-    return directory
-
-
-def _judge(job: _Job, outcome: TrainingResult | Exception, evaluation_seed: int) -> Record | None:
+def _judge(job: _Job, outcome: _Outcome, evaluation_seed: int) -> Record | None:
     """The record of a run that was trained, evaluated unless it has been; None if it was stopped."""
     if isinstance(outcome, Exception):
         return job.failed(outcome)
