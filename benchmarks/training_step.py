@@ -353,7 +353,7 @@ def main() -> None:
             console.print(f"{row['in_turn']} in turn", shown)
         what = (
             "wall-clock time of a step of each of some models in turn, 80 steps at once; ms_a_seed is the share of a "
-            f"model and seed, table_minutes what {TABLE_STEPS:,} steps of all 7 models with 3 seeds take"
+            f"model and seed, table_minutes what {TABLE_STEPS:,} steps, of parity, of all 7 models with 3 seeds take"
         )
         _write(options.out or ROOT / "results/training/gpu-in-turn.json", what, rows, on_gpu=True)
         return

@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 import threading
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -52,8 +53,9 @@ def run_here(experiment, out, monkeypatch, together=8, in_turn=1):
     monkeypatch.setattr(runner, "_stop", threading.Event(), raising=False)
     monkeypatch.setattr(runner, "_device", "cpu", raising=False)
     records = []
-    for lot in runner._lots(experiment.runs, runner._groups(experiment.runs, together), in_turn):
-        records += runner._run(runner._jobs(experiment, out, lot), 0)
+    groups = runner._groups(experiment.runs, range(len(experiment.runs)), together)
+    for lot in runner._lots(experiment.runs, groups, in_turn):
+        records += runner._run([[runner._job(experiment, out, index) for index in group] for group in lot], 0)
     return records
 
 
@@ -202,9 +204,10 @@ def test_workers_leave_signals_to_the_process_that_started_them(tmp_path):
 
 def test_runs_trained_together_have_directories_and_records_of_their_own(tmp_path, monkeypatch):
     experiment, events = read_experiment(SMALL), []
-    records = run_experiment(experiment, tmp_path / "grid", workers=1, together=3, on_event=events.append)
+    records = run_experiment(experiment, tmp_path / "grid", workers=1, together=3, in_turn=2, on_event=events.append)
     assert records is not None
-    assert {event.progress.together for event in events if event.progress} == {2}  # the seeds of either range
+    # The seeds of both ranges, once both have begun.
+    assert {event.progress.together for event in events if event.progress and event.progress.step > 1} == {4}
     for run, record in zip(experiment.runs, records, strict=True):
         assert (record.seed, record.steps) == (run.config.training.seed, 4)
         assert str(record.eigenvalue_range) == str(run.config.model.mixer.eigenvalue_range)
@@ -308,9 +311,73 @@ def test_groups_in_turn_are_trained_as_they_would_be_alone(tmp_path, monkeypatch
                 assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_finished_takes_nobodys_place(tmp_path, monkeypatch):
+    experiment, lots = read_experiment({**SMALL, "seeds": [3, 4, 5]}), []
+    run_here(replace(experiment, runs=experiment.runs[:2]), tmp_path, monkeypatch)
+
+    class Pool:
+        """Notes what a worker is asked to do, and does nothing."""
+
+        def __init__(self, *args):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def submit(self, function, lot, seed):
+            assert function is runner._run
+            lots.append([[job.index for job in group] for group in lot])
+            done = Future()
+            done.set_result([None for group in lot for _ in group])
+            return done
+
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
+    events = []
+    records = run_experiment(experiment, tmp_path, workers=2, devices=["cuda:0", "cuda:1"], on_event=events.append)
+    assert [event.run for event in events if event.record] == [0, 1]
+    assert [record.seed for record in records] == [3, 4]
+    assert lots == [[[2], [3, 4]], [[5]]]  # one each is half of what is left
+    lots.clear()
+    run_experiment(experiment, tmp_path, workers=1, devices=["cuda:0"])
+    assert lots == [[[2], [3, 4, 5]]]
+
+
+def test_a_run_that_fails_beside_others_is_tried_alone(tmp_path, monkeypatch):
+    experiment, calls = read_experiment(SMALL, [3]), []
+
+    def no_memory_beside_others(configs, *args, shared, **options):
+        """Before there is a directory."""
+        calls.append([str(config.model.mixer.eigenvalue_range) for config in configs])
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return (yield from training_steps(configs, *args, shared=shared, **options))
+
+    monkeypatch.setattr(runner, "training_steps", no_memory_beside_others)
+    records = run_here(experiment, tmp_path, monkeypatch, in_turn=2)
+    assert calls == [["0,1"], ["-1,1"], ["-1,1"]]
+    assert [record.failed for record in records] == [None, None]
+    assert [str(record.eigenvalue_range) for record in records] == ["0,1", "-1,1"]
+
+
+def test_nothing_is_begun_once_the_work_is_to_stop(tmp_path, monkeypatch):
+    experiment = read_experiment(SMALL, [3])
+
+    def stops(configs, *args, **options):
+        runner._stop.set()
+        return (yield from training_steps(configs, *args, **options))
+
+    monkeypatch.setattr(runner, "training_steps", stops)
+    assert run_here(experiment, tmp_path, monkeypatch, in_turn=2) == [None, None]
+    begun, other = (RunDirectory(tmp_path / run.name) for run in experiment.runs)
+    assert (begun.weights_step(), other.exists()) == (1, False)
+
+
 def test_large_models_do_not_take_turns():
     experiment = read_experiment({**SMALL, "seeds": [0, 1, 2, 3]})
-    groups = runner._groups(experiment.runs, 2)
+    groups = runner._groups(experiment.runs, range(8), 2)
     assert groups == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert runner._lots(experiment.runs, groups, 3) == [groups[:3], groups[3:]]
     assert runner._lots(experiment.runs, groups, 1) == [[group] for group in groups]
@@ -346,7 +413,7 @@ def test_a_full_disk_is_no_fault_of_the_run_and_groups_beside_it_save_what_they_
     with pytest.raises(OSError, match="No space left"):
         run_here(experiment, tmp_path, monkeypatch, in_turn=2)
     assert list(tmp_path.glob("*/failure.json")) == []
-    assert RunDirectory(tmp_path / experiment.runs[1].name).weights_step() == {"training": 3, "evaluation": 7}[where]
+    assert RunDirectory(tmp_path / experiment.runs[1].name).weights_step() == {"training": 3, "evaluation": 9}[where]
     monkeypatch.undo()
     assert [record.failed for record in run_here(experiment, tmp_path, monkeypatch, in_turn=2)] == [None, None]
 

@@ -74,12 +74,14 @@ class SharedTime:
 
     def __init__(self) -> None:
         self.users = 0
+        self._stopped = False
         self._now, self._read = 0.0, time.perf_counter()
 
     def __call__(self) -> float:
         """Seconds since some moment."""
         read = time.perf_counter()
-        self._now += (read - self._read) / max(self.users, 1)
+        if not self._stopped:
+            self._now += (read - self._read) / max(self.users, 1)
         self._read = read
         return self._now
 
@@ -98,10 +100,12 @@ class SharedTime:
     def stopped(self) -> Iterator[None]:
         """What takes place inside takes no time."""
         self()
+        self._stopped = True
         try:
             yield
         finally:
-            self._read = time.perf_counter()
+            self()
+            self._stopped = False
 
 
 def train(
@@ -205,7 +209,8 @@ def training_steps(
     fitting_lengths(get_task(configs[0].task), configs[0].training)
     directories = directories or [None] * len(configs)
     shared = shared or SharedTime()
-    runs = [_Run(config, directory, device, shared) for config, directory in zip(configs, directories, strict=True)]
+    with shared.stopped():  # nobody learns meanwhile
+        runs = [_Run(config, directory, device, shared) for config, directory in zip(configs, directories, strict=True)]
     for start in sorted({run.step for run in runs}):
         members = [index for index, run in enumerate(runs) if run.step == start]
         with shared.in_use():
@@ -296,7 +301,7 @@ class _Run:
             learning_rate_at(self.step - 1, options),
             round(rate, 1),
             round(self.seconds(), 4),
-            self._together * max(self._shared.users, 1),
+            self._together * self._shared.users,
         )
         if self.directory is not None:
             self.directory.append_metrics({k: v for k, v in vars(progress).items() if k != "together"})

@@ -10,6 +10,7 @@ processes may work on one directory of runs, since each leaves alone what anothe
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
 import queue
@@ -20,7 +21,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -50,11 +51,12 @@ MOST_TOGETHER = 8
 """So many runs trained as one keep a GPU busy; more would only need more of its memory."""
 
 MOST_IN_TURN = 4
-"""So many groups in turn keep a GPU busy (`results/training/h100-in-turn.json`)."""
+"""So many groups in turn take three quarters of the time that they take one after the other, two in turn seven eighths
+(`results/training/h100-in-turn.json`); more were not measured."""
 
 MOST_ACTIVATIONS = 2**26
 """Groups take turns only while a step of all of them has so many activations at most: sequences x tokens x width x
-layers. Larger ones keep a GPU busy by themselves, and may have no room beside each other."""
+layers. Larger ones have more to do at a time, and may have no room beside each other."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class RunEvent:
         run: index of the run in the experiment.
         progress: while it trains.
         evaluated: while it is evaluated: the share that is done.
-        record: when it is finished.
+        record: when it is finished, and those that take turns with it.
     """
 
     run: int
@@ -112,19 +114,17 @@ def run_experiment(
         OSError: if results can't be written; the other runs have saved what they had.
         RunError: if there is something else where a run directory should be.
     """
-    records: dict[int, Record] = {}
-    if all(_has_ended(RunDirectory(out / run.name)) for run in experiment.runs):
-        # Mostly nothing is left to do, which is said without the seconds that workers take to start.
-        records = finished_records(experiment, out, range(len(experiment.runs)), evaluation_seed=evaluation_seed)
-        if len(records) == len(experiment.runs):
-            for index, record in records.items():
-                on_event(RunEvent(index, record=record))
-            return list(records.values())
+    records = finished_records(experiment, out, range(len(experiment.runs)), evaluation_seed=evaluation_seed)
+    for index, record in records.items():
+        on_event(RunEvent(index, record=record))
+    left = [index for index in range(len(experiment.runs)) if index not in records]
+    if not left:  # said without the seconds that workers take to start
+        return list(records.values())
     on_cpu = set(devices) == {"cpu"}
     workers = workers or (available_cores() if on_cpu else len(devices))
     if together is None:
-        together = 1 if on_cpu else min(MOST_TOGETHER, -(-len(experiment.runs) // workers))
-    groups = _groups(experiment.runs, together)
+        together = 1 if on_cpu else min(MOST_TOGETHER, -(-len(left) // workers))
+    groups = _groups(experiment.runs, left, together)
     if in_turn is None:
         in_turn = 1 if on_cpu else min(MOST_IN_TURN, -(-len(groups) // workers))
     context = multiprocessing.get_context("spawn")
@@ -147,7 +147,7 @@ def run_experiment(
         pending: dict[Future[list[Record | None]], list[int]] = {}
         with _signals_kept_from_workers():
             for lot in _lots(experiment.runs, groups, in_turn):
-                jobs = _jobs(experiment, out, lot)
+                jobs = [[_job(experiment, out, index) for index in group] for group in lot]
                 pending[pool.submit(_run, jobs, evaluation_seed)] = [job.index for group in jobs for job in group]
         try:
             while pending and not should_stop():
@@ -193,11 +193,6 @@ def forget_failures(experiment: Experiment, out: Path) -> None:
     """Lets the runs below `out` that have failed go on, from their last checkpoints, at the next `run_experiment`."""
     for run in experiment.runs:
         RunDirectory(out / run.name).forget_failure()
-
-
-def _has_ended(directory: RunDirectory) -> bool:
-    """Whether a run seems to be judged or given up, to judge by the files that it has."""
-    return directory.evaluation_file.exists() or directory.failure_file.exists()
 
 
 def _is_done(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int) -> bool:
@@ -270,12 +265,12 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
-def _groups(runs: Sequence[ExperimentRun], most: int) -> list[list[int]]:
-    """The indices of the runs, those side by side that can be trained together, at most so many in a group."""
+def _groups(runs: Sequence[ExperimentRun], indices: Iterable[int], most: int) -> list[list[int]]:
+    """The indices, those side by side whose runs can be trained together, at most so many in a group."""
     groups: list[list[int]] = []
-    for index, run in enumerate(runs):
+    for index in indices:
         last = groups[-1] if groups else []
-        if last and len(last) < most and why_apart([*(runs[i].config for i in last), run.config]) is None:
+        if last and len(last) < most and why_apart([runs[i].config for i in (*last, index)]) is None:
             last.append(index)
         else:
             groups.append([index])
@@ -319,11 +314,9 @@ class _Job:
         return record_of_failure(self.directory, reason, explanation=self.run.explanation)
 
 
-def _jobs(experiment: Experiment, out: Path, lot: Sequence[Sequence[int]]) -> list[list[_Job]]:
-    return [
-        [_Job(index, run, RunDirectory(out / run.name)) for index in group for run in [experiment.runs[index]]]
-        for group in lot
-    ]
+def _job(experiment: Experiment, out: Path, index: int) -> _Job:
+    run = experiment.runs[index]
+    return _Job(index, run, RunDirectory(out / run.name))
 
 
 def _run(lot: Sequence[Sequence[_Job]], evaluation_seed: int) -> list[Record | None]:
@@ -338,7 +331,7 @@ def _run(lot: Sequence[Sequence[_Job]], evaluation_seed: int) -> list[Record | N
             for job in group:
                 records[job.index] = _ended(job, evaluation_seed)
             to_do.append([job for job in group if records[job.index] is None])
-        for job, outcome in claims.enter_context(closing(_trained([group for group in to_do if group]))):
+        for job, outcome in _train([group for group in to_do if group]):
             records[job.index] = _judge(job, outcome, evaluation_seed)
     return list(records.values())
 
@@ -378,40 +371,54 @@ def _claim(path: Path) -> Iterator[bool]:
 _Outcome = TrainingResult | Exception
 
 
-def _trained(groups: Sequence[Sequence[_Job]]) -> Generator[tuple[_Job, _Outcome]]:
-    """Trains groups of runs in turn; yields each run when it is trained, with its result or why it broke down.
+def _train(groups: Sequence[Sequence[_Job]]) -> list[tuple[_Job, _Outcome]]:
+    """Trains groups of runs in turn: the runs, each with its result or why it broke down, without those not begun.
 
     Raises:
         OSError, AcceleratorError: what is no fault of the runs; those of other groups save what they have.
     """
     shared, stop = SharedTime(), threading.Event()
     in_turn = [(group, _steps(group, shared, stop)) for group in groups]
+    outcomes: list[tuple[_Job, _Outcome]] = []
     alone: list[_Job] = []
     try:
         while in_turn:
             for group, steps in in_turn[:]:
+                if _stop.is_set() and not _has_begun(steps):
+                    in_turn.remove((group, steps))
+                    continue
                 try:
                     next(steps)
-                    continue
                 except StopIteration as end:
-                    outcomes: Sequence[_Outcome] = end.value
+                    outcomes += zip(group, end.value, strict=True)
+                    in_turn.remove((group, steps))
                 except Exception as error:
-                    if _is_nobodys_fault(error) or not all(job.directory.exists() for job in group):
+                    if _is_nobodys_fault(error) or not _is_theirs(error, group):
                         raise
-                    outcomes = [error]
-                    if len(group) > 1 or len(groups) > 1:
-                        # Alone it shows whose fault it is, or that together they only were too many.
-                        alone, outcomes = [*alone, *group], []
-                in_turn.remove((group, steps))
-                with shared.stopped():
-                    yield from zip(group, outcomes, strict=False)
+                    traceback.clear_frames(error.__traceback__)  # which hold a model and what it had in memory
+                    in_turn.remove((group, steps))
+                    if len(groups) == len(group) == 1:
+                        outcomes.append((group[0], error))
+                    else:  # alone it shows whose fault it is, or that together they only were too many
+                        alone += group
     finally:
         stop.set()
         for _, steps in in_turn:
-            with suppress(Exception):  # such as the same full disk
-                deque(steps, maxlen=0)
+            if _has_begun(steps):
+                with suppress(Exception):  # such as the same full disk
+                    deque(steps, maxlen=0)
     for job in alone:
-        yield from _trained([[job]])
+        outcomes += _train([[job]])
+    return outcomes
+
+
+def _has_begun(steps: Generator[None, None, list[TrainingResult | TrainingError]]) -> bool:
+    return inspect.getgeneratorstate(steps) != inspect.GEN_CREATED
+
+
+def _is_theirs(error: Exception, group: Sequence[_Job]) -> bool:
+    """Whether an error may be the fault of the group that met it: it had begun, or there was no memory to begin."""
+    return isinstance(error, torch.OutOfMemoryError) or all(job.directory.exists() for job in group)
 
 
 def _steps(
