@@ -41,11 +41,11 @@ $(VENV)/triton/installed: constraints.txt
 	@mkdir -p $(VENV)/triton && touch $@
 
 test-kernels: $(VENV)/installed-dev $(VENV)/triton/installed ## The Triton kernels on a CPU, in triton's interpreter; skipped where there is no triton
-	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/pytest -n 2 tests/ops/test_triton_*.py
+	PYTHONPATH=$(VENV)/triton TRITON_INTERPRET=1 $(BIN)/pytest -n 2 $(if $(ALL),-m 'not gpu') tests/ops/test_triton_*.py
 
 test-all: check ## Also the long tests
 	$(BIN)/pytest -n 2 -m 'not gpu'
-	$(MAKE) test-kernels
+	$(MAKE) test-kernels ALL=1
 
 format: $(VENV)/installed-dev ## Format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix

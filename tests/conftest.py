@@ -16,9 +16,23 @@ def _one_seed():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
 def pytest_collection_modifyitems(items):
+    thin_out(items)
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def thin_out(items):
+    """Of tests marked `thin(n)` one of n cases is for every day: along a diagonal, so that each value comes up."""
+    cases = {}
+    for item in items:
+        if marker := item.get_closest_marker("thin"):
+            cases.setdefault((marker.args[0], item.nodeid.partition("[")[0]), []).append(item)
+    for (n, _), members in cases.items():
+        for index, item in enumerate(members):
+            if (index + index // n) % n:
+                item.add_marker(pytest.mark.slow)

@@ -338,6 +338,7 @@ def test_what_is_finished_takes_nobodys_place(tmp_path, monkeypatch):
     events = []
     records = run_experiment(experiment, tmp_path, workers=2, devices=["cuda:0", "cuda:1"], on_event=events.append)
     assert [event.run for event in events if event.record] == [0, 1]
+    assert records is not None
     assert [record.seed for record in records] == [3, 4]
     assert lots == [[[2], [3, 4]], [[5]]]  # one each is half of what is left
     lots.clear()

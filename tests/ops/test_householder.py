@@ -201,6 +201,7 @@ BETAS = pytest.mark.parametrize(
 @pytest.mark.parametrize("decay", ["none", "channel"])
 @BETAS
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalized", "raw unit keys"])
+@pytest.mark.thin(2)
 def test_one_key_repeated_in_float32(t, beta, normalize, decay, backend):
     check_against_reference(one_key(t, beta, normalize=normalize, decay=decay), backend, 2e-5)
 

@@ -149,6 +149,7 @@ def test_anything_agrees_with_the_reference(t, k, v, seed):
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("decay", [1.0, -1.0])
 @pytest.mark.parametrize(("t", "beta"), [(2048, 2.0), (512, 1.9)], ids=["2.0", "1.9"])
+@pytest.mark.thin(2)
 def test_one_key_repeated_in_float32(t, beta, decay, backend):
     """At the eigenvalue -1 nothing grows and nothing fades."""
     check_against_reference(one_key(t, beta, decay=decay), backend, 2e-5)

@@ -51,6 +51,7 @@ def make(name, num_layers):
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("name", mixer_configs())
+@pytest.mark.thin(2)
 def test_more_layers_read_no_more(name, recomputed, monkeypatch):
     counts = []
     for num_layers in (1, 4):
@@ -71,6 +72,7 @@ def test_more_layers_read_no_more(name, recomputed, monkeypatch):
 
 
 @pytest.mark.parametrize("name", mixer_configs())
+@pytest.mark.thin(2)
 def test_boundaries_on_the_host_leave_nothing_to_read_from_the_device(name):
     # Nothing can be read from a tensor without data, so whatever a layer reads, forward or backward, is an error here.
     model = make(name, 4).to("meta")

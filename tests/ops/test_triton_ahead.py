@@ -25,6 +25,7 @@ MIXERS = [
 @needs_triton
 # Of which there are so few that time is not cut into segments, or so many that it is.
 @pytest.mark.parametrize("processors", [1, 10**6])
+@pytest.mark.thin(2)
 def test_every_kernel_of_a_training_step_is_foreseen_and_no_other(processors):
     printed = run_compiler("tests/ops/kernels_foreseen.py", str(processors), *MIXERS)
     for mixer, kernels, late, for_nothing in map(json.loads, printed.splitlines()):

@@ -51,6 +51,7 @@ SHAPES = [(0, 2, 5, 5, 2), (0, 3, 43, 16, 4), (2, 3, 7, 70, 3), (0, 1, 150, 3, 5
 @interpreted
 @pytest.mark.parametrize("options", OPTIONS, ids="-".join)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.thin(2)
 def test_the_kernels_are_a_grouped_convolution(shape, options):
     check(*shape, *options)
 
@@ -104,6 +105,7 @@ PARTS = [((5,), ()), ((16, 16, 16), (4, 3)), ((3, 40), (2,)), ((16, 32, 7), ())]
 @interpreted
 @pytest.mark.parametrize("lengths", [11, *PACKINGS], ids=str)
 @pytest.mark.parametrize(("sizes", "passed"), PARTS)
+@pytest.mark.thin(2)
 def test_parts_of_a_projection_are_convolved_and_passed_on(sizes, passed, lengths):
     check_parts(lengths, sizes, passed, 4, "silu")
 
@@ -111,6 +113,7 @@ def test_parts_of_a_projection_are_convolved_and_passed_on(sizes, passed, length
 @interpreted
 @pytest.mark.parametrize("options", [(), ("bias",), ("silu", "bias")], ids="-".join)
 @pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.thin(3)
 def test_parts_with_other_sizes_and_biases(size, options):
     for lengths in (9, PACKINGS[0]):
         check_parts(lengths, (6, 6), (1,), size, *options, spare=0)
@@ -289,6 +292,7 @@ MIXERS = {
 @interpreted
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 0, 70, 71, 120]], ids=["rows", "packed"])
 @pytest.mark.parametrize("mixer", MIXERS.values(), ids=MIXERS)
+@pytest.mark.thin(2)
 def test_mixers_are_the_same_with_one_product_and_one_convolution(mixer, cu_seqlens, monkeypatch):
     monkeypatch.setattr(layers, "_JOINED_ON", ("cpu",))
     calls = []

@@ -73,6 +73,7 @@ def test_keys_of_too_many_channels_are_refused(monkeypatch):
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.parametrize("t", [1, 17, 32, 33, 64, 65])
+@pytest.mark.thin(3)
 def test_lengths_around_the_chunk_agree_with_the_reference(t, decay, path):
     check_against_reference(make_case(1, t, 1, 8, 5, decay=decay, **FLOAT32), "triton")
 
@@ -98,6 +99,7 @@ def test_high_precision_takes_operands_of_float32(decay):
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.parametrize(("k", "v"), [(1, 1), (40, 72), (17, 33), (130, 20), (20, 130)])
+@pytest.mark.thin(2)
 def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(k, v, decay):
     check_against_reference(make_case(1, 20, 1, k, v, decay=decay, **FLOAT32), "triton")
 
@@ -105,6 +107,7 @@ def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(k, v, decay):
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0, 1e-30])
+@pytest.mark.thin(3)
 def test_one_decay_for_ever_agrees_with_the_reference(value, decay, path):
     case = make_case(1, 40, 1, decay=decay, **FLOAT32)
     check_against_reference(replace(case, transition=Diagonal(torch.full_like(case.transition.decay, value))), "triton")
@@ -113,6 +116,7 @@ def test_one_decay_for_ever_agrees_with_the_reference(value, decay, path):
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+@pytest.mark.thin(3)
 def test_such_decays_at_the_edges_of_blocks_agree_with_the_reference(value, decay, path):
     check_against_reference(at_edges(make_case(1, path + 2, 1, 8, 5, decay=decay, **FLOAT32), value), "triton")
 
@@ -120,6 +124,7 @@ def test_such_decays_at_the_edges_of_blocks_agree_with_the_reference(value, deca
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.parametrize("cu_seqlens", [[0, 40], [0, 0, 3, 3, 20, 21, 40, 40]], ids=str)
+@pytest.mark.thin(2)
 def test_packed_sequences_agree_with_the_reference(cu_seqlens, decay):
     check_against_reference(make_case(1, 40, 2, decay=decay, cu_seqlens=cu_seqlens, **FLOAT32), "triton")
 
@@ -127,6 +132,7 @@ def test_packed_sequences_agree_with_the_reference(cu_seqlens, decay):
 @interpreted
 @pytest.mark.parametrize("decay", KINDS)
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of what NaN leads to
+@pytest.mark.thin(2)
 def test_nan_in_a_packed_sequence_stays_there(decay):
     check_neighbours(make_case(1, 45, 2, decay=decay, cu_seqlens=[0, 18, 27, 45], **FLOAT32), "triton")
 

@@ -81,6 +81,7 @@ def test_what_is_not_served_is_said(arguments, reason, monkeypatch):
 @interpreted
 @pytest.mark.parametrize("decay", ["none", "head"])
 @pytest.mark.parametrize(("t", "n"), [(1, 1), (32, 1), (64, 1), (65, 1), (129, 1), (1, 3), (10, 3), (22, 3), (43, 3)])
+@pytest.mark.thin(2)
 def test_lengths_around_the_chunk_agree_with_the_reference(t, n, decay, path):
     check_against_reference(make_case(1, t, n, 1, 8, 5, decay=decay, **FLOAT32), "triton")
 
@@ -88,6 +89,7 @@ def test_lengths_around_the_chunk_agree_with_the_reference(t, n, decay, path):
 @interpreted
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("size", [1e-3, 1e-10, 1.2])
+@pytest.mark.thin(2)
 def test_decays_of_one_size_agree_with_the_reference(size, n, path):
     case = make_case(1, 70 if n == 1 else 25, n, 1, 8, 5, decay="head", **FLOAT32)
     decay = size * torch.where(case.transition.decay < 0.5, -1.0, 1.0)
@@ -106,6 +108,7 @@ def test_decays_whose_product_over_a_chunk_exceeds_2_to_the_63_agree_with_the_re
 @interpreted
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("t", "n", "k", "v"), [(30, 1, 1, 1), (33, 2, 40, 72), (5, 16, 17, 9), (13, 5, 130, 20)])
+@pytest.mark.thin(3)
 def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(t, n, k, v, normalize, path):
     check_against_reference(make_case(1, t, n, 1, k, v, decay="head", normalize=normalize, **FLOAT32), "triton")
 
@@ -188,6 +191,7 @@ def test_operators_are_what_they_say(path):
 @pytest.mark.parametrize(
     ("t", "beta"), [(1024, 2.0), (256, 1.9), (512, parity_bits)], ids=["beta=2", "beta=1.9", "parity bits"]
 )
+@pytest.mark.thin(3)
 def test_one_key_repeated(t, beta, path):
     # Up to 2e-5, or up to 3.5e-5 where numpy multiplies by OpenBLAS's kernels for AVX2 (OPENBLAS_CORETYPE=Haswell),
     # which round the product of two equal keys differently in different places of a tile; tensor cores don't.
@@ -198,6 +202,7 @@ def test_one_key_repeated(t, beta, path):
 @without_segments
 @pytest.mark.parametrize("decay", ["none", "head"])
 @pytest.mark.parametrize(("n", "k"), [(1, 37), (3, 37), (1, 48)])
+@pytest.mark.thin(2)
 def test_gradients_of_keys_in_several_tiles_agree_with_the_reference(n, k, decay, path, monkeypatch):
     monkeypatch.setattr(triton_householder, "_KEYS", 16)
     t = 40 if n == 1 else 15
@@ -207,6 +212,7 @@ def test_gradients_of_keys_in_several_tiles_agree_with_the_reference(n, k, decay
 @interpreted
 @without_segments
 @pytest.mark.parametrize(("n", "decay"), [(1, "none"), (1, "head"), (3, "none"), (3, "head")])
+@pytest.mark.thin(2)
 def test_states_in_pieces_agree_with_the_reference(n, decay, path):
     t = 70 if n == 1 else 25
     check_against_reference(make_case(1, t, n, 1, 144, 40, decay=decay, normalize=n == 1, **FLOAT32), "triton")
@@ -216,6 +222,7 @@ def test_states_in_pieces_agree_with_the_reference(n, decay, path):
 @pytest.mark.parametrize("cut", ["whole", "segments", "pieces"])
 @pytest.mark.parametrize("decay", ["none", "head"])
 @pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.thin(2)
 def test_high_precision_rounds_results_alone(n, decay, cut, monkeypatch):
     """float16 in the place of bfloat16, which the interpreter can't multiply: halves of 22 bits, and wholes of 11.
 

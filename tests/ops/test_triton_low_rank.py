@@ -53,6 +53,7 @@ def test_high_precision_keeps_states_in_float32():
 
 @interpreted
 @pytest.mark.parametrize(("t", "k", "v"), [(5, 1, 1), (20, 40, 72), (5, 17, 33), (5, 130, 20), (5, 20, 130)])
+@pytest.mark.thin(2)
 def test_sizes_that_are_no_powers_of_two_agree_with_the_reference(t, k, v):
     check_against_reference(make_case(1, t, 1, k, v, **FLOAT32), "triton")
 
@@ -64,6 +65,7 @@ def test_one_decay_for_each_head_agrees_with_the_reference():
 
 @interpreted
 @pytest.mark.parametrize("value", [0.0, 1.0, -1.0])
+@pytest.mark.thin(2)
 def test_one_decay_for_ever_agrees_with_the_reference(value):
     case = make_case(1, 12, 1, **FLOAT32)
     decay = torch.full_like(case.transition.decay, value)
@@ -88,6 +90,7 @@ def test_packed_sequences_agree_with_the_reference(cu_seqlens):
 
 @interpreted
 @pytest.mark.filterwarnings("ignore:invalid value")  # NumPy's, of what NaN leads to
+@pytest.mark.slow
 def test_nan_in_a_packed_sequence_stays_there():
     check_neighbours(make_case(1, 45, 2, cu_seqlens=[0, 18, 27, 45], **FLOAT32), "triton")
 

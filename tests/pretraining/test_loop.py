@@ -120,6 +120,7 @@ def test_a_run_goes_on_exactly(cut, tables, undisturbed, tmp_path):
         {"num_workers": 1},
     ],
 )
+@pytest.mark.thin(2)
 def test_how_it_is_computed_changes_nothing_but_rounding(changes, tables, undisturbed, tmp_path):
     tables["execution"] |= changes
     train(tables, tmp_path / "other")
@@ -351,6 +352,7 @@ def flip(file, place):
         ),
     ],
 )
+@pytest.mark.thin(3)
 def test_damage_is_named_and_what_is_before_it_is_offered(damage, message, tables, stopped):
     checkpoints = PretrainRun(stopped).checkpoints
     (shard,) = checkpoints.path(3).glob("*.safetensors")

@@ -56,6 +56,7 @@ def measured(config, batch, length, *, checkpointing=0, precision="float32"):
 @pytest.mark.parametrize(("d_model", "batch", "length"), [(64, 2, 96), (128, 3, 200)])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.thin(2)
 def test_what_a_real_forward_pass_saves(name, precision, d_model, batch, length):
     config = model_config(name, d_model)
     saved = predicted(config, batch, length, precision)
