@@ -393,14 +393,17 @@ def _train(groups: Sequence[Sequence[_Job]]) -> list[tuple[_Job, _Outcome]]:
                     outcomes += zip(group, end.value, strict=True)
                     in_turn.remove((group, steps))
                 except Exception as error:
-                    if _is_nobodys_fault(error) or not _is_theirs(error, group):
+                    beside_others = len(groups) > 1 or len(group) > 1
+                    no_room = beside_others and isinstance(error, torch.OutOfMemoryError)
+                    begun = all(job.directory.exists() for job in group)
+                    if _is_nobodys_fault(error) or not (begun or no_room):
                         raise
                     traceback.clear_frames(error.__traceback__)  # which hold a model and what it had in memory
                     in_turn.remove((group, steps))
-                    if len(groups) == len(group) == 1:
-                        outcomes.append((group[0], error))
-                    else:  # alone it shows whose fault it is, or that together they only were too many
+                    if beside_others:  # alone it shows whose fault it is, or that together they only were too many
                         alone += group
+                    else:
+                        outcomes.append((group[0], error))
     finally:
         stop.set()
         for _, steps in in_turn:
@@ -414,11 +417,6 @@ def _train(groups: Sequence[Sequence[_Job]]) -> list[tuple[_Job, _Outcome]]:
 
 def _has_begun(steps: Generator[None, None, list[TrainingResult | TrainingError]]) -> bool:
     return inspect.getgeneratorstate(steps) != inspect.GEN_CREATED
-
-
-def _is_theirs(error: Exception, group: Sequence[_Job]) -> bool:
-    """Whether an error may be the fault of the group that met it: it had begun, or there was no memory to begin."""
-    return isinstance(error, torch.OutOfMemoryError) or all(job.directory.exists() for job in group)
 
 
 def _steps(
