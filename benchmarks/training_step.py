@@ -34,6 +34,7 @@ from benchmarks.common import ROOT, environment, fla, interleaved_cpu_times, wri
 from benchmarks.plain_models import PlainDeltaNet, PlainModel
 from statetrack import LanguageModel, mixer_config
 from statetrack.config import RunConfig, TrainingConfig, run_config
+from statetrack.experiments import load_experiment
 from statetrack.precision import PrecisionOnTask
 from statetrack.training_step import TrainingStep, make_optimizer
 
@@ -228,17 +229,24 @@ def gpu_row(
             "first_steps_seconds": first}  # fmt: skip
 
 
-TABLE = ("attention", "mlstm", "slstm", "mamba", "mamba", "deltanet", "deltanet")
-"""The models of the formal-language table; those that are there twice have either range, which costs the same."""
+def formal_language_table() -> tuple[list[str], int]:
+    """The released protocol's models, and the steps of a seed of each: of parity, and of arithmetic in two forms.
 
-TABLE_STEPS = 20_000 + 2 * 100_000
-"""Of each seed under the released protocol: parity, and arithmetic without and with brackets."""
+    A mixer that is there twice has either range, which costs the same.
+    """
+    runs = [run.config for run in load_experiment("formal-languages", [0]).runs if not run.recipe]
+    mixers = [run.model.mixer_name for run in runs if run.task == "parity"]
+    return mixers, sum(run.training.steps for run in runs) // len(mixers)
 
 
-def in_turn_rows(shortest: int, seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+def in_turn_rows(
+    mixers: Sequence[str], table_steps: int, shortest: int, seeds: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     """Steps of the table's models, several seeds together in bfloat16, alone and in turn as grids take them."""
     cases = {case.mixer: case for case in GPU_CASES}
-    groups = [our_steps(cases[mixer].config(shortest, "bfloat16"), seeds, fixed=True, device="cuda") for mixer in TABLE]
+    groups = [
+        our_steps(cases[mixer].config(shortest, "bfloat16"), seeds, fixed=True, device="cuda") for mixer in mixers
+    ]
     counts = [iter(range(STEPS)) for _ in groups]
 
     def in_turn(members: Sequence[int]) -> Steps:
@@ -250,19 +258,19 @@ def in_turn_rows(shortest: int, seeds: Sequence[int]) -> Iterator[dict[str, Any]
 
         return loop
 
-    alone = [[index] for index in range(len(groups))]
-    for members in alone:
-        in_turn(members)(400)  # so many that all graphs are there
-    for most, lots in ((1, alone), (2, [[0, 1], [2, 3], [4, 5], [6]]), (4, [[0, 1, 2, 3], [4, 5, 6]])):
+    for index in range(len(groups)):
+        in_turn([index])(400)  # so many that all graphs are there
+    for most in (1, 2, 4):
+        lots = [range(len(groups))[start : start + most] for start in range(0, len(groups), most)]
         times = gpu_times({str(members): in_turn(members) for members in lots}, rounds=5, steps=80)
         total = sum(times.values())
         yield {
             "in_turn": most,
             "lengths": [shortest, cases["deltanet"].length],
             "seeds": len(seeds),
-            "median_ms": [{"of": [TABLE[i] for i in members], "ms": times[str(members)]} for members in lots],
+            "median_ms": [{"of": [mixers[i] for i in members], "ms": times[str(members)]} for members in lots],
             "ms_a_seed": total / len(groups) / len(seeds),
-            "table_minutes": total * TABLE_STEPS * 3 / len(seeds) / 60_000,
+            "table_minutes": total * table_steps * 3 / len(seeds) / 60_000,
         }
 
 
@@ -347,13 +355,15 @@ def main() -> None:
         torch.set_num_threads(1)
     rows, console = [], Console()
     if options.in_turn:
-        for row in in_turn_rows(3, range(3)):
+        mixers, table_steps = formal_language_table()
+        for row in in_turn_rows(mixers, table_steps, 3, range(3)):
             rows.append(row)
             shown = {name: round(row[name], 3) for name in ("ms_a_seed", "table_minutes")}
             console.print(f"{row['in_turn']} in turn", shown)
         what = (
             "wall-clock time of a step of each of some models in turn, 80 steps at once; ms_a_seed is the share of a "
-            f"model and seed, table_minutes what {TABLE_STEPS:,} steps, of parity, of all 7 models with 3 seeds take"
+            f"model and seed, table_minutes what {table_steps:,} steps, of parity, of all {len(mixers)} models with 3 "
+            "seeds take"
         )
         _write(options.out or ROOT / "results/training/gpu-in-turn.json", what, rows, on_gpu=True)
         return

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from forked import FORKED
+from turns import results_in_turn
 
 from statetrack import LanguageModel, mixer_config, seeds, training
 from statetrack.config import TrainingConfig, run_config
@@ -391,20 +392,16 @@ def test_steps_in_turn_are_those_of_runs_alone_and_share_the_time(monkeypatch):
         slow(*args)
 
     monkeypatch.setattr(LanguageModel, "__init__", init)
-    in_turn = [training_steps([c], shared=shared, on_progress=lambda _, p: seen.append(p)) for c in configs]
-    results = {}
-    while len(results) < 2:
-        for index, steps in enumerate(in_turn):
-            try:
-                next(steps)
-            except StopIteration as end:
-                results.setdefault(index, end.value)
+    results = results_in_turn(
+        training_steps([config], shared=shared, on_progress=lambda _, progress: seen.append(progress))
+        for config in configs
+    )
     elapsed = time.perf_counter() - began
     assert [(progress.step, progress.together) for progress in seen] == [(4, 2), (4, 2), (8, 1)]
-    for index, config in enumerate(configs):
-        (result,), alone = results[index], train(config)
+    for (result,), config in zip(results, configs, strict=True):
+        alone = train(config)
         assert result.step == config.training.steps
         assert 0 < result.seconds < elapsed
         for a, b in zip(result.model.parameters(), alone.model.parameters(), strict=True):
             assert torch.equal(a, b)
-    assert sum(result.seconds for (result,) in results.values()) <= elapsed - 1
+    assert sum(result.seconds for (result,) in results) <= elapsed - 1

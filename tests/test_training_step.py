@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from turns import results_in_turn
 
 from statetrack import LanguageModel, mixer_config, training_step
 from statetrack.config import TrainingConfig, run_config
@@ -289,17 +290,9 @@ def test_runs_trained_together_on_a_gpu_stop_and_go_on(tmp_path):
 def test_steps_in_turn_on_a_gpu_are_those_of_runs_alone():
     """Each model has a stream and graphs of its own, and some are captured while others compute."""
     groups = [seeds_of(make(mixer, steps=60, learning_rate=1e-3), [0, 1]) for mixer in ("deltanet", "mlstm", "mamba")]
-    in_turn = {index: training_steps(group, device="cuda") for index, group in enumerate(groups)}
-    results = {}
-    while in_turn:
-        for index, steps in list(in_turn.items()):
-            try:
-                next(steps)
-            except StopIteration as end:
-                results[index] = end.value
-                del in_turn[index]
-    for index, group in enumerate(groups):
-        for result, alone in zip(results[index], train_together(group, device="cuda"), strict=True):
+    results = results_in_turn(training_steps(group, device="cuda") for group in groups)
+    for together, group in zip(results, groups, strict=True):
+        for result, alone in zip(together, train_together(group, device="cuda"), strict=True):
             assert_alike(result.model, alone.model, 1e-6)
 
 

@@ -204,7 +204,7 @@ def run_reproduction(
 
     part = replace(experiment, runs=tuple(experiment.runs[index] for index in chosen))
     run_experiment(part, out / "runs", workers=workers, devices=devices, on_event=show, should_stop=stop)
-    # A call that stops before it gets to them still knows of the runs that earlier ones have finished.
+    # The table has the whole grid, so also what earlier calls have finished of the runs that this one did not choose.
     records |= finished_records(experiment, out / "runs", set(range(len(experiment.runs))) - records.keys())
     return write_results(experiment, records, out)
 

@@ -178,12 +178,8 @@ def finished_records(
         run = experiment.runs[index]
         directory = RunDirectory(out / run.name)
         try:
-            if not _holds(directory, run):
-                continue
-            if (reason := directory.read_failure()) is not None:
-                records[index] = record_of_failure(directory, reason, explanation=run.explanation)
-            elif _is_done(directory, run, evaluation_seed):
-                records[index] = record_of_run(directory, explanation=run.explanation)
+            if _holds(directory, run) and (record := _record(directory, run, evaluation_seed)) is not None:
+                records[index] = record
         except RunError:
             continue
     return records
@@ -193,6 +189,15 @@ def forget_failures(experiment: Experiment, out: Path) -> None:
     """Lets the runs below `out` that have failed go on, from their last checkpoints, at the next `run_experiment`."""
     for run in experiment.runs:
         RunDirectory(out / run.name).forget_failure()
+
+
+def _record(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int) -> Record | None:
+    """The record of a run that was trained and judged, or given up; None for one that is to be done."""
+    if (reason := directory.read_failure()) is not None:
+        return record_of_failure(directory, reason, explanation=run.explanation)
+    if _is_done(directory, run, evaluation_seed):  # what training would go on from may be gone by then
+        return record_of_run(directory, explanation=run.explanation)
+    return None
 
 
 def _is_done(directory: RunDirectory, run: ExperimentRun, evaluation_seed: int) -> bool:
@@ -329,26 +334,13 @@ def _run(lot: Sequence[Sequence[_Job]], evaluation_seed: int) -> list[Record | N
         to_do = []
         for group in claimed:
             for job in group:
-                records[job.index] = _ended(job, evaluation_seed)
+                if job.directory.exists() and not _holds(job.directory, job.run):
+                    shutil.rmtree(job.directory.path)  # what another run has left
+                records[job.index] = _record(job.directory, job.run, evaluation_seed)
             to_do.append([job for job in group if records[job.index] is None])
         for job, outcome in _train([group for group in to_do if group]):
             records[job.index] = _judge(job, outcome, evaluation_seed)
     return list(records.values())
-
-
-def _ended(job: _Job, evaluation_seed: int) -> Record | None:
-    """The record of a run that was trained and judged, or given up; None for one that is to be done.
-
-    What another run has left in its directory is deleted.
-    """
-    run, directory = job.run, job.directory
-    if directory.exists() and not _holds(directory, run):
-        shutil.rmtree(directory.path)
-    if (reason := directory.read_failure()) is not None:
-        return record_of_failure(directory, reason, explanation=run.explanation)
-    if _is_done(directory, run, evaluation_seed):  # what training would go on from may be gone by then
-        return record_of_run(directory, explanation=run.explanation)
-    return None
 
 
 @contextmanager
