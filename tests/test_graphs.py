@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from statetrack.graphs import Graphs, Side
+from statetrack.graphs import Graphs, Lead, Side
 
 
 class Remembering:
@@ -140,3 +140,59 @@ def test_on_a_cpu_functions_are_just_called():
         for _ in range(4):
             plain.run(8, lambda: done.append("call"), before=lambda: done.append("before"))
     assert done == ["before", "call"] * 4
+
+
+class Device:
+    """A GPU that does what it was given only while somebody waits for it; events as those of `torch.cuda`."""
+
+    def __init__(self):
+        self.given = self.done = 0
+
+    def event(self):
+        device = self
+
+        class Event:
+            at = 0
+
+            def record(self):
+                self.at = device.given
+
+            def synchronize(self):
+                device.done = max(device.done, self.at)
+
+        return Event()
+
+
+def test_the_host_gets_ahead_of_a_gpu_by_a_few_steps_and_no_more(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    lead, ahead = Lead(torch.device("cuda")), []
+    for _ in range(100):
+        device.given += 1
+        ahead.append(device.given - device.done)
+        lead.step()
+    assert max(ahead) == 2 * Lead.STEPS
+    assert ahead[: Lead.STEPS + 1] == list(range(1, Lead.STEPS + 2))  # it waits for nothing at first
+    assert device.done == 88  # not for what was just launched either, so that a GPU always has something to do
+
+
+@pytest.mark.gpu
+def test_steps_of_a_slow_gpu_are_done_soon_after_the_host_is_told_to_stop():
+    device = torch.device("cuda")
+    lead, launched = Lead(device), []
+    for _ in range(20 * Lead.STEPS):
+        torch.cuda._sleep(2_000_000)  # a millisecond
+        launched.append(torch.cuda.Event())
+        launched[-1].record()
+        lead.step()
+        assert sum(not event.query() for event in launched) <= 2 * Lead.STEPS
+
+
+def test_a_cpu_is_never_waited_for(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    lead = Lead(torch.device("cpu"))
+    for _ in range(4 * Lead.STEPS):
+        device.given += 1
+        lead.step()
+    assert device.done == 0

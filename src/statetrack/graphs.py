@@ -46,6 +46,28 @@ class Side:
         self.stream.wait_event(self._taken)
 
 
+class Lead:
+    """How far the host may be ahead of the steps that a GPU has done; nothing at all on a CPU.
+
+    Replays of graphs return at once. Without a limit the host gets ahead by as many as the driver has room for, which
+    the GPU has still to do once the host is told to stop.
+    """
+
+    STEPS = 8
+    """The host is ahead by less than twice as many steps, and looks whether it is once in so many."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._before = torch.cuda.Event() if device.type == "cuda" else None
+        self._steps = 0
+
+    def step(self) -> None:
+        """One step more is launched on the current stream; waits if the GPU is too far behind."""
+        self._steps += 1
+        if self._before is not None and self._steps % self.STEPS == 0:
+            self._before.synchronize()  # at once the first time, when it marks nothing
+            self._before.record()
+
+
 class Graphs:
     """A CUDA graph for each key, captured at the third call with it.
 

@@ -4,7 +4,8 @@ Several runs are one model whose parameters have one more axis, `torch.func.vmap
 which is bound by the number of its operations, costs less for all of them than one after the other. Each has its own
 gradient clip and learning rate, so that it is trained as it would be alone, to float rounding.
 
-On a GPU a step is replayed from CUDA graphs and nothing waits for the device: see `statetrack.graphs`.
+On a GPU a step is replayed from CUDA graphs, and the host waits for nothing but a device that is some steps behind: see
+`statetrack.graphs`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from statetrack import seeds
 from statetrack.config import RunConfig, TrainingConfig
-from statetrack.graphs import Graphs, Side
+from statetrack.graphs import Graphs, Lead, Side
 from statetrack.model import LanguageModel
 from statetrack.ops.vmapped import LinearLayersTogether
 from statetrack.precision import autocast, products
@@ -246,6 +247,7 @@ class _Fixed:
             fix_learning_rate(optimizer, replicas.device)
         self._side = Side(replicas.device)
         self._graphs = Graphs(replicas.device, self._side)
+        self._lead = Lead(replicas.device)
 
     def turn(self) -> AbstractContextManager[Any]:
         return self._side.context()
@@ -274,6 +276,7 @@ class _Fixed:
             set_learning_rate(optimizer, rate)
         length = padded_length(max(lengths), self._longest)
         self._graphs.run(length, lambda: self._update(length))
+        self._lead.step()
         return self._results[0], self._results[1]
 
     def _draw(self, step: int, lengths: Sequence[int]) -> None:
