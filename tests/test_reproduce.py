@@ -180,6 +180,12 @@ def test_best_and_median_leave_out_what_is_missing_and_count_what_failed_as_0():
     assert data[3]["scaled_accuracy"] is None
 
 
+def test_a_hair_below_chance_has_no_sign_in_the_table():
+    run = read_experiment(SMALL, [0]).runs[0]
+    (table, _) = comparison(read_experiment(SMALL).published, [Outcome(run, record({4: 0.1999}))])
+    assert table.rows[0][2] == "0.000 / 0.000"
+
+
 def test_a_recipe_has_columns_of_its_own_beside_the_protocol():
     sweep = [{"eigenvalue_range": [-1, 1], "published": {"best": 0.25}}]
     sweep += [{"eigenvalue_range": [-1, 1], "recipe": True, "training": {"steps": 1}}]

@@ -507,7 +507,7 @@ def _lengths(members: Sequence[Outcome]) -> Summary:
 def _shown(summary: Summary) -> str:
     if summary is None:
         return "–"
-    return " / ".join(f"{value:,}" if isinstance(value, int) else f"{value:.3f}" for value in summary)
+    return " / ".join(f"{value:,}" if isinstance(value, int) else f"{value:z.3f}" for value in summary)
 
 
 def _theirs(published: Mapping[str, Any]) -> str:
