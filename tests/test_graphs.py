@@ -154,7 +154,8 @@ class Device:
         class Event:
             at = 0
 
-            def record(self):
+            def record(self, stream):
+                assert stream is device
                 self.at = device.given
 
             def synchronize(self):
@@ -166,6 +167,7 @@ class Device:
 def test_the_host_gets_ahead_of_a_gpu_by_a_few_steps_and_no_more(monkeypatch):
     device = Device()
     monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda of: device)
     lead, ahead = Lead(torch.device("cuda")), []
     for _ in range(100):
         device.given += 1
@@ -174,18 +176,6 @@ def test_the_host_gets_ahead_of_a_gpu_by_a_few_steps_and_no_more(monkeypatch):
     assert max(ahead) == 2 * Lead.STEPS
     assert ahead[: Lead.STEPS + 1] == list(range(1, Lead.STEPS + 2))  # it waits for nothing at first
     assert device.done == 88  # not for what was just launched either, so that a GPU always has something to do
-
-
-@pytest.mark.gpu
-def test_steps_of_a_slow_gpu_are_done_soon_after_the_host_is_told_to_stop():
-    device = torch.device("cuda")
-    lead, launched = Lead(device), []
-    for _ in range(20 * Lead.STEPS):
-        torch.cuda._sleep(2_000_000)  # a millisecond
-        launched.append(torch.cuda.Event())
-        launched[-1].record()
-        lead.step()
-        assert sum(not event.query() for event in launched) <= 2 * Lead.STEPS
 
 
 def test_a_cpu_is_never_waited_for(monkeypatch):

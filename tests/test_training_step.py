@@ -11,6 +11,7 @@ from turns import results_in_turn
 from statetrack import LanguageModel, mixer_config, training_step
 from statetrack.config import TrainingConfig, run_config
 from statetrack.evaluation import evaluate
+from statetrack.graphs import Lead
 from statetrack.ops.vmapped import LinearLayersTogether
 from statetrack.runs import RunDirectory
 from statetrack.tasks import IGNORE, get_task
@@ -284,6 +285,29 @@ def test_runs_trained_together_on_a_gpu_stop_and_go_on(tmp_path):
         assert_alike(result.model.cpu(), directory.load_model(), 0)
         accuracy = evaluate(result.model.to("cuda"), get_task("parity"), [20], sequences=64, device="cuda")
         assert 0 <= accuracy[0].accuracy <= 1
+
+
+def test_every_step_in_fixed_memory_is_one_that_the_host_may_be_ahead_by(monkeypatch):
+    counted = []
+    monkeypatch.setattr(Lead, "step", lambda lead: counted.append(lead))
+    step, _ = steps_of(make(), [0, 1], fixed=True)
+    for number in range(3):
+        step(number)
+    assert counted == [step._fixed._lead] * 3
+
+
+@pytest.mark.gpu
+def test_the_host_is_a_few_steps_ahead_of_a_slow_gpu_and_no_more():
+    step, _ = steps_of(make(steps=100, min_length=12), [0, 1], fixed=True, device="cuda")
+    launched = []
+    for number in range(100):
+        with step.turn():
+            torch.cuda._sleep(20_000_000)  # 10 milliseconds, far longer than launching a step takes
+            step(number)
+            launched.append(torch.cuda.Event())
+            launched[-1].record()
+        assert sum(not event.query() for event in launched) <= 2 * Lead.STEPS, number
+    assert not launched[-1].query()  # the GPU has something to do while the host launches
 
 
 @pytest.mark.gpu

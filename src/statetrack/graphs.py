@@ -54,9 +54,10 @@ class Lead:
     """
 
     STEPS = 8
-    """The host is ahead by less than twice as many steps, and looks whether it is once in so many."""
+    """Once in so many steps the host waits until no more than these are left to do: it gets ahead by twice as many."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._before = torch.cuda.Event() if device.type == "cuda" else None
         self._steps = 0
 
@@ -65,7 +66,7 @@ class Lead:
         self._steps += 1
         if self._before is not None and self._steps % self.STEPS == 0:
             self._before.synchronize()  # at once the first time, when it marks nothing
-            self._before.record()
+            self._before.record(torch.cuda.current_stream(self._device))
 
 
 class Graphs:
