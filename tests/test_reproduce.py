@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,19 @@ from statetrack.experiments.experiment import read_experiment
 from statetrack.model import LanguageModel
 from statetrack.report import Record
 from statetrack.reproduce import Outcome, comparison, reproductions, run_reproduction
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+OWN = """
+title = "my own"
+
+[[run]]
+task = "parity"
+lengths = [4, 8]
+sequences = 16
+model = { d_model = 8 }
+mixer = { name = "deltanet", num_heads = 2 }
+training = { steps = 2, batch_size = 4, max_length = 8 }
+"""
 
 
 def record(accuracy, **facts):
@@ -303,9 +317,47 @@ def test_runs_that_failed_stay_failed_until_they_are_retried(tmp_path, monkeypat
     assert failure.stat().st_mtime_ns > written
 
 
-def test_an_experiment_of_our_own_reproduces_nothing(tmp_path):
-    with pytest.raises(ValueError, match="reproduces no publication"):
-        run_reproduction(load_experiment("demo"), tmp_path)
+def test_the_grid_of_the_docs_is_one_of_ones_own(tmp_path):
+    (example,) = re.findall("```toml\n(.*?)```", (DOCS / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "pentagon.toml").write_text(example, encoding="utf-8")
+    experiment = load_experiment(str(tmp_path / "pentagon.toml"), seeds=[4])
+    assert [run.config.model.mixer.num_householder for run in experiment.runs] == [1, 2, 2]
+    assert {(run.config.task, run.lengths, run.config.training.seed) for run in experiment.runs} == {
+        ("group:D5", (32, 128, 512), 4)
+    }
+
+
+def test_the_command_runs_a_grid_of_ones_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.toml").write_text(OWN, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "mine.toml", "--workers", "1", "--devices", "cpu", "--seeds", "5"]) == 0
+    assert str(Path("runs/mine/table.md")) in capsys.readouterr().out
+    summary = json.loads((tmp_path / "runs/mine/summary.json").read_text())
+    assert [(run["task"], run["seed"], run["protocol"], run["state"]) for run in summary["runs"]] == [
+        ("parity", 5, "ours", "done")
+    ]
+    assert summary["runs"][0]["accuracy"].keys() == {"4", "8"}
+    table = (tmp_path / "runs/mine/table.md").read_text()
+    assert "| task | model | reached | seeds |" in table
+    assert not re.search("Published|follows|theirs", table)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no file mine.toml"),
+        ("title =", "mine.toml is not valid TOML: "),
+        ('title = "t"\nrun = []\nsteps = 3', "mine.toml: "),
+        ("# \xff", "mine.toml is not valid TOML: "),
+    ],
+)
+def test_a_file_that_is_no_grid_gets_one_sentence(text, message, tmp_path, monkeypatch, capsys):
+    if text is not None:
+        (tmp_path / "mine.toml").write_text(text, encoding="latin-1")
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "mine.toml"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -91,10 +91,10 @@ class Reproduce:
     The same command again goes on: what is done is not repeated.
 
     Attributes:
-        experiment: its name, as --list shows them.
+        experiment: its name, as --list shows them, or a file with a grid of your own, such as mine.toml.
         list: list the experiments and their presets.
         preset: a smaller version of the experiment.
-        out: directory of the results; runs/NAME, or runs/NAME-PRESET, if left out.
+        out: directory of the results; runs/NAME, or runs/NAME-PRESET, if left out, of mine.toml runs/mine.
         seeds: seeds of every model, such as 0,1,2; those of the experiment if left out.
         only: a regular expression: only runs whose names have a match are trained, such as "parity.*deltanet". The
             table has the whole grid.
@@ -142,9 +142,10 @@ class Reproduce:
         if self.list:
             _show_experiments(known)
             return 0
-        if self.experiment not in known:
+        if self.experiment not in known and not self.experiment.endswith(".toml"):
             raise ValueError(
-                f"unknown experiment {self.experiment!r}; those that can be reproduced are {', '.join(known)}"
+                f"unknown experiment {self.experiment!r}; those that can be reproduced are {', '.join(known)}, and any "
+                "in a file that ends in .toml"
             )
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
@@ -152,7 +153,8 @@ class Reproduce:
             raise ValueError(f"budget_minutes must be positive, got {self.budget_minutes}")
         seeds = None if self.seeds is None else _integers(self.seeds, "seeds", minimum=0)
         experiment = load_experiment(self.experiment, seeds, self.preset)
-        out = self.out or Path("runs") / "-".join(filter(None, [self.experiment, self.preset]))
+        name = Path(self.experiment).name.removesuffix(".toml")
+        out = self.out or Path("runs") / "-".join(filter(None, [name, self.preset]))
         if self.slurm and (self.devices is not None or self.budget_minutes is not None):
             raise ValueError(
                 "with --slurm a job uses all its GPUs until its time is up: leave out --devices and --budget-minutes"
@@ -231,8 +233,7 @@ def _show_experiments(known: dict[str, dict[str, Any]]) -> None:
         for preset in (None, *data.get("preset", {})):
             experiment = read_experiment(data, preset=preset)
             label = name if preset is None else f"{name} --preset {preset}"
-            published = experiment.published
-            table.add_row(label, str(len(experiment.runs)), experiment.title, published.protocol if published else "")
+            table.add_row(label, str(len(experiment.runs)), experiment.title, experiment.published.protocol)
     Console().print(table)
 
 

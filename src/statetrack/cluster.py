@@ -14,7 +14,7 @@ from statetrack.experiments import Experiment
 from statetrack.experiments.runner import RunEvent, finished_records, forget_failures, run_experiment
 from statetrack.machine import available_devices
 from statetrack.report import Record
-from statetrack.reproduce import Outcome, chosen_runs, publication_of, refuse_results_without_runs, write_results
+from statetrack.reproduce import Outcome, chosen_runs, refuse_results_without_runs, write_results
 
 _POLL_SECONDS = 1.0
 
@@ -65,7 +65,7 @@ def reproduce_on_cluster(
     continues. The directory must be one that the cluster's machines share; the logs of the jobs are in `out / "jobs"`.
 
     Args:
-        experiment: a grid with a `Publication`.
+        experiment: the grid.
         out: the directory of the results.
         cluster: what a job asks for.
         only: as of `run_reproduction`.
@@ -78,10 +78,9 @@ def reproduce_on_cluster(
 
     Raises:
         ModuleNotFoundError: if submitit is not installed.
-        ValueError: if the experiment reproduces nothing, `only` chooses nothing, or `out` has results without runs.
+        ValueError: if `only` chooses nothing, or `out` has results without runs.
         RuntimeError: if there is no SLURM here; or if jobs failed, after the results of the others are written.
     """
-    publication_of(experiment)
     chosen = chosen_runs(experiment, only)
     refuse_results_without_runs(out)
     executor = _executor(out / "jobs", cluster, workers)

@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all, and hashes that tell whether they still are what was written."""
+"""Files that are replaced whole or not at all, hashes that tell whether they still are what was written, and TOML."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 import os
 import secrets
 import stat
+import tomllib
 from pathlib import Path
+from typing import Any
 
 
 def atomic_write(path: Path | str, content: str | bytes) -> None:
@@ -66,3 +68,17 @@ def file_hash(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The contents of a TOML file.
+
+    Raises:
+        ValueError: if there is no such file, or it is not valid TOML; the message names it.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None

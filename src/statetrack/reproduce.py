@@ -158,7 +158,7 @@ def run_reproduction(
     is written says which runs are missing, and which failed and why.
 
     Args:
-        experiment: a grid with a `Publication`.
+        experiment: the grid.
         out: the directory of the results.
         only: train those runs alone whose names have a match of this regular expression; None for all. What is
             written has the whole grid.
@@ -172,9 +172,8 @@ def run_reproduction(
         The outcome of each run, in the experiment's order.
 
     Raises:
-        ValueError: if the experiment reproduces nothing, `only` chooses nothing, or `out` has results without runs.
+        ValueError: if `only` chooses nothing, or `out` has results without runs.
     """
-    publication_of(experiment)
     chosen = chosen_runs(experiment, only)
     refuse_results_without_runs(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -227,7 +226,7 @@ def merge_results(experiment: Experiment, out: Path, sources: Sequence[Path]) ->
     has a config before one without.
 
     Args:
-        experiment: a grid with a `Publication`.
+        experiment: the grid.
         out: a directory for these results alone, or with earlier ones that are among the sources.
         sources: directories with a summary.json, or such files.
 
@@ -235,10 +234,10 @@ def merge_results(experiment: Experiment, out: Path, sources: Sequence[Path]) ->
         The outcome of each run, in the experiment's order.
 
     Raises:
-        ValueError: if the experiment reproduces nothing, a source can't be read, none has a run of the grid, or `out`
-            has runs, or other results than those put together.
+        ValueError: if a source can't be read, none has a run of the grid, or `out` has runs, or other results than
+            those put together.
     """
-    publication = publication_of(experiment)
+    publication = experiment.published
     own = out / "summary.json"
     known = {(source / own.name if source.is_dir() else source).resolve() for source in sources}
     if (out / "runs").exists() or (own.exists() and own.resolve() not in known):
@@ -283,9 +282,6 @@ def write_results(experiment: Experiment, records: Mapping[int, Record], out: Pa
 
     Returns:
         The outcome of each run, in the experiment's order.
-
-    Raises:
-        ValueError: if the experiment reproduces nothing.
     """
     outcomes = [Outcome(run, records.get(index)) for index, run in enumerate(experiment.runs)]
     _write(experiment, outcomes, out)
@@ -293,7 +289,7 @@ def write_results(experiment: Experiment, records: Mapping[int, Record], out: Pa
 
 
 def _write(experiment: Experiment, outcomes: Sequence[Outcome], out: Path, *, merged: bool = False) -> None:
-    title, publication = experiment.title, publication_of(experiment)
+    title, publication = experiment.title, experiment.published
     origin, origins = provenance(), _origins(outcomes)
     lines = [outcome.data(publication) for outcome in outcomes]
     for outcome, line in zip(outcomes, lines, strict=True):
@@ -367,17 +363,6 @@ def _on_the_page(publication: Publication, outcomes: Sequence[Outcome]) -> list[
     return records
 
 
-def publication_of(experiment: Experiment) -> Publication:
-    """What an experiment reproduces.
-
-    Raises:
-        ValueError: if that is nothing.
-    """
-    if experiment.published is None:
-        raise ValueError(f"the experiment {experiment.title!r} reproduces no publication")
-    return experiment.published
-
-
 def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[ReportTable]:
     """Ours beside theirs, a row for each model and task; in what the protocols differ, and our recipe from them.
 
@@ -405,7 +390,7 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
             )
         )
     header = (
-        *("task", "model", "ours"),
+        *("task", "model", "ours" if publication.source else "reached"),
         *(("published",) if compared else ()),
         *(("our recipe",) if recipes else ()),
         *(("learning rate",) if tuned else ()),
@@ -417,10 +402,9 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
         "accuracy": f"{longest} answers are right",
         "sequence_accuracy": f"{longest} sequences are right throughout",
     }
-    text = (
-        f"{measured[publication.measure]}: best / median of the seeds. Published: {publication.source}. Ours follows "
-        f"{PROTOCOLS[publication.protocol]}."
-    )
+    text = f"{measured[publication.measure]}: best / median of the seeds."
+    if publication.source:
+        text += f" Published: {publication.source}. Ours follows {PROTOCOLS[publication.protocol]}."
     if by_length:
         text += " Beside the seeds that are done stands how many of them last: "
         text += f"{HORIZON_ACCURACY:.0%} right at every length."

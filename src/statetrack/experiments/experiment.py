@@ -41,9 +41,11 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 from statetrack.config import RunConfig, TrainingConfig, from_data, read_mixers, run_config
+from statetrack.files import read_toml
 from statetrack.mixers import MixerConfig
 
 
@@ -101,7 +103,7 @@ class Publication:
     """Where an experiment comes from, and in what ours differs.
 
     Attributes:
-        source: the publication.
+        source: the publication; empty if there is none.
         protocol: which of its protocols the grid follows: "paper", "released" (its code) or "ours".
         measure: "scaled_accuracy", (accuracy - chance) / (1 - chance) on average over the lengths; "accuracy", the
             share of right answers by length; or "sequence_accuracy", the share of sequences that are right throughout,
@@ -117,6 +119,10 @@ class Publication:
     recipe: list[str] = field(default_factory=list)
 
 
+UNPUBLISHED = Publication(source="", protocol="ours", measure="accuracy")
+"""What an experiment has that nobody has published."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """A titled list of runs.
@@ -124,12 +130,12 @@ class Experiment:
     Attributes:
         title: for people.
         runs: in the order of the file.
-        published: where it comes from; None for one of our own.
+        published: where it comes from.
     """
 
     title: str
     runs: tuple[ExperimentRun, ...]
-    published: Publication | None = None
+    published: Publication = UNPUBLISHED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +164,7 @@ class _File:
     seeds: list[int] = field(default_factory=lambda: [0])
     shared: dict[str, Any] = field(default_factory=dict)
     preset: dict[str, dict[str, Any]] = field(default_factory=dict)
-    published: Publication | None = None
+    published: Publication = UNPUBLISHED
 
 
 def list_experiments() -> dict[str, dict[str, Any]]:
@@ -172,11 +178,22 @@ def list_experiments() -> dict[str, dict[str, Any]]:
 
 
 def load_experiment(name: str, seeds: list[int] | None = None, preset: str | None = None) -> Experiment:
-    """The experiment in the file `<name>.toml` of this folder, with its own seeds or with others.
+    """The experiment in the file `<name>.toml` of this folder, or in a file of one's own, with its own seeds or others.
+
+    Args:
+        name: of a file of this folder; or the path of a file, which ends in `.toml`.
+        seeds: of every model; None for those of the file.
+        preset: which of the smaller versions that the file has; None for the whole.
 
     Raises:
-        ValueError: if there is no such file or preset.
+        ValueError: if there is no such file or preset; for what is no TOML, and as of `read_experiment`.
     """
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            return read_experiment(read_toml(path), seeds, preset)
+        except ValueError as error:
+            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     files = list_experiments()
     if name not in files:
         raise ValueError(f"unknown experiment {name!r}; there are {', '.join(files)}")
@@ -197,7 +214,7 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
     chosen = seeds or chosen
     smaller_tasks = smaller.pop("tasks", {})
     smaller_recipe = smaller.pop("recipe", smaller)
-    whole = file.published is not None and file.published.measure == "sequence_accuracy"
+    whole = file.published.measure == "sequence_accuracy"
     named = {table.get(key) for table in (file.shared, *file.run) for key in ("task", "judged_task")}
     if unknown := sorted(smaller_tasks.keys() - named):
         raise ValueError(f"the preset {preset} has a smaller task for {unknown[0]}, which no run is of")
@@ -217,7 +234,7 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
             f"two runs of an experiment have the name {repeated[0]}: repeated seeds, or models alike in name"
         )
     published = file.published
-    if published is not None and preset is not None:
+    if preset is not None:
         note = (
             f"This is the preset {preset}: {'some smaller tasks, ' if smaller_tasks else ''}smaller models, fewer "
             "steps, and fewer sequences at fewer lengths than is said below, to see the ordering and not the numbers."

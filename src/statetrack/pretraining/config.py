@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
+from statetrack.files import read_toml
 from statetrack.mixers.mixer import WidenedMixerConfig
 from statetrack.model import ModelConfig
 from statetrack.plain import from_data, to_data
@@ -222,7 +223,7 @@ def read_tables(file: Path | str | Mapping[str, Any], overrides: Iterable[str] =
     Raises:
         ValueError: if it can't be read, or an override is not of that form.
     """
-    tables = dict(file) if isinstance(file, Mapping) else _read_toml(Path(file))
+    tables = dict(file) if isinstance(file, Mapping) else read_toml(Path(file))
     for name, table in tables.items():
         if not isinstance(table, Mapping):
             raise ValueError(f"{name} must be a table [{name}], got {table!r}")
@@ -314,15 +315,6 @@ def _within(table: str, read: Any) -> Any:
         return read()
     except ValueError as error:
         raise ValueError(f"[{table}] {error}") from None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"there is no config file {path}")
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
 
 
 def _value(text: str) -> Any:
