@@ -321,7 +321,8 @@ def test_the_grid_of_the_docs_is_one_of_ones_own(tmp_path):
     (example,) = re.findall("```toml\n(.*?)```", (DOCS / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "pentagon.toml").write_text(example, encoding="utf-8")
     experiment = load_experiment(str(tmp_path / "pentagon.toml"), seeds=[4])
-    assert [run.config.model.mixer.num_householder for run in experiment.runs] == [1, 2, 2]
+    models = [run.config.model.mixer for run in experiment.runs]
+    assert [(model.num_householder, model.eigenvalue_range.lo) for model in models] == [(1, -1), (2, 0), (2, -1)]
     assert {(run.config.task, run.lengths, run.config.training.seed) for run in experiment.runs} == {
         ("group:D5", (32, 128, 512), 4)
     }
@@ -347,7 +348,18 @@ def test_the_command_runs_a_grid_of_ones_own(tmp_path, monkeypatch, capsys):
     [
         (None, "there is no file mine.toml"),
         ("title =", "mine.toml is not valid TOML: "),
-        ('title = "t"\nrun = []\nsteps = 3', "mine.toml: "),
+        ('title = "t"\nrun = []\nsteps = 3', "mine.toml: unknown key steps"),
+        ('title = "t"\nrun = []', "mine.toml: there is no run"),
+        (OWN + "sweep = []", "mine.toml: there is no run"),
+        (OWN + "sweep = [{training = 3}]", "mine.toml: training must be a table, got 3"),
+        (OWN + "sweep = [{seeds = 3}]", "mine.toml: seeds must be"),
+        (OWN + 'published = {best = "0.5"}', "mine.toml: published.best must be a number, got '0.5'"),
+        (OWN + "published = {mean = 0.5}", "mine.toml: unknown key mean"),
+        (OWN + "chance = 1.0", "mine.toml: chance must be at least 0 and less than 1, got 1.0"),
+        (OWN.replace("[4, 8]", "[]"), "got lengths []"),
+        (OWN.replace("[4, 8]", "[8, 0]"), "got lengths [8, 0]"),
+        (OWN.replace('"parity"', '["parity"]'), "mine.toml: task must be a string"),
+        (OWN.replace('{ name = "deltanet", num_heads = 2 }', '"deltanet"'), "mine.toml: mixer must be a table"),
         ("# \xff", "mine.toml is not valid TOML: "),
     ],
 )

@@ -86,7 +86,7 @@ class Demo:
 
 @dataclass
 class Reproduce:
-    """Run a published experiment again and set the numbers beside the published ones, in a table and on a page.
+    """Run a published experiment again, or a grid of your own, and set the numbers beside the published ones.
 
     The same command again goes on: what is done is not repeated.
 

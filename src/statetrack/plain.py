@@ -73,6 +73,8 @@ def _wanted(kind: Any) -> str:
         return " or ".join(map(str, get_args(kind)))
     if get_origin(kind) is dict:
         _, values = get_args(kind)
+        if values is Any:
+            return "a table"
         return f"a table, in which each value is {_wanted(values)}"
     parts = [part for part in get_args(kind) if part is not type(None)]
     if parts and get_origin(kind) is not tuple:

@@ -1,4 +1,4 @@
-"""`statetrack reproduce`: a published experiment again, with our numbers beside theirs."""
+"""`statetrack reproduce`: a published experiment again, with our numbers beside theirs, or a grid of one's own."""
 
 from __future__ import annotations
 
@@ -390,7 +390,7 @@ def comparison(publication: Publication, outcomes: Sequence[Outcome]) -> list[Re
             )
         )
     header = (
-        *("task", "model", "ours" if publication.source else "reached"),
+        *("task", "model", "ours" if compared or publication.source else "reached"),
         *(("published",) if compared else ()),
         *(("our recipe",) if recipes else ()),
         *(("learning rate",) if tuned else ()),

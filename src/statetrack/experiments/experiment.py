@@ -39,10 +39,10 @@ import itertools
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from statetrack.config import RunConfig, TrainingConfig, from_data, read_mixers, run_config
 from statetrack.files import read_toml
@@ -103,7 +103,7 @@ class Publication:
     """Where an experiment comes from, and in what ours differs.
 
     Attributes:
-        source: the publication; empty if there is none.
+        source: the publication; "" if there is none, and then tables have no sentence on it.
         protocol: which of its protocols the grid follows: "paper", "released" (its code) or "ours".
         measure: "scaled_accuracy", (accuracy - chance) / (1 - chance) on average over the lengths; "accuracy", the
             share of right answers by length; or "sequence_accuracy", the share of sequences that are right throughout,
@@ -139,6 +139,18 @@ class Experiment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Published:
+    """What others measured for a model."""
+
+    best: float | None = None
+    median: float | None = None
+    text: str | None = None
+
+    def data(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class _RunTable:
     """A `[[run]]` of an experiment file."""
 
@@ -150,11 +162,43 @@ class _RunTable:
     sequences: int | None = None
     chance: float | None = None
     explanation: str = ""
-    published: dict[str, Any] = field(default_factory=dict)
+    published: _Published = _Published()
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     learning_rates: list[float] = field(default_factory=list)
     sweep: list[dict[str, Any]] = field(default_factory=lambda: [{}])
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(*self.lengths, *self.winner_lengths, self.sequences or 1) < 1:
+            raise ValueError(
+                f"{self.task} must be judged at lengths, and on sequences, of at least 1; got lengths {self.lengths}, "
+                f"winner_lengths {self.winner_lengths} and sequences {self.sequences}"
+            )
+        if self.chance is not None and not 0 <= self.chance < 1:
+            raise ValueError(f"chance must be at least 0 and less than 1, got {self.chance}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """What an entry of a sweep may have besides options of its mixer; what it leaves out is the run's."""
+
+    explanation: str | None = None
+    mixer: dict[str, Any] | list[dict[str, Any]] | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    published: _Published | None = None
+    recipe: bool = False
+    variant: str = ""
+    seeds: list[int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Preset:
+    """What a preset may have besides keys that are laid over those of every run."""
+
+    seeds: list[int] | None = None
+    tasks: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,22 +222,23 @@ def list_experiments() -> dict[str, dict[str, Any]]:
 
 
 def load_experiment(name: str, seeds: list[int] | None = None, preset: str | None = None) -> Experiment:
-    """The experiment in the file `<name>.toml` of this folder, or in a file of one's own, with its own seeds or others.
+    """The experiment of a name, or in a file of one's own, with its own seeds or with others.
 
     Args:
-        name: of a file of this folder; or the path of a file, which ends in `.toml`.
+        name: one of `list_experiments`; or the path of a file, which ends in `.toml`.
         seeds: of every model; None for those of the file.
         preset: which of the smaller versions that the file has; None for the whole.
 
     Raises:
-        ValueError: if there is no such file or preset; for what is no TOML, and as of `read_experiment`.
+        ValueError: if there is no such experiment, file or preset; if the file is not valid TOML, or has unknown or
+            missing keys, or values that a config refuses.
     """
     if name.endswith(".toml"):
-        path = Path(name)
+        data = read_toml(Path(name))
         try:
-            return read_experiment(read_toml(path), seeds, preset)
+            return read_experiment(data, seeds, preset)
         except ValueError as error:
-            raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
     files = list_experiments()
     if name not in files:
         raise ValueError(f"unknown experiment {name!r}; there are {', '.join(files)}")
@@ -209,25 +254,32 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
     file = from_data(_File, data)
     if preset is not None and preset not in file.preset:
         raise ValueError(f"unknown preset {preset!r}; this experiment has {', '.join(file.preset) or 'none'}")
-    smaller = dict(file.preset[preset]) if preset is not None else {}
-    chosen = smaller.pop("seeds", None)
-    chosen = seeds or chosen
-    smaller_tasks = smaller.pop("tasks", {})
-    smaller_recipe = smaller.pop("recipe", smaller)
+    own_keys, smaller = _split(_Preset, file.preset[preset] if preset is not None else {})
+    chosen, smaller_tasks = seeds or own_keys.seeds, own_keys.tasks
+    smaller_recipe = smaller if own_keys.recipe is None else own_keys.recipe
     whole = file.published.measure == "sequence_accuracy"
-    named = {table.get(key) for table in (file.shared, *file.run) for key in ("task", "judged_task")}
-    if unknown := sorted(smaller_tasks.keys() - named):
+    named = [table.get(key) for table in (file.shared, *file.run) for key in ("task", "judged_task")]
+    if unknown := [task for task in smaller_tasks if task not in named]:
         raise ValueError(f"the preset {preset} has a smaller task for {unknown[0]}, which no run is of")
     runs = []
     for own in file.run:
         laid = _laid_over(_laid_over(file.shared, own), smaller)
-        tasks = {key: smaller_tasks.get(laid[key], laid[key]) for key in ("task", "judged_task") if key in laid}
-        table = from_data(_RunTable, {**laid, **tasks})
+        table = from_data(_RunTable, laid)
+        smaller_ones = {
+            key: smaller_tasks.get(task, task) for key in ("task", "judged_task") if (task := laid.get(key))
+        }
+        table = replace(table, **smaller_ones)
         for changes in table.sweep:
-            laid_over = smaller_recipe if changes.get("recipe") else smaller
-            last = {key: {**changes[key], **laid_over.get(key, {})} for key in ("model", "training") if key in changes}
-            own_seeds = chosen or changes.get("seeds", file.seeds)
-            runs += _expand(table, {**changes, **last}, own_seeds, whole)
+            entry, options = _split(_Entry, changes)
+            laid_over = smaller_recipe if entry.recipe else smaller
+            entry = replace(
+                entry,
+                model=entry.model and {**entry.model, **laid_over.get("model", {})},
+                training=entry.training and {**entry.training, **laid_over.get("training", {})},
+            )
+            runs += _expand(table, entry, options, chosen or entry.seeds or file.seeds, whole)
+    if not runs:
+        raise ValueError("there is no run: a grid has at least one [[run]], with seeds, and with entries in its sweep")
     names = [run.name for run in runs]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
@@ -237,7 +289,7 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
     if preset is not None:
         note = (
             f"This is the preset {preset}: {'some smaller tasks, ' if smaller_tasks else ''}smaller models, fewer "
-            "steps, and fewer sequences at fewer lengths than is said below, to see the ordering and not the numbers."
+            "steps, and fewer sequences at fewer lengths than in the whole grid, to see the ordering, not the numbers."
         )
         published = replace(published, protocol="ours", differences=[note, *published.differences])
     return Experiment(title=file.title, runs=tuple(runs), published=published)
@@ -252,18 +304,24 @@ def _laid_over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, A
     return both
 
 
-_NO_OPTIONS = ("explanation", "mixer", "model", "training", "published", "recipe", "variant", "seeds")
-"""Keys of an entry of a sweep that are no options of its mixer."""
+Keys = TypeVar("Keys", _Entry, _Preset)
 
 
-def _expand(table: _RunTable, changes: Mapping[str, Any], seeds: list[int], whole: bool) -> Iterator[ExperimentRun]:
-    """The runs of an entry of a sweep."""
-    options = {key: value for key, value in changes.items() if key not in _NO_OPTIONS}
-    mixer = read_mixers(_with_options(changes.get("mixer", table.mixer), options))
-    model = {**table.model, **changes.get("model", {})}
-    training = from_data(TrainingConfig, {**table.training, **changes.get("training", {})})
-    recipe = changes.get("recipe", False)
-    tuned = bool(table.learning_rates) and not recipe
+def _split(kind: type[Keys], table: Mapping[str, Any]) -> tuple[Keys, dict[str, Any]]:
+    """The keys of a table that are of such a kind, and the others."""
+    known = {f.name for f in fields(kind)}
+    own = from_data(kind, {key: value for key, value in table.items() if key in known})
+    return own, {key: value for key, value in table.items() if key not in known}
+
+
+def _expand(
+    table: _RunTable, entry: _Entry, options: Mapping[str, Any], seeds: list[int], whole: bool
+) -> Iterator[ExperimentRun]:
+    """The runs of an entry of a sweep, with these options of its mixer."""
+    mixer = read_mixers(_with_options(table.mixer if entry.mixer is None else entry.mixer, options))
+    model = {**table.model, **entry.model}
+    training = from_data(TrainingConfig, {**table.training, **entry.training})
+    tuned = bool(table.learning_rates) and not entry.recipe
     rates = table.learning_rates if tuned else [training.learning_rate]
     for rate, seed in itertools.product(rates, seeds):
         yield ExperimentRun(
@@ -274,11 +332,11 @@ def _expand(table: _RunTable, changes: Mapping[str, Any], seeds: list[int], whol
             sequences=table.sequences,
             whole=whole,
             chance=table.chance,
-            explanation=changes.get("explanation", table.explanation),
-            published=changes.get("published", table.published),
-            recipe=recipe,
+            explanation=table.explanation if entry.explanation is None else entry.explanation,
+            published=(entry.published or table.published).data(),
+            recipe=entry.recipe,
             tuned=tuned,
-            variant=changes.get("variant", ""),
+            variant=entry.variant,
         )
 
 
