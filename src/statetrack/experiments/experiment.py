@@ -264,11 +264,10 @@ def read_experiment(data: Mapping[str, Any], seeds: list[int] | None = None, pre
     runs = []
     for own in file.run:
         laid = _laid_over(_laid_over(file.shared, own), smaller)
+        for key in ("task", "judged_task"):
+            if isinstance(task := laid.get(key), str):
+                laid[key] = smaller_tasks.get(task, task)
         table = from_data(_RunTable, laid)
-        smaller_ones = {
-            key: smaller_tasks.get(task, task) for key in ("task", "judged_task") if (task := laid.get(key))
-        }
-        table = replace(table, **smaller_ones)
         for changes in table.sweep:
             entry, options = _split(_Entry, changes)
             laid_over = smaller_recipe if entry.recipe else smaller
